@@ -1,0 +1,46 @@
+"""Errors that qosora raises on purpose.
+
+    QosoraError(Exception)
+    ├── ConfigError(ValueError)       a configuration that cannot work; all problems in one message
+    ├── DataError(ValueError)         training or evaluation data that cannot be used
+    ├── CheckpointError(ValueError)   a model folder, shard or tensor that is missing, damaged or unsuitable
+    └── FingerprintError(ValueError)  an adapter and a base that do not belong together
+
+Every message says what must hold, what was got and what to do, and names the module, tensor, file, line or key.
+The command line prints the message alone and exits with 1 (`ConfigError`: 2); a traceback from it is a bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "FingerprintError", "QosoraError"]
+
+
+class QosoraError(Exception):
+    """Base class of all errors that qosora raises on purpose."""
+
+
+class ConfigError(QosoraError, ValueError):
+    """A configuration that cannot work.
+
+    Args:
+        problems: One sentence per problem; all problems of a configuration are reported together.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        lines = self.problems
+        super().__init__(lines[0] if len(lines) == 1 else f"{len(lines)} problems:\n- " + "\n- ".join(lines))
+
+
+class DataError(QosoraError, ValueError):
+    """Training or evaluation data that cannot be used."""
+
+
+class CheckpointError(QosoraError, ValueError):
+    """A model folder, shard or tensor that is missing, damaged or unsuitable."""
+
+
+class FingerprintError(QosoraError, ValueError):
+    """An adapter and a base that do not belong together."""
