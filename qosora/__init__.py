@@ -1,5 +1,51 @@
-"""Quantized OSoRA: fine-tune large language models with 4-bit SVD factors and two float32 vectors per layer.
+"""Quantized OSoRA: fine-tune large language models with frozen 4-bit SVD factors and two float32 vectors per layer.
 
-Names are imported on first use (PEP 562), so that `import qosora` costs nothing; `register()`, which every name that
-needs it triggers, makes transformers and PEFT know the "qosora" quantization and the "OSORA" adapter.
+`import qosora` costs nothing: names load what they need on first use (PEP 562). It tells transformers and PEFT of the
+"qosora" quantization and the "OSORA" adapter, whether they are imported before it or after.
 """
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from qosora import _plugin
+
+if TYPE_CHECKING:
+    from qosora.adapter import OsoraLayer as OsoraLayer
+    from qosora.adapter import OsoraModel as OsoraModel
+    from qosora.config import OsoraConfig as OsoraConfig
+    from qosora.config import QosoraConfig as QosoraConfig
+    from qosora.errors import QosoraError as QosoraError
+    from qosora.linear import QosoraLinear as QosoraLinear
+    from qosora.optim import PackedPagedOptimizer as PackedPagedOptimizer
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "OsoraConfig": "config",
+    "OsoraLayer": "adapter",
+    "OsoraModel": "adapter",
+    "PackedPagedOptimizer": "optim",
+    "QosoraConfig": "config",
+    "QosoraError": "errors",
+    "QosoraLinear": "linear",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'qosora' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"qosora.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])
+
+
+# On a CPU with AVX512-BF16, importing bitsandbytes warns that an optional package is missing, one we would not use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+_plugin.install()

@@ -55,6 +55,7 @@ class QosoraLinear(nn.Module):
         blocksize: Values per quantization block.
         double_quant: Whether absmax values are quantized, too.
         compute_dtype: Dtype of the products outside autocast; by default that of the input.
+        fan_in_fan_out: Whether the layer was made of a `Conv1D` (GPT-2), whose checkpoints hold the transpose.
         device: Where to allocate the parameters, which are uninitialised.
         dtype: Of the bias.
     """
@@ -74,6 +75,7 @@ class QosoraLinear(nn.Module):
         blocksize: int = 64,
         double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
+        fan_in_fan_out: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -82,6 +84,7 @@ class QosoraLinear(nn.Module):
         self.rank = min(rank, in_features, out_features)
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.compute_dtype = compute_dtype
+        self.fan_in_fan_out = fan_in_fan_out
         for part, prefix in _PREFIXES.items():
             numel = self._shape(part)[0] * self._shape(part)[1]
             for field, (shape, kind) in nf4.stored_shapes(numel, blocksize, double_quant).items():

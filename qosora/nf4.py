@@ -16,17 +16,13 @@ trace like any other tensor.
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
-
-# On a CPU with AVX512-BF16 the import warns that an optional package is missing, one that we would not use.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-from bitsandbytes.functional import create_dynamic_map  # noqa: E402
+from bitsandbytes.functional import create_dynamic_map
 
 __all__ = ["BLOCKSIZES", "QUANT_TYPES", "FourBitTensor", "dequantize", "matmul", "quantize", "stored_shapes"]
 
@@ -99,9 +95,8 @@ def quantize(
         blocksize: Values per block, one of `BLOCKSIZES`.
         double_quant: Whether to quantize the blocks' absmax values again, to 8 bits.
     """
-    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
-        tensor.contiguous(), blocksize, quant_type, torch.uint8
-    )
+    ops = torch.ops.bitsandbytes
+    packed, absmax = ops.quantize_4bit.default(tensor.contiguous(), blocksize, quant_type, torch.uint8)
     scale = offset = None
     if double_quant:
         offset = absmax.mean()
@@ -118,7 +113,7 @@ def dequantize(q: FourBitTensor, dtype: torch.dtype = torch.float32) -> torch.Te
     out: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         q.packed, _absmax(q), q.blocksize, q.quant_type, shape, dtype
     )
-    return out if shape == q.shape else out.view(-1)[:numel].view(q.shape)
+    return out.view(-1)[:numel].view(q.shape)  # the kernel returns a vector as a matrix of one row
 
 
 def matmul(x: torch.Tensor, q: FourBitTensor) -> torch.Tensor:
@@ -131,7 +126,7 @@ def matmul(x: torch.Tensor, q: FourBitTensor) -> torch.Tensor:
         x: (..., in_features), float32, float16 or bfloat16.
         q: Of shape (out_features, in_features).
     """
-    if q.shape[-1] % q.blocksize:  # the fused kernels want rows of whole blocks
+    if q.shape[-1] % q.blocksize or not x.numel():  # the fused kernels want rows of whole blocks, and some rows
         return x @ dequantize(q, x.dtype).T
     absmax: tuple[torch.Tensor | None, ...] = (q.absmax,)
     double: tuple[torch.Tensor | None, ...] = ()

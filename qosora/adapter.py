@@ -1,0 +1,214 @@
+"""The adapter: a PEFT tuner that trains s and o of decomposed layers.
+
+An adapter is two float32 vectors per layer, starting as copies of the base's (σ and ones). It replaces the base's pair
+while it is active, so one adapter is active at a time; merging writes it into the base's pair, exactly, and the base
+stays in 4 bits. The adapter records the fingerprint of the base that it was trained on and refuses any other.
+
+PEFT closes its enum of methods to outsiders; `config.OSORA` stands in, and the tables below are filled by hand.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from qosora.checkpoint import base_fingerprint
+from qosora.config import OSORA, OsoraConfig
+from qosora.errors import ConfigError, FingerprintError
+from qosora.linear import QosoraLinear, float32_kept, qosora_modules
+
+__all__ = ["OsoraLayer", "OsoraModel", "model_fingerprint"]
+
+
+class OsoraLayer(nn.Module, BaseTunerLayer):
+    """A decomposed layer with trainable vectors, for any number of adapters.
+
+    Args:
+        base_layer: The decomposed layer; it stays frozen.
+        adapter_name: Of the first adapter.
+        config: What that adapter trains.
+    """
+
+    adapter_layer_names = ("osora_s", "osora_o")
+
+    def __init__(self, base_layer: QosoraLinear, adapter_name: str, config: OsoraConfig) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.osora_s = nn.ParameterDict()
+        self.osora_o = nn.ParameterDict()
+        self.merged_adapters: list[str] = []
+        self._before_merge: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: OsoraConfig) -> None:
+        """Add an adapter that starts where the base is. A vector that is not trained gets no parameter."""
+        if config.vectors in ("both", "s"):
+            self.osora_s[adapter_name] = nn.Parameter(self.base_layer.s.detach().clone())
+        if config.vectors in ("both", "o"):
+            self.osora_o[adapter_name] = nn.Parameter(self.base_layer.o.detach().clone())
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def vectors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return s (rank,) and o (out_features,), float32, of an adapter; the base's where it trains none."""
+        return (
+            self.osora_s.get(adapter_name, self.base_layer.s),
+            self.osora_o.get(adapter_name, self.base_layer.o),
+        )
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the output with the active adapter. x: (..., in_features)."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x)
+        if self.merged:
+            return self.base_layer(x)
+        return self.base_layer.apply_vectors(x, *self.vectors(self._active()))
+
+    def _active(self) -> str:
+        active = [name for name in self.active_adapters if name in self.osora_s or name in self.osora_o]
+        if len(active) > 1:
+            raise ConfigError(
+                f"adapters {active} are active together, but an OSoRA adapter replaces the base's vectors, so only one "
+                "can be: call set_adapter with one name"
+            )
+        return active[0] if active else ""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write an adapter's vectors into the base layer. Exact, and undone by `unmerge`.
+
+        Args:
+            safe_merge: Whether to refuse vectors with NaN or infinity.
+            adapter_names: At most one that this layer has; the active one by default.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.osora_s or n in self.osora_o]
+        if not names:
+            return
+        if len(names) > 1 or self.merged:
+            raise ConfigError(f"only one OSoRA adapter can be merged, got {[*self.merged_adapters, *names]}")
+        s, o = (v.detach().clone() for v in self.vectors(names[0]))
+        if safe_merge and not (torch.isfinite(s).all() and torch.isfinite(o).all()):
+            raise ValueError(f"NaN or infinity in the vectors of adapter {names[0]!r}: its training diverged")
+        base = self.base_layer
+        self._before_merge = (base.s.data, base.o.data)
+        base.s.data, base.o.data = s, o
+        self.merged_adapters.append(names[0])
+
+    def unmerge(self) -> None:
+        """Give the base layer the vectors back that it had before `merge`."""
+        if self._before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_layer.s.data, self.base_layer.o.data = self._before_merge
+        self._before_merge = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """Return what an adapter adds to the base's weight, (out_features, in_features), float32."""
+        return self.base_layer.dequantize(*self.vectors(adapter_name)) - self.base_layer.dequantize()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> OsoraLayer:
+        with float32_kept(self.osora_s, list(self.osora_s)), float32_kept(self.osora_o, list(self.osora_o)):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter's vectors; PEFT would also cast them to the layer's compute dtype."""
+        device = device or self.base_layer.s.device
+        for vectors in (self.osora_s, self.osora_o):
+            if adapter_name in vectors and vectors[adapter_name].device.type != "meta":
+                vectors[adapter_name].data = vectors[adapter_name].data.to(device)
+
+    def __repr__(self) -> str:
+        return "osora." + super().__repr__()
+
+
+class OsoraModel(BaseTuner):
+    """The tuner that `get_peft_model(model, OsoraConfig())` makes."""
+
+    prefix = "osora_"
+    tuner_layer_cls = OsoraLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _check_new_adapter_config(self, config: OsoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        layers = qosora_modules(self.model)
+        if not layers:
+            raise ConfigError(
+                f"OSoRA adapts a qosora base, and {type(self.model).__name__} has no decomposed layer. Load it with "
+                "from_pretrained(..., quantization_config=QosoraConfig(rank=128)), or convert it once with "
+                "`qosora quantize SRC OUT` and load OUT"
+            )
+        fingerprint = model_fingerprint(self.model)
+        if config.base_fingerprint is None:
+            config.base_fingerprint = fingerprint
+        elif fingerprint is not None and config.base_fingerprint != fingerprint:
+            raise FingerprintError(
+                f"the adapter was trained on the base with fingerprint {config.base_fingerprint}, but this base has "
+                f"{fingerprint}: another model, rank, decomposition, or a merged base. Load it onto the base it was "
+                f"trained on (its adapter_config.json names {config.base_model_name_or_path!r})"
+            )
+
+    def _prepare_adapter_config(self, peft_config: OsoraConfig, model_config: dict[str, Any]) -> OsoraConfig:
+        if peft_config.target_modules in (None, "all-linear"):
+            peft_config.target_modules = {n.removesuffix(".base_layer") for n in qosora_modules(self.model)}
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        config: OsoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, OsoraLayer):
+            target.update_layer(adapter_name, config)
+        elif isinstance(target, QosoraLinear):
+            layer = OsoraLayer(target, adapter_name, config)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        else:
+            raise ConfigError(
+                f"target_modules names {current_key!r}, which is a {type(target).__name__} and not a decomposed layer. "
+                "Leave it out of target_modules; to train it in full, name it in modules_to_save"
+            )
+
+
+def model_fingerprint(model: nn.Module) -> str | None:
+    """Return the fingerprint of the base in a model, with or without adapters; None without one or on meta."""
+    layers = list(qosora_modules(model).values())
+    if not layers or layers[0].s.is_meta:
+        return None
+    return base_fingerprint(_unmerged_parameters(model))
+
+
+def _unmerged_parameters(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    originals = {
+        id(m.base_layer): m._before_merge
+        for m in model.modules()
+        if isinstance(m, OsoraLayer) and m._before_merge is not None
+    }
+    layers = []
+    for layer in qosora_modules(model).values():
+        tensors: dict[str, torch.Tensor] = dict(layer.named_parameters(recurse=False))
+        if id(layer) in originals:
+            tensors["s"], tensors["o"] = originals[id(layer)]
+        layers.append(tensors)
+    return layers
+
+
+PEFT_TYPE_TO_TUNER_MAPPING[OSORA] = OsoraModel
+PEFT_TYPE_TO_PREFIX_MAPPING[OSORA] = OsoraModel.prefix

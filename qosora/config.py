@@ -1,0 +1,220 @@
+"""The two configurations that a user names, as with QLoRA: how the base is stored, and what is trained.
+
+`QosoraConfig` is a transformers quantization config: `from_pretrained(..., quantization_config=QosoraConfig(rank=128))`
+decomposes an ordinary checkpoint while it loads. `OsoraConfig` is a PEFT config: it puts trainable vectors on the
+decomposed layers. Both refuse unknown keys and report all problems at once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qosora.errors import ConfigError
+from qosora.nf4 import BLOCKSIZES, QUANT_TYPES
+
+__all__ = ["OSORA", "OsoraConfig", "QosoraConfig"]
+
+QUANT_METHOD = "qosora"
+SVD_METHODS = ("randomized", "exact")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+VECTORS = ("both", "s", "o")
+
+
+class QosoraConfig(QuantizationConfigMixin):
+    """How a base is decomposed and stored.
+
+    Args:
+        rank: Singular triplets kept apart from the residual, at most min(out_features, in_features) per layer.
+        rank_pattern: Ranks of single layers: a module name, the end of one, or a regular expression for either, to
+            its rank. The first that matches counts.
+        svd: "randomized" or "exact".
+        svd_iterations: Power iterations of the randomized SVD.
+        svd_oversampling: Oversampling columns of the randomized SVD.
+        seed: Seed of the randomized SVD.
+        quant_type: "nf4" or "fp4".
+        blocksize: Values per quantization block.
+        double_quant: Whether the blocks' absmax values are quantized, too.
+        modules_to_not_convert: Names, or ends or regular expressions of names, of linear layers to leave as they are,
+            besides the output embedding, which always stays.
+        compute_dtype: Dtype of the products outside autocast ("bfloat16", "float16", "float32" or the torch dtype);
+            by default that of the layer's input.
+
+    Raises:
+        ConfigError: With every problem that the arguments have.
+
+    Example:
+        >>> config = QosoraConfig(rank=128, rank_pattern={"down_proj": 256})
+        >>> model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-2-7b-hf", quantization_config=config)
+        >>> model.save_pretrained("llama-2-7b-qosora")
+    """
+
+    def __init__(
+        self,
+        rank: int = 128,
+        rank_pattern: dict[str, int] | None = None,
+        svd: str = "randomized",
+        svd_iterations: int = 2,
+        svd_oversampling: int = 16,
+        seed: int = 0,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        modules_to_not_convert: list[str] | None = None,
+        compute_dtype: str | torch.dtype | None = None,
+        **unknown: Any,
+    ) -> None:
+        problems = []
+        method = unknown.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            problems.append(f"quant_method must be {QUANT_METHOD!r}, got {method!r}")
+        self.quant_method = QUANT_METHOD
+        self.rank = rank
+        self.rank_pattern = dict(rank_pattern or {})
+        self.svd = svd
+        self.svd_iterations = svd_iterations
+        self.svd_oversampling = svd_oversampling
+        self.seed = seed
+        self.quant_type = quant_type
+        self.blocksize = blocksize
+        self.double_quant = double_quant
+        self.modules_to_not_convert = modules_to_not_convert
+        self.compute_dtype = str(compute_dtype).removeprefix("torch.") if compute_dtype is not None else None
+        known = ", ".join(k for k in self.__dict__ if k != "quant_method")
+        problems += [f"unknown option {key!r}; the options are {known}" for key in unknown]
+        problems += self._problems()
+        if problems:
+            raise ConfigError(problems)
+
+    def _problems(self) -> list[str]:
+        problems = [
+            f"{name} must be an integer of at least {least}, got {value!r}"
+            for name, value, least in [
+                ("rank", self.rank, 1),
+                ("svd_iterations", self.svd_iterations, 0),
+                ("svd_oversampling", self.svd_oversampling, 0),
+                ("seed", self.seed, 0),
+                *((f"rank_pattern[{key!r}]", value, 1) for key, value in self.rank_pattern.items()),
+            ]
+            if not isinstance(value, int) or isinstance(value, bool) or value < least
+        ]
+        problems += [
+            f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
+            for name, value, allowed in [
+                ("svd", self.svd, SVD_METHODS),
+                ("quant_type", self.quant_type, QUANT_TYPES),
+                ("blocksize", self.blocksize, BLOCKSIZES),
+                ("double_quant", self.double_quant, (True, False)),
+                ("compute_dtype", self.compute_dtype, (None, *COMPUTE_DTYPES)),
+            ]
+            if value not in allowed
+        ]
+        names = self.modules_to_not_convert
+        if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+            problems.append(f"modules_to_not_convert must be a list of names, got {names!r}")
+        for pattern in self.rank_pattern:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(f"rank_pattern[{pattern!r}] is not a regular expression: {error}")
+        return problems
+
+    def rank_of(self, module_name: str) -> int:
+        """Return the rank of a layer, by its full name in the model."""
+        for pattern, rank in self.rank_pattern.items():
+            if re.match(rf"(.*\.)?({pattern})$", module_name):
+                return rank
+        return self.rank
+
+    @property
+    def torch_compute_dtype(self) -> torch.dtype | None:
+        """`compute_dtype` as a torch dtype."""
+        return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+
+    def factorize_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `factorize.factorize`, without rank and name."""
+        return {
+            "svd": self.svd,
+            "svd_iterations": self.svd_iterations,
+            "svd_oversampling": self.svd_oversampling,
+            "seed": self.seed,
+            **self.storage_options(),
+        }
+
+    def storage_options(self) -> dict[str, Any]:
+        """Return the options of the 4-bit format: those that `nf4.quantize` takes."""
+        return {"quant_type": self.quant_type, "blocksize": self.blocksize, "double_quant": self.double_quant}
+
+
+class _OsoraType(str):
+    """PEFT's enum of adapter types is closed to outsiders: a string that has an enum member's `value` stands in."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+OSORA = _OsoraType("OSORA")
+
+
+@dataclass
+class OsoraConfig(PeftConfig):
+    """What is trained on a qosora base.
+
+    Args:
+        vectors: Which vectors are trained: "both", "s" (singular values) or "o" (output scales). The others stay at
+            the base's values.
+        target_modules: Names, or a regular expression, of the decomposed layers to adapt; all by default.
+        exclude_modules: Names, or a regular expression, of layers to leave out.
+        layers_to_transform: Indices of the transformer layers to adapt; all by default.
+        layers_pattern: Name of the layer list, where it is not "layers" or "h".
+        modules_to_save: Other modules to train and save in full, as with LoRA.
+        base_fingerprint: Identity of the base that the adapter was trained on; filled in.
+
+    Example:
+        >>> model = get_peft_model(model, OsoraConfig())
+    """
+
+    task_type: Any = "CAUSAL_LM"
+    vectors: str = field(default="both", metadata={"help": "Vectors to train: both, s or o."})
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    base_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = OSORA
+        problems = []
+        if self.vectors not in VECTORS:
+            problems.append(f"vectors must be one of {', '.join(VECTORS)}, got {self.vectors!r}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            problems.append("layers_pattern says where the indices in layers_to_transform count; give both or neither")
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                problems.append(f"target_modules is not a regular expression: {error}")
+        if problems:
+            raise ConfigError(problems)
+        for name in ("target_modules", "exclude_modules"):  # PEFT tests membership
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain data; sets are sorted, so that equal configs make equal files."""
+        plain = asdict(self)
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()} | {"peft_type": str(OSORA)}
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = QosoraConfig
+PEFT_TYPE_TO_CONFIG_MAPPING[OSORA] = OsoraConfig
