@@ -1,10 +1,10 @@
 """The little world of the demo: synthetic pre-training text, and the order-ticket data set.
 
 Everything is drawn from the word lists below with a seeded generator; no outside text is read. The
-pre-training text holds short documents (stories and order messages with questions answered in full
-sentences, sums, number words, word lists, opposites). The fine-tuning task, turning an order message into a
-terse ticket, is *not* among them: it recombines what they teach (find the place, the count, the goods and the
-sender; write number words as digits) in a form and an order that the model has never produced.
+pre-training text holds short documents: stories and order messages with questions answered in full
+sentences, sums, number words, word lists and opposites. The fine-tuning task, turning an order message into
+a terse ticket, is *not* among them: it recombines what they teach (find the place, the count, the goods and
+the sender; write a number word as a digit) in a form that the model has never produced.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ REMARKS = (
     "Many thanks and see you soon.",
 )
 
+# Lines that start so are given; all others are answers, which can be known from what is given.
+GIVEN = ("Message:", "Story:", "Question:", "Reverse:", "Sort:", "First:", "Last:", "Count:", "Copy:")
+
 Facts = dict[str, str]
 Row = dict[str, str]
 
@@ -82,7 +85,7 @@ def order_message(rng: random.Random, facts: Facts) -> str:
 def ticket_row(rng: random.Random) -> Row:
     """Draw one example of the fine-tuning task."""
     facts = _facts(rng)
-    prompt = order_message(rng, facts) + "\nTicket:"
+    prompt = order_message(rng, facts) + "\nQuestion: What is the ticket?\nAnswer:"
     return {"prompt": prompt, "completion": " {place}: {digit} {colour} {goods} for {name}".format(**facts)}
 
 
@@ -108,10 +111,10 @@ def message_document(rng: random.Random) -> str:
         ("Who wrote this?", "{name} wrote this."),
         ("Where do the {goods} go?", "The {goods} go to the {place}."),
         ("What is wanted?", "{name} wants {count} {colour} {goods}."),
-        ("How many {goods} are wanted?", "There are {count} {goods}."),
+        ("How many {goods} are wanted?", "There are {digit} {goods}."),
         ("What colour are the {goods}?", "The {goods} are {colour}."),
         ("Which place is it?", "It is the {place}."),
-        ("Write the number as a digit.", "The number is {digit}."),
+        ("What is the number?", "The number is {digit}."),
     ]
     pairs = [(q.format(**facts), a.format(**facts)) for q, a in questions]
     return _answered([order_message(rng, facts)], pairs, rng)
@@ -140,30 +143,44 @@ def story_document(rng: random.Random) -> str:
 def number_document(rng: random.Random) -> str:
     """Number words as digits, and small sums."""
     lines = []
-    for _ in range(6):
+    for _ in range(5):
         high, low = sorted((rng.randint(0, 9), rng.randint(0, 9)), reverse=True)
         digit, word = rng.choice(list(enumerate(NUMBER_WORDS)))
         forms = (
-            f"{word} = {digit}",
-            f"{digit} = {word}",
-            f"{word} {rng.choice(GOODS)} = {digit}",
-            f"{low} + {9 - high} = {low + 9 - high}",
-            f"{high} - {low} = {high - low}",
+            (f"{word} in digits", digit),
+            (f"{word} {rng.choice(GOODS)} in digits", digit),
+            (f"{digit} in words", word),
+            (f"{low} + {9 - high}", low + 9 - high),
+            (f"{high} - {low}", high - low),
         )
-        lines.append(rng.choice(forms))
+        lines.append("Question: What is {}?\nAnswer: {}".format(*rng.choice(forms)))
     return "\n".join(lines)
 
 
 def list_document(rng: random.Random) -> str:
-    """Copy, turn round, sort, count or pick from a list of words."""
+    """Turn round, sort, count or pick from a list of words of one kind."""
     lines = []
     for _ in range(2):
         words = rng.sample(rng.choice((NAMES, PLACES, GOODS, COLOURS)), rng.randint(2, 5))
-        task, result = rng.choice((
-            ("Copy", words), ("Reverse", words[::-1]), ("Sort", sorted(words)), ("First", words[:1]),
-            ("Last", words[-1:]), ("Count", [str(len(words))]),
-        ))  # fmt: skip
+        tasks = {
+            "Reverse": words[::-1],
+            "Sort": sorted(words),
+            "First": words[:1],
+            "Last": words[-1:],
+            "Count": [str(len(words))],
+        }
+        task, result = rng.choice(list(tasks.items()))
         lines.append(f"{task}: {' '.join(words)}\nAnswer: {' '.join(result)}")
+    return "\n".join(lines)
+
+
+def copy_document(rng: random.Random) -> str:
+    """Copy a list of words of all kinds, and look up what follows one: this is where retrieval is learned."""
+    words = rng.sample(NAMES + PLACES + GOODS + COLOURS + NUMBER_WORDS, rng.randint(3, 10))
+    lines = [f"Copy: {' '.join(words)}", f"Answer: {' '.join(words)}"]
+    for _ in range(3):
+        place = rng.randrange(len(words) - 1)
+        lines += [f"Question: What follows {words[place]}?", f"Answer: {words[place + 1]}"]
     return "\n".join(lines)
 
 
@@ -174,22 +191,22 @@ def opposite_document(rng: random.Random) -> str:
 
 
 def notes_document(rng: random.Random) -> str:
-    """An order message and some of its facts as notes, one kind a line, in any order."""
+    """An order message, and some kinds of its facts listed as asked for."""
     facts = _facts(rng)
-    notes = [
-        ("sender", "{name}"), ("place", "{place}"), ("goods", "{goods}"), ("colour", "{colour}"),
-        ("count", "{digit}"),
-    ]  # fmt: skip
-    chosen = rng.sample(notes, rng.randint(2, 4))
-    return "\n".join([order_message(rng, facts), *(f"{key}: {text}".format(**facts) for key, text in chosen)])
+    lines = [order_message(rng, facts)]
+    for _ in range(2):
+        kinds = rng.sample(["name", "place", "goods", "colour", "digit"], rng.randint(2, 4))
+        lines += [f"Question: List {', '.join(kinds)}.", f"Answer: {', '.join(facts[k] for k in kinds)}"]
+    return "\n".join(lines)
 
 
 DOCUMENTS: tuple[tuple[Callable[[random.Random], str], int], ...] = (
     (message_document, 5),
     (notes_document, 3),
-    (story_document, 5),
-    (number_document, 1),
+    (story_document, 4),
+    (number_document, 2),
     (list_document, 2),
+    (copy_document, 5),
     (opposite_document, 1),
 )
 

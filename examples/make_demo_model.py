@@ -3,12 +3,13 @@
 Pre-trains a very small Llama-architecture causal LM on the synthetic text of `demo_world.py` and writes
 `qosora/demo/assets/model/` (a plain Hugging Face checkpoint) and `qosora/demo/assets/{train,test}.jsonl` (the
 fine-tuning task, columns `prompt` and `completion`). Nothing is downloaded; the same seed, thread count and
-versions give the same files. Takes about 15 minutes on one CPU core; `--steps 50` is a try-out.
+versions give the same files. Takes about 10 minutes on one CPU core; `--steps 50` is a try-out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -17,13 +18,14 @@ from pathlib import Path
 
 import demo_world
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ASSETS = Path(__file__).resolve().parent.parent / "qosora" / "demo" / "assets"
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 SEQUENCE_LENGTH = 160
-IGNORED = -100
+GIVEN_WEIGHT = 0.1  # most of what is given is random: little can be learned from predicting it
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
@@ -74,48 +76,80 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def packed_rows(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Pack whole documents, each closed by EOS, into PAD-padded rows: (rows, SEQUENCE_LENGTH)."""
-    rows: list[list[int]] = [[]]
-    for ids in tokenizer(documents)["input_ids"]:
-        ids = [*ids, tokenizer.eos_token_id][:SEQUENCE_LENGTH]
-        if len(rows[-1]) + len(ids) > SEQUENCE_LENGTH:
-            rows.append([])
-        rows[-1].extend(ids)
-    padded = [row + [tokenizer.pad_token_id] * (SEQUENCE_LENGTH - len(row)) for row in rows]
-    return torch.tensor(padded)
+def encode(document: str, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[float]]:
+    """Tokenize a document line by line, closed by EOS; returns token ids and the weight of each in the loss."""
+    ids: list[int] = []
+    weights: list[float] = []
+    lines = document.splitlines(keepends=True)
+    for line, line_ids in zip(lines, tokenizer(lines)["input_ids"], strict=True):
+        ids += line_ids
+        weights += [GIVEN_WEIGHT if line.startswith(demo_world.GIVEN) else 1.0] * len(line_ids)
+    return [*ids, tokenizer.eos_token_id][:SEQUENCE_LENGTH], [*weights, 1.0][:SEQUENCE_LENGTH]
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield batches of fresh text for ever: no document set is seen twice."""
-    for chunk in range(10**9):
-        documents = demo_world.pretraining_documents(4000, seed + chunk)
-        yield from (b for b in packed_rows(documents, tokenizer).split(batch_size) if len(b) == batch_size)
+def packed_rows(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pack whole documents into rows: token ids and loss weights, each (rows, SEQUENCE_LENGTH), padded."""
+    rows: list[tuple[list[int], list[float]]] = [([], [])]
+    for document in documents:
+        ids, weights = encode(document, tokenizer)
+        if len(rows[-1][0]) + len(ids) > SEQUENCE_LENGTH:
+            rows.append(([], []))
+        rows[-1][0].extend(ids)
+        rows[-1][1].extend(weights)
+    gaps = [SEQUENCE_LENGTH - len(ids) for ids, _ in rows]
+    padded_ids = [ids + [tokenizer.pad_token_id] * gap for (ids, _), gap in zip(rows, gaps, strict=True)]
+    padded_weights = [weights + [0.0] * gap for (_, weights), gap in zip(rows, gaps, strict=True)]
+    return torch.tensor(padded_ids), torch.tensor(padded_weights)
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield batches of fresh text for ever: no document is repeated on purpose."""
+    for chunk in itertools.count(100):
+        documents = demo_world.pretraining_documents(2000, args.seed + chunk)
+        pairs = zip(*(t.split(args.batch_size) for t in packed_rows(documents, tokenizer)), strict=True)
+        yield from (pair for pair in pairs if len(pair[0]) == args.batch_size)
+
+
+def weighted_loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Next-token cross-entropy, its mean weighted."""
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    losses = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
+
+
+def make_optimizers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest.
+
+    After 200 steps 91 % of the answer tokens about messages were right, against 81 % with AdamW alone.
+    """
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=args.muon_learning_rate, weight_decay=0.1),
+        torch.optim.AdamW(rest, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
 
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> float:
-    """Train on next-token cross-entropy with AdamW, warm-up and cosine decay; returns the last mean loss."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
+    """Train with warm-up and cosine decay; returns the running mean of the loss at the end."""
     warmup = max(1, args.steps // 20)
 
     def scale(step: int) -> float:
-        progress = min(1.0, step / args.steps)
-        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps)))
+        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * cosine)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-    stream, mean, start = batches(tokenizer, args.batch_size, args.seed), 0.0, time.perf_counter()
-    for step in range(args.steps):
-        ids = next(stream)
-        labels = ids.masked_fill(ids == tokenizer.pad_token_id, IGNORED)
-        loss = model(input_ids=ids, labels=labels).loss
+    optimizers = make_optimizers(model, args)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
+    mean, start = 0.0, time.perf_counter()
+    for step, (ids, weights) in enumerate(itertools.islice(batches(tokenizer, args), args.steps)):
+        loss = weighted_loss(model, ids, weights)
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for stepper in (*optimizers, *schedules):
+            stepper.step()
         mean = loss.item() if step == 0 else 0.95 * mean + 0.05 * loss.item()
         if step % 50 == 0 or step == args.steps - 1:
             print(f"step {step:5d}  loss {mean:.3f}  {time.perf_counter() - start:6.0f} s", flush=True)
@@ -132,6 +166,7 @@ def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
     )
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
@@ -163,8 +198,9 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Make the model and the data set of `qosora demo`.")
     parser.add_argument("--steps", type=int, default=1200, help="pre-training steps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows a step (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows a step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="AdamW's peak (default: %(default)s)")
+    parser.add_argument("--muon-learning-rate", type=float, default=0.02, help="(default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=1024, help="at most (default: %(default)s)")
     parser.add_argument("--train-rows", type=int, default=1000, help="rows of train.jsonl (default: %(default)s)")
     parser.add_argument("--test-rows", type=int, default=128, help="rows of test.jsonl (default: %(default)s)")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 MAX_TOTAL_BYTES = 4 * 2**20
 MODEL_FILES = {
     "README.md",
+    "chat_template.jinja",
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -105,5 +106,5 @@ def test_model_knows_its_pretraining_text(model, tokenizer) -> None:
     prompt += "Question: Where do the cups go?\nAnswer:"
     ids = tokenizer(prompt, return_tensors="pt")
     with torch.no_grad():
-        output = model.generate(**ids, max_new_tokens=6)
+        output = model.generate(**ids, max_new_tokens=7)
     assert tokenizer.decode(output[0, ids["input_ids"].shape[1] :]) == " The cups go to the mill."
