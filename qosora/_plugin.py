@@ -61,6 +61,8 @@ class _FillingLoader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:  # for inspect and pkgutil, which ask the loader for more
+            module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         _fill(module)
 

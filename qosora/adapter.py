@@ -9,18 +9,26 @@ PEFT closes its enum of methods to outsiders; `config.OSORA` stands in, and the 
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
 from torch import nn
 
 from qosora.checkpoint import base_fingerprint
 from qosora.config import OSORA, OsoraConfig
-from qosora.errors import ConfigError, FingerprintError
+from qosora.errors import CheckpointError, ConfigError, FingerprintError
 from qosora.linear import QosoraLinear, float32_kept, qosora_modules
 
 __all__ = ["OsoraLayer", "OsoraModel", "model_fingerprint"]
@@ -36,6 +44,14 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("osora_s", "osora_o")
+    base_layer: QosoraLinear
+    osora_s: nn.ParameterDict
+    osora_o: nn.ParameterDict
+    # BaseTunerLayer's, which is untyped
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+    set_adapter: Callable[..., None]
 
     def __init__(self, base_layer: QosoraLinear, adapter_name: str, config: OsoraConfig) -> None:
         nn.Module.__init__(self)
@@ -51,18 +67,22 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: OsoraConfig) -> None:
         """Add an adapter that starts where the base is. A vector that is not trained gets no parameter."""
+        s, o = self.base_vectors
         if config.vectors in ("both", "s"):
-            self.osora_s[adapter_name] = nn.Parameter(self.base_layer.s.detach().clone())
+            self.osora_s[adapter_name] = nn.Parameter(s.detach().clone())
         if config.vectors in ("both", "o"):
-            self.osora_o[adapter_name] = nn.Parameter(self.base_layer.o.detach().clone())
+            self.osora_o[adapter_name] = nn.Parameter(o.detach().clone())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @property
+    def base_vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The base's s (rank,) and o (out_features,), float32, also while an adapter is merged."""
+        return self._before_merge or (self.base_layer.s, self.base_layer.o)
 
     def vectors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return s (rank,) and o (out_features,), float32, of an adapter; the base's where it trains none."""
-        return (
-            self.osora_s.get(adapter_name, self.base_layer.s),
-            self.osora_o.get(adapter_name, self.base_layer.o),
-        )
+        s, o = self.base_vectors
+        return self.osora_s.get(adapter_name, s), self.osora_o.get(adapter_name, o)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the output with the active adapter. x: (..., in_features)."""
@@ -97,7 +117,7 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
             raise ConfigError(f"only one OSoRA adapter can be merged, got {[*self.merged_adapters, *names]}")
         s, o = (v.detach().clone() for v in self.vectors(names[0]))
         if safe_merge and not (torch.isfinite(s).all() and torch.isfinite(o).all()):
-            raise ValueError(f"NaN or infinity in the vectors of adapter {names[0]!r}: its training diverged")
+            raise CheckpointError(f"NaN or infinity in the vectors of adapter {names[0]!r}: its training diverged")
         base = self.base_layer
         self._before_merge = (base.s.data, base.o.data)
         base.s.data, base.o.data = s, o
@@ -114,11 +134,15 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Return what an adapter adds to the base's weight, (out_features, in_features), float32."""
-        return self.base_layer.dequantize(*self.vectors(adapter_name)) - self.base_layer.dequantize()
+        base = self.base_layer
+        return base.dequantize(*self.vectors(adapter_name)) - base.dequantize(*self.base_vectors)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> OsoraLayer:
         with float32_kept(self.osora_s, list(self.osora_s)), float32_kept(self.osora_o, list(self.osora_o)):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._before_merge is not None:
+            s, o = self._before_merge
+            self._before_merge = s.to(self.base_layer.s.device), o.to(self.base_layer.o.device)
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -132,6 +156,16 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
         return "osora." + super().__repr__()
 
 
+_HOW_TO_DECOMPOSE = (
+    "Load it with from_pretrained(..., quantization_config=QosoraConfig(rank=128)), or convert it once with "
+    "`qosora quantize SRC OUT` and load OUT"
+)
+_HOW_TO_RELOAD = (
+    "Give the base that the adapter was trained on, as saved by save_pretrained or `qosora quantize`. If it was never "
+    "saved, decompose the model with the same QosoraConfig: from_pretrained(..., quantization_config=QosoraConfig(...))"
+)
+
+
 class OsoraModel(BaseTuner):
     """The tuner that `get_peft_model(model, OsoraConfig())` makes."""
 
@@ -139,14 +173,24 @@ class OsoraModel(BaseTuner):
     tuner_layer_cls = OsoraLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter by its config, of which a copy is filled in, so that the user's serves another model, too."""
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _check_new_adapter_config(self, config: OsoraConfig) -> None:
         super()._check_new_adapter_config(config)
-        layers = qosora_modules(self.model)
-        if not layers:
+        names = self._decomposed()
+        if not names:
             raise ConfigError(
-                f"OSoRA adapts a qosora base, and {type(self.model).__name__} has no decomposed layer. Load it with "
-                "from_pretrained(..., quantization_config=QosoraConfig(rank=128)), or convert it once with "
-                "`qosora quantize SRC OUT` and load OUT"
+                f"OSoRA adapts a qosora base, and {type(self.model).__name__} has no decomposed layer. "
+                + (_HOW_TO_RELOAD if config.base_fingerprint else _HOW_TO_DECOMPOSE)
+            )
+        in_full = [n for n in names if any(re.match(rf"(.*\.)?{m}$", n) for m in config.modules_to_save or ())]
+        if in_full:
+            raise ConfigError(
+                f"modules_to_save names {in_full[0]!r}, which is frozen in 4 bits and cannot be trained in full. Take "
+                "it out, or decompose the model anew with its name in QosoraConfig's modules_to_not_convert"
             )
         fingerprint = model_fingerprint(self.model)
         if config.base_fingerprint is None:
@@ -154,14 +198,44 @@ class OsoraModel(BaseTuner):
         elif fingerprint is not None and config.base_fingerprint != fingerprint:
             raise FingerprintError(
                 f"the adapter was trained on the base with fingerprint {config.base_fingerprint}, but this base has "
-                f"{fingerprint}: another model, rank, decomposition, or a merged base. Load it onto the base it was "
-                f"trained on (its adapter_config.json names {config.base_model_name_or_path!r})"
+                f"{fingerprint}: another model, rank or seed, a merged base, or the same model decomposed anew on "
+                "other hardware. Load it onto the base it was trained on (its adapter_config.json names "
+                f"{config.base_model_name_or_path!r})"
             )
 
+    def _decomposed(self) -> list[str]:
+        return [name.removesuffix(".base_layer") for name in qosora_modules(self.model)]
+
     def _prepare_adapter_config(self, peft_config: OsoraConfig, model_config: dict[str, Any]) -> OsoraConfig:
-        if peft_config.target_modules in (None, "all-linear"):
-            peft_config.target_modules = {n.removesuffix(".base_layer") for n in qosora_modules(self.model)}
+        targets = peft_config.target_modules
+        if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+            names = self._decomposed()
+            # PEFT counts layers only for ends of names, not for the full ones that are filled in here.
+            ends = replace(peft_config, target_modules={n.rpartition(".")[2] for n in names}, exclude_modules=None)
+            peft_config.target_modules = {name for name in names if check_target_module_exists(ends, name)}
+            if not peft_config.target_modules:
+                raise ConfigError(
+                    f"layers_to_transform={ends.layers_to_transform!r} with layers_pattern={ends.layers_pattern!r} selects "
+                    f"none of the {len(names)} decomposed layers, such as {names[0]!r}"
+                )
+        self._refuse_other_targets(peft_config)
         return peft_config
+
+    def _refuse_other_targets(self, config: OsoraConfig) -> None:
+        """Raise ConfigError, before the model is changed, if something else than decomposed layers is targeted."""
+        inside, others = "", []
+        for name, module in self.model.named_modules():
+            if inside and name.startswith(inside):
+                continue
+            if isinstance(module, (OsoraLayer, QosoraLinear)):
+                inside = f"{name}."
+            elif name and check_target_module_exists(config, name):
+                others.append(f"{name} ({type(module).__name__})")
+        if others:
+            raise ConfigError(
+                f"target_modules matches {len(others)} modules that are not decomposed, among them {others[0]}. Leave "
+                "them out of target_modules; to train them in full, name them in modules_to_save"
+            )
 
     def _create_and_replace(
         self,
@@ -180,11 +254,6 @@ class OsoraModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
-        else:
-            raise ConfigError(
-                f"target_modules names {current_key!r}, which is a {type(target).__name__} and not a decomposed layer. "
-                "Leave it out of target_modules; to train it in full, name it in modules_to_save"
-            )
 
 
 def model_fingerprint(model: nn.Module) -> str | None:

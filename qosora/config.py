@@ -34,7 +34,7 @@ class QosoraConfig(QuantizationConfigMixin):
     Args:
         rank: Singular triplets kept apart from the residual, at most min(out_features, in_features) per layer.
         rank_pattern: Ranks of single layers: a module name, the end of one, or a regular expression for either, to
-            its rank. The first that matches counts.
+            its rank. Of several that match a module, the longest counts.
         svd: "randomized" or "exact".
         svd_iterations: Power iterations of the randomized SVD.
         svd_oversampling: Oversampling columns of the randomized SVD.
@@ -77,7 +77,7 @@ class QosoraConfig(QuantizationConfigMixin):
             problems.append(f"quant_method must be {QUANT_METHOD!r}, got {method!r}")
         self.quant_method = QUANT_METHOD
         self.rank = rank
-        self.rank_pattern = dict(rank_pattern or {})
+        self.rank_pattern = {} if rank_pattern is None else rank_pattern
         self.svd = svd
         self.svd_iterations = svd_iterations
         self.svd_oversampling = svd_oversampling
@@ -92,8 +92,10 @@ class QosoraConfig(QuantizationConfigMixin):
         problems += self._problems()
         if problems:
             raise ConfigError(problems)
+        self.rank_pattern = dict(self.rank_pattern)
 
     def _problems(self) -> list[str]:
+        patterns = self.rank_pattern if isinstance(self.rank_pattern, dict) else {}
         problems = [
             f"{name} must be an integer of at least {least}, got {value!r}"
             for name, value, least in [
@@ -101,9 +103,9 @@ class QosoraConfig(QuantizationConfigMixin):
                 ("svd_iterations", self.svd_iterations, 0),
                 ("svd_oversampling", self.svd_oversampling, 0),
                 ("seed", self.seed, 0),
-                *((f"rank_pattern[{key!r}]", value, 1) for key, value in self.rank_pattern.items()),
+                *((f"rank_pattern[{key!r}]", value, 1) for key, value in patterns.items()),
             ]
-            if not isinstance(value, int) or isinstance(value, bool) or value < least
+            if type(value) is not int or value < least
         ]
         problems += [
             f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
@@ -114,24 +116,24 @@ class QosoraConfig(QuantizationConfigMixin):
                 ("double_quant", self.double_quant, (True, False)),
                 ("compute_dtype", self.compute_dtype, (None, *COMPUTE_DTYPES)),
             ]
-            if value not in allowed
+            if (type(value), value) not in [(type(choice), choice) for choice in allowed]  # 64.0 == 64, 1 == True
         ]
+        if not isinstance(self.rank_pattern, dict):
+            problems.append(f"rank_pattern must be a dict from names to ranks, got {self.rank_pattern!r}")
         names = self.modules_to_not_convert
-        if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        if names is not None and not isinstance(names, list):
             problems.append(f"modules_to_not_convert must be a list of names, got {names!r}")
-        for pattern in self.rank_pattern:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                problems.append(f"rank_pattern[{pattern!r}] is not a regular expression: {error}")
+        for key in patterns:
+            problems += _pattern_problems(f"rank_pattern[{key!r}]", key)
+        for name in names if isinstance(names, list) else []:
+            problems += _pattern_problems(f"modules_to_not_convert: {name!r}", name)
         return problems
 
     def rank_of(self, module_name: str) -> int:
         """Return the rank of a layer, by its full name in the model."""
-        for pattern, rank in self.rank_pattern.items():
-            if re.match(rf"(.*\.)?({pattern})$", module_name):
-                return rank
-        return self.rank
+        # Not the first: transformers sorts the keys when it writes config.json.
+        matching = [p for p in self.rank_pattern if matches_module(p, module_name)]
+        return self.rank_pattern[max(matching, key=lambda p: (len(p), p))] if matching else self.rank
 
     @property
     def torch_compute_dtype(self) -> torch.dtype | None:
@@ -151,6 +153,21 @@ class QosoraConfig(QuantizationConfigMixin):
     def storage_options(self) -> dict[str, Any]:
         """Return the options of the 4-bit format: those that `nf4.quantize` takes."""
         return {"quant_type": self.quant_type, "blocksize": self.blocksize, "double_quant": self.double_quant}
+
+
+def matches_module(pattern: str, module_name: str) -> bool:
+    """Say whether a key of `rank_pattern` means a module: it is its name, an end of that, or a regular expression."""
+    return re.match(rf"(.*\.)?({pattern})$", module_name) is not None
+
+
+def _pattern_problems(what: str, pattern: object) -> list[str]:
+    if not isinstance(pattern, str):
+        return [f"{what} is not a name"]
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{what} is not a regular expression: {error}"]
+    return []
 
 
 class _OsoraType(str):
@@ -199,16 +216,28 @@ class OsoraConfig(PeftConfig):
             problems.append(f"vectors must be one of {', '.join(VECTORS)}, got {self.vectors!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("layers_pattern says where the indices in layers_to_transform count; give both or neither")
-        if isinstance(self.target_modules, str):
-            try:
-                re.compile(self.target_modules)
-            except re.error as error:
-                problems.append(f"target_modules is not a regular expression: {error}")
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            problems += self._problems_of_names(name, getattr(self, name))
+        layers = self.layers_to_transform
+        indices = layers if isinstance(layers, (list, tuple)) else [layers]
+        if layers is not None and not all(type(i) is int and i >= 0 for i in indices):
+            problems.append(f"layers_to_transform must be an index or a list of them, got {layers!r}")
         if problems:
             raise ConfigError(problems)
         for name in ("target_modules", "exclude_modules"):  # PEFT tests membership
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+
+    @staticmethod
+    def _problems_of_names(option: str, value: object) -> list[str]:
+        single = option != "modules_to_save"
+        if value is None:
+            return []
+        if isinstance(value, str) and single:
+            return _pattern_problems(option, value)
+        if isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value):
+            return []
+        return [f"{option} must be a list of names{' or a regular expression' * single}, got {value!r}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain data; sets are sorted, so that equal configs make equal files."""

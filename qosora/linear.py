@@ -20,7 +20,7 @@ lose every change of them below 2⁻⁸ of their size, and a small learning rate
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ class QosoraLinear(nn.Module):
             o: (out_features,), float32.
         """
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             out_dtype = dtype = torch.get_autocast_dtype(device)
         else:
             out_dtype, dtype = x.dtype, self.compute_dtype or x.dtype
@@ -215,17 +215,23 @@ class _OsoraFunction(torch.autograd.Function):
         h, s, o = ctx.saved_tensors
         factors: Factors = ctx.factors
         dx = ds = do = None
-        if h is not None:
-            P = _product_float32(h.T, g).mul_(nf4.dequantize(factors.U))
-            if ctx.needs_input_grad[1]:
-                ds = P @ o
-            if ctx.needs_input_grad[2]:
-                do = s @ P
-        if ctx.needs_input_grad[0]:
-            dx = g @ nf4.dequantize(factors.residual, g.dtype)
-            dh = g @ _scaled_U(factors.U, s, o, g.dtype).T
-            dx.addmm_(dh, nf4.dequantize(factors.V, g.dtype))
+        with _no_autocast(g.device.type):
+            if h is not None:
+                P = _product_float32(h.T, g).mul_(nf4.dequantize(factors.U))
+                if ctx.needs_input_grad[1]:
+                    ds = P @ o
+                if ctx.needs_input_grad[2]:
+                    do = s @ P
+            if ctx.needs_input_grad[0]:
+                dx = g @ nf4.dequantize(factors.residual, g.dtype)
+                dh = g @ _scaled_U(factors.U, s, o, g.dtype).T
+                dx.addmm_(dh, nf4.dequantize(factors.V, g.dtype))
         return dx, ds, do, None, None
+
+
+def _no_autocast(device: str) -> AbstractContextManager[None]:
+    """For a backward that is called under autocast, which would round the products with s and o to 16 bits."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _scaled_U(U: FourBitTensor, s: torch.Tensor, o: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -244,15 +250,20 @@ def _product_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def float32_kept(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Undo, on exit, any change of dtype that was made to a module's own float32 parameters; keep changes of device."""
-    kept = {name: p.data for name in names if (p := module._parameters[name]) is not None and p.dtype == torch.float32}
+    """Undo, on exit, any change of dtype that was made to a module's own float32 parameters; keep changes of device.
+
+    A parameter that stays on its device stays the same object, which an optimizer may hold, and keeps its gradient.
+    """
+    params = {name: p for name in names if (p := module._parameters[name]) is not None and p.dtype == torch.float32}
+    kept = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in params.items()}
     yield
-    for name, data in kept.items():
+    for name, (data, grad) in kept.items():
         param = module._parameters[name]
         assert param is not None
         if param.dtype != torch.float32:
-            moved = torch.empty_like(data, device=param.device) if data.is_meta else data.to(param.device)
-            module._parameters[name] = nn.Parameter(moved, requires_grad=param.requires_grad)
+            device = param.device
+            param.data = torch.empty_like(data, device=device) if data.is_meta else data.to(device)
+            param.grad = None if grad is None else grad.to(device)
 
 
 def qosora_modules(model: nn.Module) -> dict[str, QosoraLinear]:

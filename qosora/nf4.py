@@ -108,7 +108,9 @@ def quantize(
 def dequantize(q: FourBitTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return the tensor of shape `q.shape` in `dtype` (float32, float16 or bfloat16)."""
     shape, numel = q.shape, math.prod(q.shape)
-    if shape[-1] % 2:  # bitsandbytes' CPU kernel wants even rows and else compiles a fallback, for seconds
+    # bitsandbytes' CPU kernel takes wrong absmax values where a row ends inside a block (0.50.2; (3, 16) at blocksize
+    # 32), and for odd rows compiles a fallback, for seconds. As one even row the values are right, on one thread.
+    if shape[-1] % q.blocksize:
         shape = (numel + numel % 2,)
     out: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         q.packed, _absmax(q), q.blocksize, q.quant_type, shape, dtype

@@ -7,9 +7,11 @@ packed tensors and the config; loading that needs no configuration and gives the
 
 from __future__ import annotations
 
+from collections.abc import Callable, ItemsView
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -18,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from qosora.config import QUANT_METHOD, QosoraConfig
+from qosora.config import QUANT_METHOD, QosoraConfig, matches_module
 from qosora.errors import CheckpointError, ConfigError
 from qosora.factorize import factorize
 from qosora.linear import QosoraLinear, qosora_modules
@@ -66,34 +68,66 @@ def replace_linears(model: nn.Module, config: QosoraConfig, skip: list[str]) -> 
     return replaced
 
 
+def _unmatched_patterns(model: nn.Module, config: QosoraConfig) -> list[str]:
+    """Return a sentence for every name in the config that means no layer: it is mistyped, or of another model."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+    return [
+        f"rank_pattern[{pattern!r}] matches no linear layer of {type(model).__name__}, which has {kinds}"
+        for pattern in config.rank_pattern
+        if not any(matches_module(pattern, name) for name in linears)
+    ] + [
+        f"modules_to_not_convert: {pattern!r} matches no linear layer of {type(model).__name__}, which has {kinds}"
+        for pattern in config.modules_to_not_convert or []
+        if all(should_convert_module(name, [pattern]) for name in linears)
+    ]
+
+
+class _Deferred(dict[str, torch.Tensor]):
+    """A result that is computed when it is read.
+
+    The loader turns an error of `convert` into text for a report, goes on with all other weights, and ends in a
+    RuntimeError that does not say what was wrong. It reads the result outside of that: an error there reaches the
+    caller, at once.
+    """
+
+    def __init__(self, compute: Callable[[], dict[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def items(self) -> ItemsView[str, torch.Tensor]:  # type: ignore[override]
+        return self._compute().items()
+
+
 class _Factorize(ConversionOps):
     """Decomposes one weight of an ordinary checkpoint into the parameters of its `QosoraLinear`."""
 
-    def __init__(self, quantizer: QosoraHfQuantizer) -> None:
-        self.quantizer = quantizer
+    def __init__(self, config: QosoraConfig) -> None:
+        self.config = config
 
     def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **_: Any) -> dict[str, torch.Tensor]:
+        """Return the parameters of the layers that the weights in `input_dict` belong to, by name."""
+        return _Deferred(lambda: self._states(input_dict, model))
+
+    def _states(self, weights: dict[str, Any], model: nn.Module | None) -> dict[str, torch.Tensor]:
         if model is None:
             raise CheckpointError("decomposing needs the model that the weights are for")
         result = {}
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
+        for name, value in weights.items():
             module, _ = get_module_from_name(model, name)
-            result.update(
-                {
-                    f"{name.removesuffix('weight')}{key}": tensor
-                    for key, tensor in self._state(name, module, weight).items()
-                }
-            )
+            state = self._state(name, module, value[0] if isinstance(value, list) else value)
+            result.update({f"{name.removesuffix('weight')}{key}": tensor for key, tensor in state.items()})
         return result
 
     def _state(self, name: str, module: QosoraLinear, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        config = self.quantizer.quantization_config
         weight = weight.T if module.fan_in_fan_out else weight
         expected = (module.out_features, module.in_features)
         if tuple(weight.shape) != expected:
-            raise CheckpointError(f"{name}: the model wants shape {expected}, the checkpoint has {tuple(weight.shape)}")
-        return module.state_of(factorize(weight, module.rank, name=name, **config.factorize_options()))
+            raise CheckpointError(
+                f"{name}: config.json makes it {expected}, the checkpoint has {tuple(weight.shape)}; "
+                "config and weights belong to different models"
+            )
+        return module.state_of(factorize(weight, module.rank, name=name, **self.config.factorize_options()))
 
 
 class QosoraHfQuantizer(HfQuantizer):
@@ -119,20 +153,24 @@ class QosoraHfQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Say whether a checkpoint's tensor is a weight to decompose."""
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, QosoraLinear) and name == "weight"
+        # Of a base, too, the loader would ask, and not compare the shape of a tensor that "needs quantization".
+        return not self.pre_quantized and isinstance(module, QosoraLinear) and name == "weight"
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that decomposes a weight."""
-        return _Factorize(self)
+        return _Factorize(self.quantization_config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         skip = self.get_modules_to_not_convert(
             model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
+        if not self.pre_quantized and (problems := _unmatched_patterns(model, config)):
+            raise ConfigError(problems)
         replace_linears(model, config, skip)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        _refuse_missing(model)
         for module in qosora_modules(model).values():
             module.requires_grad_(False)  # the loader makes every float parameter trainable
         return model
@@ -147,11 +185,40 @@ class QosoraHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        # config.dtype is a str after save_pretrained
-        dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ConfigError("the model has adapters: dequantize what merge_and_unload() or unload() returns")
+        dtype, loaded_dtype = _torch_dtype(dtype), _torch_dtype(model.config.dtype)
         for name, module in qosora_modules(model).items():
             model.set_submodule(name, _plain_linear(module, dtype))
+        if dtype not in (None, loaded_dtype):  # the user's choice: embeddings and norms must follow
+            model.to(dtype)
+            model.config.dtype = dtype
         return model
+
+
+def _refuse_missing(model: PreTrainedModel) -> None:
+    """Raise CheckpointError where a decomposed layer's tensors were not all in the checkpoint.
+
+    The loader only logs that, and leaves uninitialised memory in them.
+    """
+    if hasattr(model, "hf_device_map"):  # spread over devices: tensors that were moved have lost the loader's mark
+        return
+    missing = [
+        f"{name}.{key}"
+        for name, module in qosora_modules(model).items()
+        for key, param in module.named_parameters(recurse=False)
+        if not getattr(param, "_is_hf_initialized", False)
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{model.config.name_or_path}: {len(missing)} tensors that the model needs are not in the checkpoint, "
+            f"among them {missing[0]!r}; get the whole checkpoint"
+        )
+
+
+def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a dtype that is a str in a model's config after `save_pretrained`."""
+    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
 
 
 @torch.no_grad()

@@ -1,0 +1,94 @@
+"""The command line: parses, calls the library, prints. No logic of its own, and no torch until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import qosora
+from qosora.cli import demo, evaluate, export, generate, inspect, quantize, train
+from qosora.errors import ConfigError, QosoraError
+
+__all__ = ["main"]
+
+_COMMANDS = (quantize, train, evaluate, generate, export, inspect, demo)
+
+_DESCRIPTION = """\
+Quantized OSoRA: fine-tune large language models on one consumer GPU.
+
+A model's weights are decomposed once and frozen in 4 bits (quantize); two small
+vectors per layer are trained (train); the result leaves as an ordinary Hugging
+Face checkpoint (export)."""
+
+_EXAMPLES = """\
+try it:
+  qosora demo
+  qosora quantize meta-llama/Llama-2-7b-hf llama-2-7b-qosora
+  qosora train --model llama-2-7b-qosora --data train.jsonl --output-dir my-adapter
+  qosora export my-adapter my-model"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="qosora", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"qosora {qosora.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in _COMMANDS:
+        command = commands.add_parser(
+            module.NAME,
+            help=module.HELP,
+            description=module.HELP[0].upper() + module.HELP[1:] + ".",
+            epilog=f"examples:\n{module.EXAMPLES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument(
+            "-v", "--verbose", action="store_true", help="show other libraries' messages, and tracebacks of errors"
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, name=module.NAME)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 1 for a failure, 2 for wrong usage or configuration."""
+    args = build_parser().parse_args(argv)
+    _set_up_messages(args.verbose)
+    try:
+        args.run(args)
+    except (QosoraError, OSError) as error:
+        if args.verbose:
+            raise
+        if isinstance(error, BrokenPipeError):  # the reader of our output has gone: nobody to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        print(f"qosora {args.name}: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print(f"qosora {args.name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _set_up_messages(verbose: bool) -> None:
+    """Show our own messages on standard error; other libraries' only on request."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("qosora: %(message)s"))
+    logger = logging.getLogger("qosora")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not verbose:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

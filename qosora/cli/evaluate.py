@@ -1,0 +1,67 @@
+"""`qosora eval`."""
+
+from __future__ import annotations
+
+import argparse
+
+from qosora.cli.output import add_json, add_model, print_json
+
+NAME = "eval"
+HELP = "measure loss and perplexity, and exact match by request, on data"
+EXAMPLES = """\
+  qosora eval ./my-adapter --data test.jsonl
+  qosora eval ./my-base --data test.jsonl --limit 200 --json
+  qosora eval ./my-adapter --data gsm8k.jsonl --prompt-column question --completion-column answer \\
+      --exact-match --answer-pattern '#### (.+)'"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_model(parser)
+    parser.add_argument("--data", required=True, metavar="DATA", help="file or hub data set, as for train")
+    parser.add_argument("--split", metavar="NAME", help="split of a hub data set")
+    parser.add_argument("--limit", type=int, metavar="N", help="use the first N examples only")
+    for part in ("prompt", "completion", "messages", "text"):
+        parser.add_argument(f"--{part}-column", metavar="NAME", help=f"column of the {part}, where it is not {part}")
+    parser.add_argument("--chat", action="store_true", help="wrap prompt and completion into the chat template")
+    parser.add_argument("--max-length", type=int, default=1024, metavar="N", help="cut examples (default: 1024)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument("--exact-match", action="store_true", help="also generate, and count equal completions")
+    parser.add_argument("--answer-pattern", metavar="REGEX", help="compare only the last match of this in each answer")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="for --exact-match (default: 256)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from qosora.data import Columns
+    from qosora.evaluate import evaluate
+    from qosora.models import load_model, load_tokenizer, split_source
+
+    base, adapter = split_source(args.model, args.base)
+    columns = Columns(args.prompt_column, args.completion_column, args.messages_column, args.text_column)
+    model = load_model(args.model, base=args.base, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    result = evaluate(
+        model,
+        load_tokenizer(adapter, base, trust_remote_code=args.trust_remote_code),
+        args.data,
+        split=args.split,
+        columns=columns,
+        chat=args.chat,
+        limit=args.limit,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        exact_match=args.exact_match,
+        answer_pattern=args.answer_pattern,
+        max_new_tokens=args.max_new_tokens,
+    )
+    if args.json:
+        print_json(result.to_dict())
+        return
+    print(f"loss         {result.loss:.4f}")
+    print(f"perplexity   {result.perplexity:.4g}")
+    print(f"over         {result.tokens:,} tokens of {result.examples:,} examples")
+    if result.exact_match is not None:
+        print(f"exact match  {result.exact_match:.1%}")
+        for sample in result.samples:
+            print(f"\n{sample.prompt}\n  expected:  {sample.expected.strip()}\n  generated: {sample.generated.strip()}")

@@ -1,0 +1,63 @@
+"""`qosora generate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from qosora.cli.output import add_json, add_model, print_json
+from qosora.errors import ConfigError
+
+NAME = "generate"
+HELP = "answer prompts with a base, or with an adapter on it"
+EXAMPLES = """\
+  qosora generate ./my-adapter --prompt "What is SVD?" --chat
+  qosora generate ./my-adapter --prompt-file questions.txt --json
+  echo "Once upon a time" | qosora generate ./my-base --temperature 0.8"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_model(parser)
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; standard input without any")
+    parser.add_argument("--prompt-file", metavar="FILE", help="one prompt a line")
+    parser.add_argument("--chat", action="store_true", help="wrap each prompt into the model's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    prompts = list(args.prompt or [])
+    if args.prompt_file:
+        prompts += [line for line in Path(args.prompt_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts and not args.prompt_file:
+        prompts = [sys.stdin.read().rstrip("\n")]
+    if not any(prompts):
+        raise ConfigError("no prompt: give --prompt, --prompt-file, or text on standard input")
+
+    from qosora.generate import generate
+    from qosora.models import load_model, load_tokenizer, split_source
+
+    base, adapter = split_source(args.model, args.base)
+    model = load_model(args.model, base=args.base, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(adapter, base, trust_remote_code=args.trust_remote_code)
+    answers = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        chat=args.chat,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    if args.json:
+        print_json([{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)])
+        return
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        print(answer if len(prompts) == 1 else f"{'' if i == 0 else chr(10)}> {prompt}\n{answer}")

@@ -1,0 +1,54 @@
+"""Printing: tables, sizes, JSON, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["add_json", "add_model", "print_json", "size", "table"]
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a base or an adapter, and how to load it."""
+    parser.add_argument("model", metavar="MODEL", help="folder of an adapter, or a base (folder or hub id)")
+    parser.add_argument("--base", metavar="BASE", help="the adapter's base, where it is not where the adapter says")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="dtype of what is not decomposed, and of the computation (default: the base's)",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the base brings")
+
+
+def print_json(value: Any) -> None:
+    """Print plain data as JSON."""
+    print(json.dumps(value, indent=2, sort_keys=False))
+
+
+def size(count: float) -> str:
+    """Return bytes in a binary unit: 1536 is '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return an aligned table: the first column to the left, the others to the right."""
+    cells = [list(head), *[[str(c) for c in row] for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *rest = row
+        return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+
+    return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])

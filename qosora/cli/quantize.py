@@ -1,0 +1,123 @@
+"""`qosora quantize`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from qosora.cli.output import add_json, print_json, size, table
+from qosora.errors import ConfigError
+
+NAME = "quantize"
+HELP = "decompose a model and write it as a 4-bit base"
+EXAMPLES = """\
+  qosora quantize meta-llama/Llama-2-7b-hf llama-2-7b-qosora
+  qosora quantize ./my-model ./my-base --rank 256 --rank-pattern down_proj=128
+  qosora quantize model.Q8_0.gguf ./my-base"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("source", metavar="SRC", help="model folder, hub id, or GGUF file")
+    parser.add_argument("output", metavar="OUT", help="folder to make")
+    parser.add_argument("--rank", type=int, default=128, help="singular triplets per layer (default: 128)")
+    parser.add_argument(
+        "--rank-pattern", action="append", default=[], metavar="NAME=RANK", help="rank of some layers; repeatable"
+    )
+    parser.add_argument("--svd", choices=("randomized", "exact"), default="randomized", help="(default: randomized)")
+    parser.add_argument("--svd-iterations", type=int, default=2, help="power iterations of the randomized SVD")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the randomized SVD")
+    parser.add_argument("--quant-type", choices=("nf4", "fp4"), default="nf4", help="4-bit format (default: nf4)")
+    parser.add_argument("--blocksize", type=int, default=64, help="values per quantization block (default: 64)")
+    parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
+    parser.add_argument("--skip", nargs="+", metavar="NAME", help="linear layers to leave as they are")
+    parser.add_argument(
+        "--compute-dtype", choices=("bfloat16", "float16", "float32"), help="dtype of the products outside autocast"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="dtype of what is not decomposed (default: SRC's)"
+    )
+    parser.add_argument("--device", help="where to decompose, e.g. cuda:1 (default: the GPU, if there is one)")
+    parser.add_argument("--max-shard-size", type=float, default=2.0, metavar="GB", help="(default: 2)")
+    parser.add_argument("--report", metavar="FILE", help="write the errors of all layers as JSON there")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that SRC brings")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    import torch
+    from tqdm import tqdm
+
+    from qosora.config import QosoraConfig
+    from qosora.convert import LayerReport, quantize
+
+    config = QosoraConfig(
+        rank=args.rank,
+        rank_pattern=_ranks(args.rank_pattern),
+        svd=args.svd,
+        svd_iterations=args.svd_iterations,
+        seed=args.seed,
+        quant_type=args.quant_type,
+        blocksize=args.blocksize,
+        double_quant=not args.no_double_quant,
+        modules_to_not_convert=args.skip,
+        compute_dtype=args.compute_dtype,
+    )
+    with tqdm(unit="layer", desc="decomposing", disable=args.json or None) as bar:
+
+        def progress(layer: LayerReport, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_postfix_str(f"error {layer.error:.3f} ({config.quant_type} {layer.nf4_error:.3f})", refresh=False)
+            bar.update(done - bar.n)
+
+        report = quantize(
+            args.source,
+            args.output,
+            config,
+            dtype=args.dtype and getattr(torch, args.dtype),
+            device=args.device,
+            max_shard_bytes=int(args.max_shard_size * 1e9),
+            overwrite=args.overwrite,
+            trust_remote_code=args.trust_remote_code,
+            progress=progress,
+        )
+    if args.report:
+        with open(args.report, "w", encoding="utf-8") as file:
+            json.dump(report.to_dict(), file, indent=2)
+    if args.json:
+        print_json(report.to_dict())
+        return
+    print(kinds_table(report.by_kind(), config.quant_type))
+    print(f"\n{args.output}: {size(report.base_bytes)}, {len(report.layers)} layers, {report.seconds:.0f} s")
+    print(f"next: qosora train --model {args.output} --data DATA.jsonl --output-dir ADAPTER")
+
+
+def kinds_table(kinds: dict[str, dict[str, Any]], quant_type: str) -> str:
+    """Return the table of errors by kind of layer."""
+    return table(
+        ["layer", "count", "error", f"plain {quant_type}", "bits/param", "seconds"],
+        [
+            [
+                kind,
+                f"{row['layers']:.0f}",
+                f"{row['error']:.4f}",
+                f"{row['nf4_error']:.4f}",
+                f"{row['bits_per_parameter']:.2f}",
+                f"{row['seconds']:.1f}",
+            ]
+            for kind, row in kinds.items()
+        ],
+    )
+
+
+def _ranks(pairs: list[str]) -> dict[str, int]:
+    ranks = {}
+    for pair in pairs:
+        name, _, rank = pair.rpartition("=")
+        if not name or not rank.isdigit():
+            raise ConfigError(f"--rank-pattern takes NAME=RANK, e.g. down_proj=256, got {pair!r}")
+        ranks[name] = int(rank)
+    return ranks

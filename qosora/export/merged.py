@@ -1,0 +1,295 @@
+"""A base and an adapter as a plain Hugging Face checkpoint.
+
+    W = R + diag(o) U diag(s) Vᵀ        with the adapter's s and o, or the base's own
+
+merged in float32 and cast once, one layer at a time, from the base's files into the shards of the result; no model is
+ever built. W is the weight that training saw, up to the rounding of the cast. It is not the original weight plus what
+was learned: the quantization error that training worked around is in it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from qosora.checkpoint import ShardWriter, atomic_folder, require_space, write_json
+from qosora.config import COMPUTE_DTYPES
+from qosora.errors import CheckpointError, ConfigError
+from qosora.export.plain import PlainModel, natural_order
+from qosora.export.source import Source
+
+__all__ = ["ExportReport", "export_merged"]
+
+#: Files that tokenizers are made of, and others that a model needs.
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "*.spm",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+)
+_MODEL_FILES = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+#: What those may be; never pickles, nor code.
+_SAFE_SUFFIXES = ("", ".json", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".jinja", ".md", ".pdf")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        output: The folder written.
+        base: The base as given.
+        adapter: The adapter as given, or None.
+        fingerprint: Of the base.
+        dtype: Of the merged weights.
+        merged_layers: Layers whose weights were dequantized.
+        adapted_layers: Those of them that the adapter has vectors for.
+        replaced: Other tensors that the adapter brought (`modules_to_save`).
+        untied: Tensors that the base shares with another and the export does not, since only one was trained.
+        tokenizer_from: The folder that the tokenizer was copied from, or None where there is none.
+        tensor_count: Tensors written.
+        total_bytes: Their bytes.
+        shard_count: The files they lie in.
+        wall_seconds: Time it took.
+    """
+
+    output: str
+    base: str
+    adapter: str | None
+    fingerprint: str
+    dtype: str
+    merged_layers: int
+    adapted_layers: int
+    replaced: list[str]
+    untied: list[str]
+    tokenizer_from: str | None
+    tensor_count: int
+    total_bytes: int
+    shard_count: int
+    wall_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return asdict(self)
+
+
+def export_merged(
+    base: str | Path,
+    output: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    max_shard_bytes: int = 1_000_000_000,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> ExportReport:
+    """Write a base, with an adapter merged into it, as a plain checkpoint of dequantized weights.
+
+    Carried along are the tokenizer of the adapter's folder, or else of the base's, and the base's generation config and
+    licence. Code (`*.py`) is carried only with `trust_remote_code`: without it nothing would run it.
+
+    Args:
+        base: Folder or hub id of a qosora base.
+        output: Folder to make.
+        adapter: Folder or hub id of an adapter; without one the base is exported as it is.
+        dtype: "bfloat16", "float16" or "float32" (or the torch dtype) of the result; by default the base's. Tensors
+            that the model class keeps in float32 stay as they are.
+        max_shard_bytes: Size of the output's shards, and about what is held in memory besides one layer.
+        overwrite: Whether a model in `output` may be replaced; it stays as it is until the new one is complete.
+        trust_remote_code: Whether to run model code that the base brings.
+        progress: Called before each tensor is made, with its name, the number done and the number of all; and once at
+            the end, with an empty name.
+
+    Raises:
+        CheckpointError: If base, adapter or output cannot be used, or a weight does not fit into `dtype`.
+        ConfigError: If `dtype` or `max_shard_bytes` makes no sense.
+        FingerprintError: If the adapter was trained on another base.
+
+    Example:
+        >>> export_merged("llama-2-7b-qosora", "llama-2-7b-tuned", "runs/gsm8k/adapter")
+    """
+    start = time.perf_counter()
+    target = _checked_options(dtype, max_shard_bytes)
+    base_folder = _local_folder(base, trust_remote_code)
+    adapter_folder = None if adapter is None else _local_folder(adapter, trust_remote_code=False)
+    _refuse_input_as_output(Path(output), base_folder, adapter_folder)
+    with Source(base_folder, adapter_folder, trust_remote_code=trust_remote_code) as source:
+        merged_dtype = target or source.dtype
+        plan = _plan(source, target)
+        with atomic_folder(output, overwrite=overwrite) as folder:
+            require_space(folder, sum(item.nbytes for item in plan))
+            tokenizer_from = _copy_files(folder, base_folder, adapter_folder, trust_remote_code)
+            _write_config(folder, source, merged_dtype, trust_remote_code)
+            writer = ShardWriter(folder, max_shard_bytes)
+            for done, item in enumerate(plan):
+                if progress:
+                    progress(item.name, done, len(plan))
+                writer.add(item.name, item.make())
+            writer.close()
+            if progress:
+                progress("", len(plan), len(plan))
+        return ExportReport(
+            output=str(output),
+            base=str(base),
+            adapter=None if adapter is None else str(adapter),
+            fingerprint=source.fingerprint,
+            dtype=str(merged_dtype).removeprefix("torch."),
+            merged_layers=len(source.layers),
+            adapted_layers=len(source.vectors),
+            replaced=natural_order(disk for disk, stored in source.tensors.items() if stored.trained),
+            untied=source.untied,
+            tokenizer_from=tokenizer_from,
+            tensor_count=len(plan),
+            total_bytes=writer.total_bytes,
+            shard_count=writer.shard_count,
+            wall_seconds=time.perf_counter() - start,
+        )
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A tensor of the export: its name, its bytes, and how to make it."""
+
+    name: str
+    nbytes: int
+    make: Callable[[], torch.Tensor]
+
+
+def _plan(source: Source, target: torch.dtype | None) -> list[_Item]:
+    """Return what the export consists of, layer by layer."""
+    items = {}
+    for disk, stored in source.tensors.items():
+        dtype = stored.dtype
+        if target is not None and dtype.is_floating_point and not source.plain.keeps_float32(stored.name, target):
+            dtype = target
+        items[disk] = _Item(disk, torch.Size(stored.shape).numel() * dtype.itemsize, _copying(source, disk, dtype))
+    dtype = target or source.dtype
+    for layer in source.layers.values():
+        name = f"{layer.disk}.weight"
+        items[name] = _Item(
+            name, layer.out_features * layer.in_features * dtype.itemsize, _merging(source, layer.module, dtype)
+        )
+    return [items[name] for name in natural_order(items)]
+
+
+def _copying(source: Source, disk: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    def make() -> torch.Tensor:
+        stored = source.tensors[disk]
+        tensor = stored.read()
+        return _cast(disk, tensor, dtype) if stored.trained or tensor.dtype != dtype else tensor
+
+    return make
+
+
+def _merging(source: Source, module: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    def make() -> torch.Tensor:
+        layer = source.layers[module]
+        weight = _cast(f"{layer.disk}.weight", source.merged(layer), dtype)
+        return weight.T.contiguous() if layer.transposed else weight
+
+    return make
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    cast = tensor.to(dtype)
+    if not dtype.is_floating_point or not cast.numel() or all(map(torch.isfinite, torch.aminmax(cast))):
+        return cast
+    if torch.isfinite(tensor).all():
+        raise CheckpointError(
+            f"{name}: its largest value, {float(tensor.abs().max()):.4g}, does not fit into {dtype}, which ends at "
+            f"{torch.finfo(dtype).max:.4g}; export in bfloat16 or float32"
+        )
+    raise CheckpointError(f"{name} holds NaN or infinity: the base is damaged, or the training diverged")
+
+
+def _checked_options(dtype: str | torch.dtype | None, max_shard_bytes: int) -> torch.dtype | None:
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    problems = []
+    if name is not None and name not in COMPUTE_DTYPES:
+        problems.append(f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}")
+    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        problems.append(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r}")
+    if problems:
+        raise ConfigError(problems)
+    return None if name is None else getattr(torch, name)
+
+
+def _local_folder(source: str | Path, trust_remote_code: bool) -> Path:
+    """Return a local folder as it is, and download a hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists():
+        raise CheckpointError(f"{source} is a file; name the folder it lies in")
+    patterns = ["*.safetensors", "*.json", *_TOKENIZER_FILES, *_MODEL_FILES, *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns, ignore_patterns=["original/*"]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{source}: neither a local folder nor something that the hub gives ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _refuse_input_as_output(output: Path, *inputs: Path | None) -> None:
+    target = output.resolve()
+    for source in filter(None, inputs):
+        if target in (source.resolve(), *source.resolve().parents):
+            raise CheckpointError(f"{output} holds {source}, which is being exported; name another folder")
+
+
+def _copy_files(folder: Path, base: Path, adapter: Path | None, with_code: bool) -> str | None:
+    """Carry along what a model needs besides weights and config; return where the tokenizer is from."""
+    tokenizer = next((f for f in (adapter, base) if f is not None and _has_tokenizer(f)), None)
+    wanted = [(base, pattern) for pattern in (*_MODEL_FILES, *(["*.py"] if with_code else []))]
+    if tokenizer is not None:  # one folder's only: files of two tokenizers do not make one
+        wanted += [(tokenizer, pattern) for pattern in _TOKENIZER_FILES]
+    for source, pattern in wanted:
+        for file in source.glob(pattern):
+            if file.is_file() and file.suffix in (*_SAFE_SUFFIXES, *([".py"] if with_code else [])):
+                copy = folder / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+    return None if tokenizer is None else str(tokenizer)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken"))
+
+
+def _write_config(folder: Path, source: Source, dtype: torch.dtype, with_code: bool) -> None:
+    config = dict(source.config)
+    for key in ("quantization_config", "torch_dtype", *([] if with_code else ["auto_map"])):
+        config.pop(key, None)
+    config["dtype"] = name = str(dtype).removeprefix("torch.")
+    for key, value in config.items():  # the text model of a multimodal one
+        if isinstance(value, dict) and "dtype" in value:
+            config[key] = {**value, "dtype": name}
+    if source.untied:
+        config["tie_word_embeddings"] = False
+        for key, value in config.items():
+            if isinstance(value, dict) and "tie_word_embeddings" in value:
+                config[key] = {**value, "tie_word_embeddings": False}
+    write_json(folder / "config.json", config)
+    if source.untied:
+        plain = PlainModel(folder, with_code)
+        names = {stored.name for stored in source.tensors.values()} | {f"{module}.weight" for module in source.layers}
+        tied = [source.tensors[disk].name for disk in source.untied if plain.tied_to(source.tensors[disk].name)]
+        if tied or plain.missing(names):
+            raise CheckpointError(
+                f"{source.adapter} trains one of some tied tensors apart from the others ({', '.join(source.untied)}), "
+                f"but a {plain.class_name} cannot have them apart, so a plain checkpoint cannot hold this adapter"
+            )

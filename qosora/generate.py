@@ -1,0 +1,140 @@
+"""Text from prompts, in batches: greedy by default, padded on the left, ended by the model's stop tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from qosora.errors import ConfigError, DataError
+
+__all__ = ["Prompt", "generate", "inference", "stop_token_ids"]
+
+Prompt = str | list[dict[str, Any]]  # text, or chat messages
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    batch_size: int = 8,
+    chat: bool = False,
+) -> list[str]:
+    """Return what the model writes after each prompt, without special tokens.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        tokenizer: Its tokenizer; left as it is.
+        prompts: Texts, or lists of chat messages.
+        max_new_tokens: Tokens to write at most.
+        temperature: 0 takes the likeliest token each time.
+        top_p: With a temperature, sample from the likeliest tokens that make up this probability.
+        seed: Of the sampling; the global generators are left alone if it is given.
+        batch_size: Prompts on the device at once.
+        chat: Whether to wrap texts into the chat template, as the user's message.
+
+    Raises:
+        ConfigError: An option is out of range.
+        DataError: A prompt is empty, or there are messages and no chat template.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or batch_size < 1:
+        raise ConfigError(
+            "max_new_tokens and batch_size must be at least 1, temperature at least 0 and top_p in (0, 1]; got "
+            f"{max_new_tokens}, {batch_size}, {temperature}, {top_p}"
+        )
+    encoded = [_encode(tokenizer, prompt, chat, number) for number, prompt in enumerate(prompts, 1)]
+    config = _generation_config(model, tokenizer, max_new_tokens, temperature, top_p)
+    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    texts = [""] * len(encoded)
+    with inference(model), _seeded(seed):
+        for start in range(0, len(encoded), batch_size):
+            chosen = by_length[start : start + batch_size]
+            for i, ids in zip(chosen, _continue(model, [encoded[i] for i in chosen], config), strict=True):
+                texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def stop_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end generation: the model's and the tokenizer's."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = own if isinstance(own, list) else [own]
+    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+@contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients, and back.
+
+    Autocast is on where 16-bit weights and float32 `modules_to_save`, as in training, would not go together.
+    """
+    training, dtype = model.training, model.dtype
+    device = model.get_input_embeddings().weight.device.type
+    mixed = dtype != torch.float32 and any(
+        ".modules_to_save." in name and p.dtype == torch.float32 for name, p in model.named_parameters()
+    )
+    model.eval()
+    try:
+        # not inference_mode: tensors that are cached meanwhile must serve training, too
+        with torch.no_grad(), torch.autocast(device, dtype) if mixed else nullcontext():
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, number: int) -> list[int]:
+    if not prompt:
+        raise DataError(f"prompt {number} is empty")
+    if isinstance(prompt, str) and not chat:
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        if ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1:  # some tokenizers end every text
+            ids.pop()
+        return ids
+    if not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template; give plain prompts, or the chat version's tokenizer")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    rendered: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return rendered
+
+
+def _generation_config(
+    model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float, top_p: float
+) -> GenerationConfig:
+    stops = stop_token_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=pad if pad is not None else (stops or [0])[0],
+        **{"do_sample": False, **sampling},
+    )
+
+
+def _continue(model: Any, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    """Return the new tokens after each prompt, without the stop token."""
+    width = max(map(len, prompts))
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    stops = set(config.eos_token_id or ())
+    return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in written]

@@ -1,0 +1,55 @@
+"""One seed for all tests, hypothesis profiles, and the condition of the `gpu` marker.
+
+`pytest --seed N` (or QOSORA_TEST_SEED=N) runs the tests on other random numbers; without it every run is the same.
+"""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+SEED_VARIABLE = "QOSORA_TEST_SEED"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = os.environ.get(SEED_VARIABLE)
+    parser.addoption(
+        "--seed", type=int, default=None if default is None else int(default), help="seed of the tests (default: 0)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seed = config.getoption("--seed")
+    hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+    hypothesis.settings.register_profile("seeded", deadline=None, derandomize=False, database=None, print_blob=True)
+    hypothesis.settings.load_profile("fixed" if seed is None else "seeded")
+    if seed is not None and config.getoption("--hypothesis-seed", None) is None:
+        hypothesis.core.global_force_seed = seed
+    # The tensors here are small: more threads cost more than they bring, and xdist brings its own processes.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, torch.get_num_threads()))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"qosora: seed {config.getoption('--seed') or 0}, {torch.get_num_threads()} torch threads"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch.cuda.is_available() is False"))
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The run's seed, for generators of a test's own."""
+    return int(request.config.getoption("--seed") or 0)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(seed: int) -> None:
+    torch.manual_seed(seed)
