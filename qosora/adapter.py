@@ -215,8 +215,8 @@ class OsoraModel(BaseTuner):
             peft_config.target_modules = {name for name in names if check_target_module_exists(ends, name)}
             if not peft_config.target_modules:
                 raise ConfigError(
-                    f"layers_to_transform={ends.layers_to_transform!r} with layers_pattern={ends.layers_pattern!r} selects "
-                    f"none of the {len(names)} decomposed layers, such as {names[0]!r}"
+                    f"layers_to_transform={ends.layers_to_transform!r} with layers_pattern={ends.layers_pattern!r} "
+                    f"selects none of the {len(names)} decomposed layers, such as {names[0]!r}"
                 )
         self._refuse_other_targets(peft_config)
         return peft_config

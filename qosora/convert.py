@@ -138,9 +138,9 @@ def quantize(
         with CheckpointReader(origin) as reader:
             plan.match(reader.names())
             for name in plan.order:
-                module, weight = plan.module_of(name), reader.tensor(plan.disk_name[name])
+                module, weight = plan.module_of(name), plan.checked(name, reader.tensor(plan.disk_name[name]))
                 if module is None:
-                    writer.add(plan.saved_name(name), plan.cast(name, weight))
+                    writer.add(plan.saved_name(name), weight.to(plan.dtype_of(name)))
                     continue
                 state, layer = _decompose(name, module, weight.to(device), config)
                 for key, tensor in state.items():
@@ -178,7 +178,7 @@ class _Plan:
                 self.config, dtype=self.config.dtype, trust_remote_code=trust_remote_code
             )
         self.config.architectures = [type(model).__name__]
-        self.plain = {k: (tuple(v.shape), v.dtype) for k, v in model.state_dict().items()}
+        self.plain: dict[str, torch.Tensor] = model.state_dict()
         QosoraHfQuantizer(config, pre_quantized=False)._process_model_before_weight_loading(model)
         self.model, self.origin = model, origin
         transforms = get_model_conversion_mapping(model)
@@ -197,7 +197,7 @@ class _Plan:
         """
         for disk in names:
             name, converter = rename_source_key(
-                disk, self._renamings, self._converters, self.model.base_model_prefix, dict.fromkeys(self.plain, True)
+                disk, self._renamings, self._converters, self.model.base_model_prefix, self.plain
             )
             if converter is not None:
                 raise CheckpointError(
@@ -225,19 +225,23 @@ class _Plan:
         module = self.model.get_submodule(name.removesuffix(".weight"))
         return module if isinstance(module, QosoraLinear) else None
 
-    def cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor in the dtype that the model holds it in.
+    def checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor as it is.
 
         Raises:
             CheckpointError: If its shape is not the model's.
         """
-        shape, dtype = self.plain[name]
-        if tuple(tensor.shape) != shape:
+        shape = self.plain[name].shape
+        if tensor.shape != shape:
             raise CheckpointError(
-                f"{self.origin}: {name} has shape {tuple(tensor.shape)}, but config.json makes it {shape}; "
+                f"{self.origin}: {name} has shape {tuple(tensor.shape)}, but config.json makes it {tuple(shape)}; "
                 "config and weights belong to different models"
             )
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return tensor
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype that the model holds a tensor in."""
+        return self.plain[name].dtype
 
     def saved_name(self, name: str) -> str:
         """Return the name that `save_pretrained` gives a parameter."""

@@ -155,9 +155,14 @@ def _problem(part: str, value: Any) -> str | None:
 
 
 def _kind_of(value: Any) -> str:
-    return {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}.get(
-        type(value), f"of type {type(value).__name__}"
-    )
+    return {
+        str: "text",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }.get(type(value), f"of type {type(value).__name__}")
 
 
 def _read(source: str | Path | Iterable[Mapping[str, Any]], split: str | None) -> Iterator[Row]:
@@ -199,7 +204,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                row = _parsed(f"{path} line {number}", line)
+                row = _parsed(f"{path} line {number}", line.rstrip("\r\n"))
                 if not isinstance(row, dict):
                     raise DataError(f"{path} line {number}: expected a JSON object, got {_kind_of(row)}")
                 yield f"line {number}", row
@@ -239,7 +244,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                     raise DataError(f"{path} line {reader.line_num}: not the {wanted} fields that the header names")
                 yield f"line {reader.line_num}", row
         except csv.Error as error:
-            raise DataError(f"{path} line {reader.line_num}: broken CSV ({error})") from None
+            raise DataError(f"{path} line {reader.reader.line_num}: broken CSV ({error})") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

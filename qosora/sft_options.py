@@ -27,14 +27,14 @@ logger = logging.getLogger("qosora")
 
 #: Options of SFTConfig that have another name here, or none because qosora does it: what to say of them.
 _ELSEWHERE = {
-    "activation_checkpointing": "gradient_checkpointing", "assistant_only_loss": "completion_only", "bf16": "precision", "chat_template_path": None,
-    "completion_only_loss": "completion_only", "dataset_kwargs": None, "dataset_text_field": "text_column",
-    "eos_token": None, "fp16": "precision", "gradient_accumulation_steps": "gradient_accumulation",
-    "include_num_input_tokens_seen": None, "lr_scheduler_type": "schedule", "model_init_kwargs": None,
-    "num_train_epochs": "epochs", "optim": "optimizer", "pad_token": None,
-    "per_device_eval_batch_size": "eval_batch_size", "per_device_train_batch_size": "batch_size",
-    "resume_from_checkpoint": "resume", "skip_memory_metrics": None, "truncation_mode": None, "use_cpu": None,
-    "use_liger_kernel": "use_liger", "warmup_steps": "warmup_ratio",
+    "activation_checkpointing": "gradient_checkpointing", "assistant_only_loss": "completion_only",
+    "bf16": "precision", "chat_template_path": None, "completion_only_loss": "completion_only", "dataset_kwargs": None,
+    "dataset_text_field": "text_column", "eos_token": None, "fp16": "precision",
+    "gradient_accumulation_steps": "gradient_accumulation", "include_num_input_tokens_seen": None,
+    "lr_scheduler_type": "schedule", "model_init_kwargs": None, "num_train_epochs": "epochs", "optim": "optimizer",
+    "pad_token": None, "per_device_eval_batch_size": "eval_batch_size", "per_device_train_batch_size": "batch_size",
+    "resume_from_checkpoint": "resume", "truncation_mode": None, "use_cpu": None, "use_liger_kernel": "use_liger",
+    "warmup_steps": "warmup_ratio",
 }  # fmt: skip
 
 

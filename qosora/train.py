@@ -73,7 +73,7 @@ class TrainResult:
                 f"evaluation loss {before:.4f} -> {after:.4f}, "
                 f"perplexity {perplexity(before):.3f} -> {perplexity(after):.3f}"
             )
-        return [*lines, f"adapter: {self.output_dir} ({self.adapter_bytes / 2**20:.2f} MiB)"]
+        return [*lines, f"adapter: {self.output_dir} ({self.adapter_bytes / 2**10:,.0f} KiB)"]
 
 
 def train(config: TrainConfig) -> TrainResult:

@@ -36,6 +36,8 @@ class QosoraTrainer(SFTTrainer):
         **kwargs: Of `SFTTrainer`.
     """
 
+    control: Any
+
     def __init__(self, *, eval_examples: Sequence[Example], **kwargs: Any) -> None:
         self.eval_examples = eval_examples
         super().__init__(**kwargs)

@@ -183,7 +183,7 @@ class Source:
         (rank,), (m,) = stored["s"], stored["o"]
         expected = self.plain.shapes.get(f"{module}.weight", ())
         transposed = module in self.plain.transposed
-        n = expected[0 if transposed else 1] if len(expected) == 2 else _in_features(stored["weight"][0], m)
+        n = _in_features(stored["weight"][0], m, expected[0 if transposed else 1] if len(expected) == 2 else 0)
         layer = Layer(module, disk, m, n, rank, transposed)
         for prefix, shape in layer.shapes().items():
             for field, (size, _) in self._fields(shape).items():
@@ -310,6 +310,9 @@ def _dtype_in(config: Mapping[str, Any]) -> torch.dtype:
     return dtype
 
 
-def _in_features(packed: int, out_features: int) -> int:
-    """Return n of an (m, n) matrix of `packed` bytes, two values to a byte, the last perhaps half empty."""
-    return 2 * packed // out_features
+def _in_features(packed: int, out_features: int, expected: int) -> int:
+    """Return n of an (m, n) matrix in `packed` bytes, two values to a byte: n as expected if it fits, else what fits.
+
+    Only for m = 1 do two n fit.
+    """
+    return expected if -(-out_features * expected // 2) == packed else 2 * packed // out_features
