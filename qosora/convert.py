@@ -8,7 +8,6 @@ and written to a temporary folder.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,25 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from qosora.checkpoint import INDEX_NAME, SINGLE_NAME, CheckpointReader, ShardWriter, atomic_folder, write_json
+from qosora.checkpoint import INDEX_NAME, SINGLE_NAME, CheckpointReader, ShardWriter
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError
 from qosora.factorize import factorize, measure_error
+from qosora.folders import atomic_folder, copy_files, local_folder, refuse_input_as_output, write_json
 from qosora.linear import QosoraLinear
+from qosora.models import quantization_of
+from qosora.plain import PlainModel, natural_order
 from qosora.quantizer import QosoraHfQuantizer
 
 __all__ = ["ConversionReport", "LayerReport", "quantize"]
 
 REPORT_NAME = "qosora_report.json"
-#: Files of a model folder that are not weights and that a model needs; never pickles.
-_COPIED = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
-_NOT_COPIED = ("config.json", INDEX_NAME, "adapter_config.json", REPORT_NAME)
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ def quantize(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    max_shard_bytes: int = 2_000_000_000,
+    max_shard_bytes: int = 1_000_000_000,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Callable[[LayerReport, int, int], None] | None = None,
@@ -131,26 +126,29 @@ def quantize(
     start = time.perf_counter()
     config = config or QosoraConfig()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with atomic_folder(output, overwrite=overwrite) as folder, _as_safetensors(source, trust_remote_code) as origin:
+    with _as_safetensors(source, trust_remote_code) as origin, CheckpointReader(origin) as reader:
+        refuse_input_as_output(output, Path(source) if Path(source).exists() else None, origin)
         plan = _Plan(origin, config, dtype, trust_remote_code)
-        writer = ShardWriter(folder, max_shard_bytes)
+        plan.match(reader)
         layers: list[LayerReport] = []
-        with CheckpointReader(origin) as reader:
-            plan.match(reader.names())
-            for name in plan.order:
-                module, weight = plan.module_of(name), plan.checked(name, reader.tensor(plan.disk_name[name]))
+        with atomic_folder(output, overwrite=overwrite) as folder:
+            writer = ShardWriter(folder, max_shard_bytes)
+            for disk, name in plan.tensors.items():
+                module, tensor = plan.layers.get(name), reader.tensor(disk)
                 if module is None:
-                    writer.add(plan.saved_name(name), weight.to(plan.dtype_of(name)))
+                    writer.add(disk, tensor.to(plan.dtype_of(name)) if tensor.is_floating_point() else tensor)
                     continue
-                state, layer = _decompose(name, module, weight.to(device), config)
-                for key, tensor in state.items():
-                    writer.add(plan.saved_name(name.removesuffix("weight") + key), tensor.cpu())
+                state, layer = _decompose(name, module, tensor.to(device), config)
+                for key, part in state.items():
+                    writer.add(disk.removesuffix("weight") + key, part.cpu())
                 layers.append(layer)
                 if progress:
-                    progress(layer, len(layers), plan.layer_count)
-        writer.close()
-        report = ConversionReport(str(source), layers, writer.total_bytes, time.perf_counter() - start)
-        _write_rest(origin, folder, plan.config, config, report)
+                    progress(layer, len(layers), len(plan.layers))
+            writer.close()
+            report = ConversionReport(str(source), layers, writer.total_bytes, time.perf_counter() - start)
+            copy_files(folder, origin, with_code=trust_remote_code)
+            plan.config.save_pretrained(folder)
+            write_json(folder / REPORT_NAME, report.to_dict())
     return report
 
 
@@ -168,96 +166,61 @@ def _decompose(
 
 
 class _Plan:
-    """What becomes of each tensor: the model class on the meta device, with its linear layers replaced."""
+    """What becomes of each tensor: the model class on the meta device, with its linear layers replaced.
 
-    def __init__(self, origin: Path, config: QosoraConfig, dtype: torch.dtype | None, trust_remote_code: bool) -> None:
+    Attributes:
+        config: Of the base that is made.
+        layers: The decomposed layers, by the name of their weight in the model.
+        tensors: What to read, in order: name on disk -> name in the model. Names on disk stay.
+    """
+
+    def __init__(self, origin: Path, storage: QosoraConfig, dtype: torch.dtype | None, trust_remote_code: bool) -> None:
+        self.origin = origin
+        self.plain = PlainModel(origin, trust_remote_code)
         self.config: PreTrainedConfig = AutoConfig.from_pretrained(origin, trust_remote_code=trust_remote_code)
-        self.config.dtype = dtype or self.config.dtype or torch.float32
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                self.config, dtype=self.config.dtype, trust_remote_code=trust_remote_code
-            )
-        self.config.architectures = [type(model).__name__]
-        self.plain: dict[str, torch.Tensor] = model.state_dict()
-        QosoraHfQuantizer(config, pre_quantized=False)._process_model_before_weight_loading(model)
-        self.model, self.origin = model, origin
-        transforms = get_model_conversion_mapping(model)
-        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self._reverse = [t.reverse_transform() for t in reversed(self._renamings)]
-        self.disk_name: dict[str, str] = {}
-        self.order: list[str] = []
-        self.layer_count = 0
+        self.dtype = self.config.dtype = dtype or self.config.dtype or torch.float32
+        self.config.architectures = [self.plain.class_name]
+        self.config.quantization_config = storage
+        model = self.plain.model
+        QosoraHfQuantizer(storage, pre_quantized=False)._process_model_before_weight_loading(model)
+        self.layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, QosoraLinear)}
+        self.tensors: dict[str, str] = {}
 
-    def match(self, names: list[str]) -> None:
-        """Find the tensor on disk for every tensor of the model.
+    def match(self, reader: CheckpointReader) -> None:
+        """Find the model's tensors in a checkpoint.
 
         Raises:
-            CheckpointError: If one is missing.
+            CheckpointError: If one is missing, or has another shape.
         """
-        for disk in names:
-            name, converter = rename_source_key(
-                disk, self._renamings, self._converters, self.model.base_model_prefix, self.plain
-            )
-            if converter is not None:
-                raise CheckpointError(
-                    f"{self.origin}: {disk} is stored in another form than {type(self.model).__name__} uses it in "
-                    f"({name}), which cannot be streamed yet; use from_pretrained and save_pretrained"
-                )
-            if name in self.plain:
-                self.disk_name[name] = disk
-        tied = self.model.all_tied_weights_keys
-        missing = [n for n in self.plain if n not in self.disk_name and tied.get(n) not in self.disk_name]
-        persistent = dict(self.model.named_parameters()).keys() | dict(self.model.named_buffers()).keys()
-        missing = [n for n in missing if n in persistent]
-        if missing:
+        located: set[str] = set()
+        for disk in natural_order(reader.names()):
+            name, parts = self.plain.locate(disk)
+            if not set(parts) & self.plain.shapes.keys():
+                continue  # from_pretrained leaves out what the model has no place for, too
+            located.update(parts)
+            self.tensors[disk] = name
+            if parts == [name]:
+                self._check_shape(name, reader.shape(disk))
+        if missing := self.plain.missing(located):
             raise CheckpointError(
-                f"{self.origin}: {len(missing)} tensors that {type(self.model).__name__} needs are not in the "
+                f"{self.origin}: {len(missing)} tensors that {self.plain.class_name} needs are not in the "
                 f"checkpoint, among them {missing[0]!r}; get the whole checkpoint"
             )
-        self.order = [n for n in self.plain if n in self.disk_name and tied.get(n) not in self.disk_name]
-        self.layer_count = sum(self.module_of(n) is not None for n in self.order)
+        for disk, name in list(self.tensors.items()):
+            if self.plain.tied.get(name) in located:  # a copy of the tensor that it is tied to
+                del self.tensors[disk]
 
-    def module_of(self, name: str) -> QosoraLinear | None:
-        """Return the layer that a tensor is the weight of, if it is to be decomposed."""
-        if not name.endswith(".weight"):
-            return None
-        module = self.model.get_submodule(name.removesuffix(".weight"))
-        return module if isinstance(module, QosoraLinear) else None
-
-    def checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor as it is.
-
-        Raises:
-            CheckpointError: If its shape is not the model's.
-        """
-        shape = self.plain[name].shape
-        if tensor.shape != shape:
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        expected = self.plain.shapes[name]
+        if shape != expected:
             raise CheckpointError(
-                f"{self.origin}: {name} has shape {tuple(tensor.shape)}, but config.json makes it {tuple(shape)}; "
+                f"{self.origin}: {name} has shape {shape}, but config.json makes it {expected}; "
                 "config and weights belong to different models"
             )
-        return tensor
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype that the model holds a tensor in."""
-        return self.plain[name].dtype
-
-    def saved_name(self, name: str) -> str:
-        """Return the name that `save_pretrained` gives a parameter."""
-        return rename_source_key(name, self._reverse, [], reverse=True)[0]
-
-
-def _write_rest(
-    origin: Path, folder: Path, config: PreTrainedConfig, storage: QosoraConfig, report: ConversionReport
-) -> None:
-    for pattern in _COPIED:
-        for file in origin.glob(pattern):
-            if file.name not in _NOT_COPIED and file.is_file():
-                shutil.copyfile(file, folder / file.name)
-    config.quantization_config = storage
-    config.save_pretrained(folder)
-    write_json(folder / REPORT_NAME, report.to_dict())
+        return torch.float32 if self.plain.keeps_float32(name, self.dtype) else self.dtype
 
 
 @contextmanager
@@ -267,7 +230,7 @@ def _as_safetensors(source: str | Path, trust_remote_code: bool) -> Iterator[Pat
     gguf = path.name if path.suffix == ".gguf" else None
     if gguf and not path.is_file():
         raise CheckpointError(f"{source}: no such file")
-    folder = path.parent if gguf else path if path.is_dir() else _download(str(source))
+    folder = path.parent if gguf else local_folder(source, trust_remote_code=trust_remote_code)
     if not gguf:
         _refuse_quantized(folder, trust_remote_code)
         if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
@@ -279,15 +242,11 @@ def _as_safetensors(source: str | Path, trust_remote_code: bool) -> Iterator[Pat
 
 
 def _refuse_quantized(folder: Path, trust_remote_code: bool) -> None:
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json, so this is no model folder")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    stored = getattr(config, "quantization_config", None)
+    stored = quantization_of(folder, trust_remote_code=trust_remote_code)
     if stored:
-        method = dict(stored).get("quant_method")
         raise CheckpointError(
-            f"{folder} is quantized already ({method}): what quantization lost cannot be decomposed. "
-            "Use the original 16-bit checkpoint"
+            f"{folder} is quantized already ({stored.get('quant_method')}): what quantization lost cannot be "
+            "decomposed. Use the original 16-bit checkpoint"
         )
 
 
@@ -301,23 +260,10 @@ def _resave(folder: Path, gguf: str | None, target: Path, trust_remote_code: boo
         raise CheckpointError(f"{where}: transformers cannot read the weights ({error})") from error
     if hasattr(model, "hf_quantizer"):
         model.hf_quantizer.remove_quantization_config(model)
-    if gguf:
-        AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
     model.save_pretrained(target)
     if gguf:  # read in float32 so that the decomposition starts there; the rest of the base is 16 bits
+        AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
         model.config.dtype = torch.bfloat16
         model.config.save_pretrained(target)
     else:
-        for pattern in _COPIED:
-            for file in folder.glob(pattern):
-                if not (target / file.name).exists() and not file.name.endswith(".index.json"):
-                    shutil.copyfile(file, target / file.name)
-
-
-def _download(repo: str) -> Path:
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["*.safetensors", *_COPIED], ignore_patterns=["original/*"]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{repo}: neither a local folder nor a model that the hub gives ({str(error).splitlines()[0]})"
-        ) from error
+        copy_files(target, folder, with_code=trust_remote_code)

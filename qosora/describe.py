@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qosora.checkpoint import CheckpointReader, base_fingerprint, group_modules, read_json
+from qosora.checkpoint import CheckpointReader, base_fingerprint, group_modules
 from qosora.config import QUANT_METHOD
 from qosora.convert import REPORT_NAME
 from qosora.errors import CheckpointError
+from qosora.folders import read_json
 from qosora.models import ADAPTER_CONFIG, adapter_config
 
 __all__ = ["describe"]

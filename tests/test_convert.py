@@ -49,6 +49,7 @@ def test_same_tensors_as_from_pretrained(family: str, dtype: torch.dtype, tmp_pa
 def test_the_base_loads_and_carries_the_other_files(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source")
     (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "tokenizer_config.json").write_text("{}")
     (source / "pytorch_model.bin").write_bytes(b"a pickle")
     quantize(source, tmp_path / "base", QosoraConfig(rank=8))
     assert (tmp_path / "base" / "chat_template.jinja").read_text() == "{{ messages }}"
@@ -143,10 +144,12 @@ def test_sources_that_cannot_be_converted(tmp_path: Path) -> None:
     quantize(make_checkpoint(tmp_path / "source"), base, QosoraConfig(rank=8))
     with pytest.raises(CheckpointError, match="quantized already \\(qosora\\)"):
         quantize(base, tmp_path / "again", QosoraConfig(rank=8))
+    with pytest.raises(CheckpointError, match="which is being read"):
+        quantize(tmp_path / "source", tmp_path / "source", QosoraConfig(rank=8), overwrite=True)
     with pytest.raises(CheckpointError, match="no such file"):
         quantize(tmp_path / "model.gguf", tmp_path / "again")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(CheckpointError, match="no model there that transformers can load"):
         quantize(tmp_path / "empty", tmp_path / "again")
     with pytest.raises(ConfigError, match="no linear layer left"):
         quantize(tmp_path / "source", tmp_path / "again", QosoraConfig(modules_to_not_convert=["proj"]))
@@ -160,7 +163,7 @@ def test_an_existing_folder_is_kept_unless_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         quantize(source, tmp_path / "base", QosoraConfig(rank=8))
     assert (tmp_path / "base" / "mine.txt").read_text() == "precious"
-    with pytest.raises(CheckpointError, match="holds 'mine.txt' and no model"):
+    with pytest.raises(CheckpointError, match=r"holds 'mine\.txt' and no model"):
         quantize(source, tmp_path / "base", QosoraConfig(rank=8), overwrite=True)
     assert (tmp_path / "base" / "mine.txt").read_text() == "precious"
 

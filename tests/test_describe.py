@@ -33,7 +33,7 @@ def test_base_and_adapter(tmp_path: Path) -> None:
     assert told["base_fingerprint"] == found["fingerprint"]
     assert told["adapter_parameters"] == sum(p.numel() for p in vectors.values())
     assert told["adapted_layers"] == len(vectors) == 14
-    assert told["other_parameters"] == 32
+    assert told["other_parameters"] == 5 * 32
     assert told["file_bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
 
 

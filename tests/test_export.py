@@ -25,12 +25,14 @@ from tiny_checkpoints import (
     relative_difference,
     tokens,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from qosora.checkpoint import CheckpointReader, read_json, write_json
 from qosora.errors import CheckpointError, ConfigError, FingerprintError
 from qosora.export import export_merged
+from qosora.folders import copy_files
 from qosora.linear import qosora_modules
+from qosora.plain import PlainModel, natural_order
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -42,7 +44,7 @@ import sys, warnings
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("qosora", "peft", "bitsandbytes"):
+        if name.partition(".")[0] == "qosora":
             raise ModuleNotFoundError(f"{name} is not to be imported here")
 
 sys.meta_path.insert(0, Refuse())
@@ -174,7 +176,7 @@ def test_modules_to_save_replace_the_bases(tmp_path: Path, family: str, modules:
     assert report.untied == [name if family != "gemma3_vision" else "language_model.lm_head.weight" for name in untied]
     assert len(report.replaced) >= len(modules)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
-    assert plain.config.get_text_config().tie_word_embeddings is not bool(untied)
+    assert not plain.config.get_text_config().tie_word_embeddings
     assert relative_difference(logits(plain), logits(model)) < 1e-5
 
 
@@ -267,6 +269,38 @@ def test_what_is_carried_along(copies: Tiny, tmp_path: Path):
     assert (tmp_path / "second" / "tokenizer.json").read_text() == "adapter"
 
 
+def test_code_is_carried_only_where_it_is_trusted(tmp_path: Path):
+    for name in ("base", "trusted", "untrusted"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "modeling_tiny.py").touch()
+    (tmp_path / "base" / "tokenizer_tiny.py").touch()
+    copy_files(tmp_path / "untrusted", tmp_path / "base", None, with_code=False)
+    copy_files(tmp_path / "trusted", tmp_path / "base", None, with_code=True)
+    assert not list((tmp_path / "untrusted").iterdir())
+    assert sorted(f.name for f in (tmp_path / "trusted").iterdir()) == ["modeling_tiny.py", "tokenizer_tiny.py"]
+
+
+def test_the_plain_model_knows_what_stays_in_float32(tmp_path: Path):
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
+    groups = {"n_group": 2, "topk_group": 1}
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8}
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    sizes = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2}
+    DeepseekV3Config(**sizes, **experts, **groups, **attention, **heads).save_pretrained(tmp_path)
+    plain = PlainModel(tmp_path, trust_remote_code=False)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert bias in plain.shapes
+    assert plain.keeps_float32(bias, torch.bfloat16)
+    assert not plain.keeps_float32(bias, torch.float32)
+    assert not plain.keeps_float32("model.norm.weight", torch.bfloat16)
+    # Experts: one tensor each on disk, one for all in memory.
+    name, targets = plain.locate("model.layers.1.mlp.experts.3.up_proj.weight")
+    assert name == "model.layers.1.mlp.experts.3.up_proj.weight"
+    assert targets == ["model.layers.1.mlp.experts.gate_up_proj"]
+    assert plain.missing(set(plain.shapes) - {bias}) == [bias]
+    assert natural_order(["l.10.a", "l.2.b", "l.2.a"]) == ["l.2.a", "l.2.b", "l.10.a"]
+
+
 def test_progress_counts_up(tiny: Tiny, tmp_path: Path):
     calls: list[tuple[str, int, int]] = []
     report = export_merged(tiny.base, tmp_path / "export", progress=lambda *call: calls.append(call))
@@ -322,7 +356,7 @@ def refused(tmp_path: Path, match: str, *args: Any, error: type[Exception] = Che
 
 
 def test_bad_options_are_reported_together(tiny: Tiny, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"2 problems.*(\n.*)*dtype.*int8(\n.*)*max_shard_bytes"):
+    with pytest.raises(ConfigError, match=r"2 problems:\n- dtype .*'int8'\n- max_shard_bytes"):
         export_merged(tiny.base, tmp_path / "export", dtype="int8", max_shard_bytes=0)
 
 
@@ -331,7 +365,8 @@ def test_not_a_base(tiny: Tiny, tmp_path: Path):
     refused(tmp_path, "is an adapter", tiny.adapter)
     (tmp_path / "empty").mkdir()
     refused(tmp_path, "config.json: no such file", tmp_path / "empty")
-    refused(tmp_path, "neither a local folder nor", tmp_path / "nowhere")
+    refused(tmp_path, "no such folder", tmp_path / "nowhere")
+    refused(tmp_path, "neither a local folder nor", "a/b/c")
     refused(tmp_path, "is a file", tiny.base / "config.json")
 
 
@@ -394,7 +429,7 @@ def test_a_damaged_adapter(tiny: Tiny, copies: Tiny, tmp_path: Path, edit: Any, 
         (lambda t: t.pop("model.layers.0.mlp.up_proj.U_absmax"), r"up_proj.weight has shape \(1728,\)"),
         (lambda t: t.pop("model.layers.0.mlp.up_proj.weight_absmax_scale"), "up_proj.weight_absmax_scale .* nothing"),
         (lambda t: t.update({"model.norm.weight": torch.ones(5)}), r"norm.weight has shape \(5,\)"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.o": torch.ones(73)}), r"up_proj has shape \(73, 48\)"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.o": torch.ones(73)}), r"up_proj\.\w+ must have shape"),
     ],
 )
 def test_a_damaged_base(copies: Tiny, tmp_path: Path, edit: Any, match: str):
@@ -405,7 +440,7 @@ def test_a_damaged_base(copies: Tiny, tmp_path: Path, edit: Any, match: str):
 def test_a_base_with_the_wrong_config(copies: Tiny, tmp_path: Path):
     config = read_json(copies.base / "config.json")
     write_json(copies.base / "config.json", {**config, "intermediate_size": 80})
-    refused(tmp_path, "config.json makes it", copies.base)
+    refused(tmp_path, r"down_proj has shape \(48, 72\), but config.json makes it \(48, 80\)", copies.base)
     storage = {**config["quantization_config"], "blocksize": 128}
     write_json(copies.base / "config.json", {**config, "quantization_config": storage})
     refused(tmp_path, "absmax must have shape", copies.base)
@@ -415,9 +450,9 @@ def test_a_base_with_the_wrong_config(copies: Tiny, tmp_path: Path):
 
 
 def test_an_output_that_must_not_be_replaced(tiny: Tiny, copies: Tiny, tmp_path: Path):
-    with pytest.raises(CheckpointError, match="which is being exported"):
+    with pytest.raises(CheckpointError, match="which is being read"):
         export_merged(copies.base, copies.base, overwrite=True)
-    with pytest.raises(CheckpointError, match="which is being exported"):
+    with pytest.raises(CheckpointError, match="which is being read"):
         export_merged(tiny.base, copies.adapter.parent, copies.adapter, overwrite=True)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").touch()

@@ -9,7 +9,6 @@ was learned: the quantization error that training worked around is in it.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,33 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from qosora.checkpoint import ShardWriter, atomic_folder, require_space, write_json
+from qosora.checkpoint import ShardWriter
 from qosora.config import COMPUTE_DTYPES
 from qosora.errors import CheckpointError, ConfigError
-from qosora.export.plain import PlainModel, natural_order
 from qosora.export.source import Source
+from qosora.folders import (
+    atomic_folder,
+    copy_files,
+    local_folder,
+    refuse_input_as_output,
+    require_space,
+    write_json,
+)
+from qosora.plain import PlainModel, natural_order
 
 __all__ = ["ExportReport", "export_merged"]
-
-#: Files that tokenizers are made of, and others that a model needs.
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "*.tiktoken",
-    "*.spm",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-)
-_MODEL_FILES = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
-#: What those may be; never pickles, nor code.
-_SAFE_SUFFIXES = ("", ".json", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".jinja", ".md", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -125,15 +113,15 @@ def export_merged(
     """
     start = time.perf_counter()
     target = _checked_options(dtype, max_shard_bytes)
-    base_folder = _local_folder(base, trust_remote_code)
-    adapter_folder = None if adapter is None else _local_folder(adapter, trust_remote_code=False)
-    _refuse_input_as_output(Path(output), base_folder, adapter_folder)
+    base_folder = local_folder(base, trust_remote_code=trust_remote_code)
+    adapter_folder = None if adapter is None else local_folder(adapter)
+    refuse_input_as_output(output, base_folder, adapter_folder)
     with Source(base_folder, adapter_folder, trust_remote_code=trust_remote_code) as source:
         merged_dtype = target or source.dtype
         plan = _plan(source, target)
         with atomic_folder(output, overwrite=overwrite) as folder:
-            require_space(folder, sum(item.nbytes for item in plan))
-            tokenizer_from = _copy_files(folder, base_folder, adapter_folder, trust_remote_code)
+            require_space(output, sum(item.nbytes for item in plan))
+            tokenizer_from = copy_files(folder, base_folder, adapter_folder, with_code=trust_remote_code)
             _write_config(folder, source, merged_dtype, trust_remote_code)
             writer = ShardWriter(folder, max_shard_bytes)
             for done, item in enumerate(plan):
@@ -227,47 +215,6 @@ def _checked_options(dtype: str | torch.dtype | None, max_shard_bytes: int) -> t
     if problems:
         raise ConfigError(problems)
     return None if name is None else getattr(torch, name)
-
-
-def _local_folder(source: str | Path, trust_remote_code: bool) -> Path:
-    """Return a local folder as it is, and download a hub id."""
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).exists():
-        raise CheckpointError(f"{source} is a file; name the folder it lies in")
-    patterns = ["*.safetensors", "*.json", *_TOKENIZER_FILES, *_MODEL_FILES, *(["*.py"] if trust_remote_code else [])]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns, ignore_patterns=["original/*"]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{source}: neither a local folder nor something that the hub gives ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _refuse_input_as_output(output: Path, *inputs: Path | None) -> None:
-    target = output.resolve()
-    for source in filter(None, inputs):
-        if target in (source.resolve(), *source.resolve().parents):
-            raise CheckpointError(f"{output} holds {source}, which is being exported; name another folder")
-
-
-def _copy_files(folder: Path, base: Path, adapter: Path | None, with_code: bool) -> str | None:
-    """Carry along what a model needs besides weights and config; return where the tokenizer is from."""
-    tokenizer = next((f for f in (adapter, base) if f is not None and _has_tokenizer(f)), None)
-    wanted = [(base, pattern) for pattern in (*_MODEL_FILES, *(["*.py"] if with_code else []))]
-    if tokenizer is not None:  # one folder's only: files of two tokenizers do not make one
-        wanted += [(tokenizer, pattern) for pattern in _TOKENIZER_FILES]
-    for source, pattern in wanted:
-        for file in source.glob(pattern):
-            if file.is_file() and file.suffix in (*_SAFE_SUFFIXES, *([".py"] if with_code else [])):
-                copy = folder / file.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
-    return None if tokenizer is None else str(tokenizer)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken"))
 
 
 def _write_config(folder: Path, source: Source, dtype: torch.dtype, with_code: bool) -> None:

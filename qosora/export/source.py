@@ -13,13 +13,14 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from qosora import nf4
-from qosora.checkpoint import CheckpointReader, base_fingerprint, group_modules, read_json
+from qosora.checkpoint import CheckpointReader, base_fingerprint, group_modules
 from qosora.config import QUANT_METHOD, OsoraConfig, QosoraConfig
 from qosora.errors import CheckpointError, FingerprintError
-from qosora.export.plain import PlainModel, natural_order
 from qosora.factorize import Factors, reconstruct
+from qosora.folders import read_json
 from qosora.models import ADAPTER_CONFIG, adapter_config
 from qosora.nf4 import FourBitTensor
+from qosora.plain import PlainModel, natural_order
 
 __all__ = ["Layer", "Source", "Stored"]
 
@@ -97,10 +98,15 @@ class Source:
 
     def __init__(self, base: Path, adapter: Path | None = None, *, trust_remote_code: bool = False) -> None:
         self.base, self.adapter = base, adapter
-        self._stack = ExitStack()
         self.config, self.storage = _base_config(base)
         self.dtype = _dtype_in(self.config)
-        self._reader = self._stack.enter_context(CheckpointReader(base))
+        with ExitStack() as stack:
+            self._open(stack, trust_remote_code)
+            self._stack = stack.pop_all()
+
+    def _open(self, stack: ExitStack, trust_remote_code: bool) -> None:
+        base, adapter = self.base, self.adapter
+        self._reader = stack.enter_context(CheckpointReader(base))
         self._groups = group_modules(self._reader.names())
         if not self._groups:
             raise CheckpointError(f"{base}: config.json says qosora, but no layer is decomposed; make the base anew")
@@ -111,7 +117,7 @@ class Source:
         self.plain = PlainModel(base, trust_remote_code)
         self._locate()
         if adapter is not None and config is not None:
-            reader = self._stack.enter_context(CheckpointReader(adapter, "adapter_model"))
+            reader = stack.enter_context(CheckpointReader(adapter, "adapter_model"))
             self._read_adapter(reader)
             self._check_whole(config)
 
@@ -298,7 +304,7 @@ def _base_config(base: Path) -> tuple[dict[str, Any], QosoraConfig]:
     method = stored.get("quant_method") if isinstance(stored, dict) else None
     if not isinstance(stored, dict) or method != QUANT_METHOD:
         kind = "an ordinary checkpoint" if method is None else f"quantized with {method!r}"
-        raise CheckpointError(f"{base} is {kind}, not a qosora base, so there is nothing to export")
+        raise CheckpointError(f"{base} is {kind}, not a qosora base; give the folder that `qosora quantize` made of it")
     return config, QosoraConfig(**stored)
 
 

@@ -35,6 +35,7 @@ class PlainModel:
         trust_remote_code: Whether to run model code that is in the folder.
 
     Attributes:
+        model: The model on the meta device.
         class_name: Of the model.
         shapes: Of all tensors in the model's state, by name.
         transposed: Layers that store their weight as (in_features, out_features): GPT-2's `Conv1D`.
@@ -51,7 +52,7 @@ class PlainModel:
             raise CheckpointError(
                 f"{folder}: transformers cannot build this model, so its plain form is unknown ({error})"
             ) from error
-        self._model = model
+        self.model = model
         self._state: dict[str, torch.Tensor] = model.state_dict()
         self.class_name = type(model).__name__
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
@@ -68,7 +69,7 @@ class PlainModel:
             Its name in the model, and the tensors that it becomes part of: itself, unless the loader converts values
             (experts that are one tensor each on disk and one for all in memory).
         """
-        prefix = self._model.base_model_prefix
+        prefix = self.model.base_model_prefix
         name = rename_source_key(disk_name, self._renamings, [], prefix, self._state)[0]
         final, pattern = rename_source_key(disk_name, self._renamings, self._converters, prefix, self._state)
         if final not in self._state and disk_name in self._state:
@@ -80,11 +81,11 @@ class PlainModel:
 
     def disk_name(self, name: str) -> str:
         """Return the name that a plain checkpoint has for a parameter of the model."""
-        return next(iter(revert_weight_conversion(self._model, {name: self._state[name]})))
+        return next(iter(revert_weight_conversion(self.model, {name: self._state[name]})))
 
     def keeps_float32(self, name: str, dtype: torch.dtype) -> bool:
         """Say whether the model holds a parameter in float32 when it is loaded in `dtype`."""
-        patterns = self._model._get_dtype_plan(dtype)
+        patterns = self.model._get_dtype_plan(dtype)
         return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
 
     def tied_to(self, name: str) -> list[str]:
@@ -95,7 +96,7 @@ class PlainModel:
         """Return the tensors that the model would not get from a checkpoint that holds these."""
         located = set(located)
         located |= {name for pair in self.tied.items() for name in pair if located & set(pair)}
-        optional = self._model._keys_to_ignore_on_load_missing or ()
+        optional = self.model._keys_to_ignore_on_load_missing or ()
         return [n for n in self.shapes if n not in located and not any(re.search(p, n) for p in optional)]
 
 
