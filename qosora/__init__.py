@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from qosora.adapter import OsoraModel as OsoraModel
     from qosora.config import OsoraConfig as OsoraConfig
     from qosora.config import QosoraConfig as QosoraConfig
+    from qosora.convert import quantize as quantize
     from qosora.errors import QosoraError as QosoraError
+    from qosora.evaluation import evaluate as evaluate
+    from qosora.export import export_merged as export_merged
+    from qosora.generation import generate as generate
     from qosora.linear import QosoraLinear as QosoraLinear
+    from qosora.models import load_base as load_base
+    from qosora.models import load_model as load_model
+    from qosora.models import load_tokenizer as load_tokenizer
     from qosora.optim import PackedPagedOptimizer as PackedPagedOptimizer
+    from qosora.run_config import TrainConfig as TrainConfig
+    from qosora.training import train as train
 
 __version__ = "0.1.0"
 
@@ -31,6 +40,15 @@ _EXPORTS = {
     "QosoraConfig": "config",
     "QosoraError": "errors",
     "QosoraLinear": "linear",
+    "TrainConfig": "run_config",
+    "evaluate": "evaluation",
+    "export_merged": "export",
+    "generate": "generation",
+    "load_base": "models",
+    "load_model": "models",
+    "load_tokenizer": "models",
+    "quantize": "convert",
+    "train": "training",
 }
 
 __all__ = ["__version__", *_EXPORTS]

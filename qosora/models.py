@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qosora.config import QUANT_METHOD, OsoraConfig
-from qosora.errors import CheckpointError
+from qosora.errors import CheckpointError, QosoraError
 
 __all__ = ["adapter_config", "load_base", "load_model", "load_tokenizer", "quantization_of", "split_source"]
 
@@ -61,8 +63,15 @@ def load_base(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **kwargs
         )
-    except OSError as error:
-        raise CheckpointError(f"{source}: {_first_line(error)}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{source}: {_first_line(error)}; get another copy") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{source}: the tensors have other shapes than config.json makes them (transformers names them above); "
+            "weights and config belong to different bases"
+        ) from error
     return model
 
 
@@ -111,12 +120,32 @@ def load_model(source: str | Path, *, base: str | Path | None = None, **kwargs: 
         CheckpointError: If one of them cannot be loaded.
         FingerprintError: If they do not belong together.
     """
-    base, adapter = split_source(source, base)
-    model = load_base(base, **kwargs)
+    found, adapter = split_source(source, base)
     if adapter is not None:
         adapter_config(adapter)
-        model = PeftModel.from_pretrained(model, adapter)
-    return model.eval()
+    try:
+        model = load_base(found, **kwargs)
+    except CheckpointError as error:
+        if adapter is None or base is not None:
+            raise
+        raise CheckpointError(
+            f"{error}. ({found} is the base that {adapter}/{ADAPTER_CONFIG} names; if it has moved, give its new place "
+            "as the base)"
+        ) from error
+    return (model if adapter is None else _load_adapter(model, adapter)).eval()
+
+
+def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        try:
+            return PeftModel.from_pretrained(model, adapter)
+        except QosoraError:
+            raise
+        except (OSError, ValueError, UserWarning, SafetensorError) as error:
+            raise CheckpointError(
+                f"{adapter}: not a whole adapter ({_first_line(error)[:200]}); get another copy"
+            ) from error
 
 
 def load_tokenizer(*sources: str | Path | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -135,6 +136,8 @@ def _sft_problems(config: TrainConfig) -> list[str]:
 
 def _missing_parts(config: TrainConfig) -> list[str]:
     problems = []
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append("qosora trains in one process on one GPU; start it without torchrun or accelerate launch")
     if config.use_liger and importlib.util.find_spec("liger_kernel") is None:
         problems.append("use_liger needs the package liger-kernel: pip install liger-kernel")
     if config.activation_offloading and not torch.cuda.is_available():

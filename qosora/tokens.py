@@ -11,9 +11,8 @@ A label counts where it is not -100 and not first: label i is predicted from the
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -166,9 +165,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any
     return ids
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common(a: list[int], b: list[int]) -> int:
     """Return the length of the longest common prefix."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    length = min(len(a), len(b))
+    if a[:length] == b[:length]:
+        return length
+    return next(i for i in range(length) if a[i] != b[i])
 
 
 def _example(ids: list[int], spans: list[tuple[int, int]]) -> Example:

@@ -7,19 +7,19 @@ its progress bar shows neither speed nor memory; these three are replaced, all e
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from qosora.errors import QosoraError
-from qosora.evaluate import mean_loss, perplexity
+from qosora.evaluation import mean_loss, perplexity
 from qosora.run_folder import MetricsLog
 from qosora.tokens import Example
 
@@ -136,5 +136,9 @@ def peak_memory_bytes() -> int:
     """Return the most memory used so far: the GPU's allocations, or the process's resident set without a GPU."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qosora.data import Columns
-    from qosora.evaluate import evaluate
+    from qosora.evaluation import evaluate
     from qosora.models import load_model, load_tokenizer, split_source
 
     base, adapter = split_source(args.model, args.base)

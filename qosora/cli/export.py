@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from qosora.cli.output import add_json, print_json, size
+from qosora.cli.output import add_json, add_shards, print_json, size
 
 NAME = "export"
 HELP = "write base and adapter as an ordinary Hugging Face checkpoint"
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float16", "float32"),
         help="of the weights, which are merged in float32 and cast once (default: the base's)",
     )
-    parser.add_argument("--max-shard-size", type=float, default=1.0, metavar="GB", help="also about what is held in memory (default: 1)")
+    add_shards(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     add_json(parser)
 

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     if not any(prompts):
         raise ConfigError("no prompt: give --prompt, --prompt-file, or text on standard input")
 
-    from qosora.generate import generate
+    from qosora.generation import generate
     from qosora.models import load_model, load_tokenizer, split_source
 
     base, adapter = split_source(args.model, args.base)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["add_json", "add_model", "print_json", "size", "table"]
+__all__ = ["add_json", "add_model", "add_shards", "print_json", "size", "table"]
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="dtype of what is not decomposed, and of the computation (default: the base's)",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the base brings")
+
+
+def add_shards(parser: argparse.ArgumentParser) -> None:
+    """Add --max-shard-size."""
+    parser.add_argument(
+        "--max-shard-size", type=float, default=1.0, metavar="GB", help="also about what is held in memory (default: 1)"
+    )
 
 
 def print_json(value: Any) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from qosora.cli.output import add_json, print_json, size, table
+from qosora.cli.output import add_json, add_shards, print_json, size, table
 from qosora.errors import ConfigError
 
 NAME = "quantize"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="dtype of what is not decomposed (default: SRC's)"
     )
     parser.add_argument("--device", help="where to decompose, e.g. cuda:1 (default: the GPU, if there is one)")
-    parser.add_argument("--max-shard-size", type=float, default=1.0, metavar="GB", help="also about what is held in memory (default: 1)")
+    add_shards(parser)
     parser.add_argument("--report", metavar="FILE", help="write the errors of all layers as JSON there")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that SRC brings")

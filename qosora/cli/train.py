@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         given["progress"] = False
     config = TrainConfig.load(args.config, given)
 
-    from qosora.train import train
+    from qosora.training import train
 
     result = train(config)
     if args.json:

@@ -21,11 +21,11 @@ from qosora.config import QosoraConfig
 from qosora.convert import ConversionReport, quantize
 from qosora.data import load_records
 from qosora.describe import describe
-from qosora.evaluate import EvalResult, evaluate
+from qosora.evaluation import EvalResult, evaluate
 from qosora.export import export_merged
 from qosora.models import load_model, load_tokenizer
 from qosora.run_config import TrainConfig
-from qosora.train import train
+from qosora.training import train
 
 __all__ = ["DemoResult", "assets", "run_demo"]
 

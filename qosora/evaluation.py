@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qosora.data import Columns, Records, load_records
 from qosora.errors import ConfigError, DataError
-from qosora.generate import Prompt, generate, inference, stop_token_ids
+from qosora.generation import Prompt, generate, inference, stop_token_ids
 from qosora.tokens import IGNORED, Example, tokenize
 
 __all__ = ["EvalResult", "Sample", "evaluate", "mean_loss", "perplexity"]

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from qosora.data import no_progress_bars
 from qosora.errors import ConfigError, QosoraError
-from qosora.evaluate import perplexity
+from qosora.evaluation import perplexity
 from qosora.models import load_base
 from qosora.optim import trainer_optimizer
 from qosora.prepare import Prepared, prepare
@@ -97,12 +97,10 @@ def train(config: TrainConfig) -> TrainResult:
         logger.info("the run in %s is finished already", folder.path)
         return TrainResult(**result)
     prepared = prepare(config, folder)
-    with _quiet():
+    with _quiet(), _advice_on_memory(config):
         trainer, recorder = _trainer(prepared)
         try:
             losses, resumed_from = _run(trainer, folder)
-        except torch.OutOfMemoryError as error:
-            raise QosoraError(_out_of_memory(config, error)) from error
         finally:
             recorder.close()
         return _finish(trainer, prepared, losses, resumed_from, time.perf_counter() - start)
@@ -149,8 +147,8 @@ def _run(trainer: QosoraTrainer, folder: RunFolder) -> tuple[tuple[float | None,
     checkpoint = folder.checkpoint()
     resumed_from = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else None
     folder.begin(-1 if resumed_from is None else resumed_from)
-    if folder.resuming:
-        logger.info("resuming after step %s", resumed_from or 0)
+    if resumed_from is not None:
+        logger.info("resuming after step %d", resumed_from)
     evaluations = [line for line in folder.metrics.read() if "eval_loss" in line]
     before = after = None
     if trainer.eval_examples:
@@ -158,7 +156,7 @@ def _run(trainer: QosoraTrainer, folder: RunFolder) -> tuple[tuple[float | None,
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_examples:
         last = [line for line in folder.metrics.read() if "eval_loss" in line][-1]
-        done = last["step"] == trainer.state.global_step
+        done = last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
         after = last["eval_loss"] if done else trainer.evaluate()["eval_loss"]
     return (before, after), resumed_from
 
@@ -199,13 +197,18 @@ def _finish(
     return result
 
 
-def _out_of_memory(config: TrainConfig, error: BaseException) -> str:
-    less = [f"batch_size (now {config.batch_size}; gradient_accumulation makes up for it)"] * (config.batch_size > 1)
-    less += [f"max_length (now {config.max_length})"]
-    more = [] if config.gradient_checkpointing else ["turn gradient_checkpointing on"]
-    more += [] if config.activation_offloading else ["turn activation_offloading on"]
-    reason = str(error).splitlines()[0]
-    return f"out of GPU memory ({reason}). Lower {' or '.join(less)}; {'; '.join(more) or 'or use a smaller rank'}"
+@contextmanager
+def _advice_on_memory(config: TrainConfig) -> Iterator[None]:
+    """Turn running out of GPU memory into what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = [f"lower batch_size ({config.batch_size}), raising gradient_accumulation"] * (config.batch_size > 1)
+        advice += [f"lower max_length ({config.max_length})"]
+        advice += [] if config.gradient_checkpointing else ["turn gradient_checkpointing on"]
+        advice += [] if config.activation_offloading else ["turn activation_offloading on"]
+        reason = str(error).splitlines()[0]
+        raise QosoraError(f"out of GPU memory: {'; or '.join(advice)} ({reason})") from error
 
 
 @contextmanager
