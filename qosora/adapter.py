@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -202,6 +203,13 @@ class OsoraModel(BaseTuner):
                 "other hardware. Load it onto the base it was trained on (its adapter_config.json names "
                 f"{config.base_model_name_or_path!r})"
             )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse LoRA's way to run another adapter per sample, which PEFT would drop in silence."""
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError("adapter_names: OSoRA runs one adapter at a time, for all samples; call set_adapter")
+        yield
 
     def _decomposed(self) -> list[str]:
         return [name.removesuffix(".base_layer") for name in qosora_modules(self.model)]

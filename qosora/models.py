@@ -86,7 +86,8 @@ def adapter_config(adapter: str | Path) -> OsoraConfig:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{adapter}: no adapter that PEFT can load ({_first_line(error)})") from error
     if not isinstance(config, OsoraConfig):
-        raise CheckpointError(f"{adapter}: an adapter of type {config.peft_type}, not one of qosora's")
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise CheckpointError(f"{adapter}: an adapter of type {kind}, not one of qosora's")
     return config
 
 

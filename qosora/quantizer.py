@@ -7,6 +7,7 @@ packed tensors and the config; loading that needs no configuration and gives the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, ItemsView
 from typing import Any
 
@@ -167,10 +168,16 @@ class QosoraHfQuantizer(HfQuantizer):
         )
         if not self.pre_quantized and (problems := _unmatched_patterns(model, config)):
             raise ConfigError(problems)
-        replace_linears(model, config, skip)
+        replaced = replace_linears(model, config, skip)
+        if not self.pre_quantized:
+            # Else the loader would round float32 weights to the model's dtype before they are decomposed.
+            self._read_in_float32 = {re.escape(f"{name}.weight") for name in replaced}
+            model._keep_in_fp32_modules_strict = self._read_in_float32.union(model._keep_in_fp32_modules_strict or ())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_missing(model)
+        if not self.pre_quantized:
+            model._keep_in_fp32_modules_strict -= self._read_in_float32
         for module in qosora_modules(model).values():
             module.requires_grad_(False)  # the loader makes every float parameter trainable
         return model

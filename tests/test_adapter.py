@@ -414,6 +414,12 @@ class TestSeveral:
             model.merge_adapter()
         assert not any(layer.merged for layer in layers_of(model).values())
 
+    def test_one_per_sample_is_refused(self, base: Path):
+        model = trained(base)
+        for call in (model, model.generate):
+            with pytest.raises(ConfigError, match="one adapter at a time"):
+                call(input_ids=token_ids(), adapter_names=["default", "__base__"])
+
     def test_two_on_different_layers_are_active_together(self, base: Path):
         """Nothing is replaced twice there."""
         model = wrap(base, OsoraConfig(target_modules=["q_proj"]))

@@ -163,6 +163,19 @@ class TestRoundTrip:
         assert model_fingerprint(model) == model_fingerprint(stored)
         torch.testing.assert_close(logits(model).float(), logits(stored).float(), rtol=0.1, atol=0.05)
 
+    def test_float32_weights_are_not_rounded_before_they_are_decomposed(self, source: Path):
+        exact, model = decompose(source), decompose(source, dtype=torch.bfloat16)
+        assert model.lm_head.weight.dtype == torch.bfloat16
+        for name, layer in qosora_modules(model).items():
+            assert_same_tensors(layer.state_dict(), exact.get_submodule(name).state_dict())
+        assert not model._keep_in_fp32_modules_strict, "left as it was"
+
+    def test_options_as_a_dict(self, source: Path, tmp_path: Path):
+        """As a YAML or JSON file gives them."""
+        model = decompose(source, {"quant_method": "qosora", "rank": 8})  # type: ignore[arg-type]
+        assert isinstance(model.config.quantization_config, QosoraConfig)
+        assert_same_tensors(model.state_dict(), decompose(source).state_dict())
+
     def test_sequence_classification(self, tmp_path: Path, source: Path):
         model = AutoModelForSequenceClassification.from_pretrained(
             source, quantization_config=QosoraConfig(rank=4), num_labels=3
