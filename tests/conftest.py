@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -53,3 +55,16 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(autouse=True)
 def _seeded(seed: int) -> None:
     torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _process_as_it_was() -> Iterator[None]:
+    """Undo what the command line does to its process: messages, and variables that child processes would inherit."""
+    logger = logging.getLogger("qosora")
+    handlers, level, propagate, environ = list(logger.handlers), logger.level, logger.propagate, dict(os.environ)
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+    for name in os.environ.keys() - environ.keys():
+        del os.environ[name]
+    os.environ.update(environ)

@@ -22,6 +22,10 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --config, and one flag for each field of `TrainConfig`."""
+    parser.usage = (
+        "qosora train --model BASE --data DATA --output-dir DIR [OPTION ...]\n"
+        "       qosora train --config FILE [OPTION ...]"
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of the options below; flags win over it")
     hints = typing.get_type_hints(TrainConfig)
     for field in fields(TrainConfig):
@@ -48,8 +52,9 @@ _METAVARS = {int: "N", float: "X"}
 
 def _help(field: Any) -> str:
     text = str(field.metadata["help"]).replace("%", "%%")
-    shown = field.default not in (MISSING, None, False, True) and not text.endswith("]")
-    return f"{text} [{field.default}]" if shown else text
+    if text.endswith("]") or field.default is MISSING or field.default is None or field.default is False:
+        return text
+    return f"{text} [{'yes' if field.default is True else field.default}]"
 
 
 def run(args: argparse.Namespace) -> None:
