@@ -19,7 +19,7 @@ PYTEST_ARGS ?= -n auto
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "qosora needs Python 3.10 or newer, this is " + sys.version.split()[0]'
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "qosora needs Python 3.11 or newer, this is " + sys.version.split()[0]'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'

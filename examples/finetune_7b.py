@@ -49,7 +49,7 @@ def main() -> None:
         gradient_accumulation_steps=16,
         learning_rate=2e-2,  # 20 to 40 times LoRA's
         lr_scheduler_type="cosine",
-        warmup_ratio=0.03,
+        warmup_steps=0.03,  # below 1: a part of all steps
         bf16=False,
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},

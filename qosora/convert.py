@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from qosora.checkpoint import INDEX_NAME, SINGLE_NAME, CheckpointReader, ShardWriter
 from qosora.config import QosoraConfig
-from qosora.errors import CheckpointError
+from qosora.errors import CheckpointError, ConfigError
 from qosora.factorize import factorize, measure_error
 from qosora.folders import atomic_folder, copy_files, local_folder, refuse_input_as_output, write_json
 from qosora.linear import QosoraLinear
@@ -122,10 +122,11 @@ def quantize(
 
     Raises:
         CheckpointError: If the source cannot be read, is quantized already, or does not fit its model class.
+        ConfigError: If there is no such device, or the config does not fit the model.
     """
     start = time.perf_counter()
     config = config or QosoraConfig()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with _as_safetensors(source, trust_remote_code) as origin, CheckpointReader(origin) as reader:
         refuse_input_as_output(output, Path(source) if Path(source).exists() else None, origin)
         plan = _Plan(origin, config, dtype, trust_remote_code)
@@ -150,6 +151,13 @@ def quantize(
             plan.config.save_pretrained(folder)
             write_json(folder / REPORT_NAME, report.to_dict())
     return report
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # no such kind, no such index, or a torch without CUDA
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _decompose(

@@ -29,6 +29,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from qosora import nf4
+from qosora.errors import QosoraError
 from qosora.factorize import Factors, reconstruct
 from qosora.nf4 import FourBitTensor
 
@@ -180,6 +181,13 @@ class QosoraLinear(nn.Module):
         with float32_kept(self, [name for name in self._parameters if name != "bias"]):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _replicate_for_data_parallel(self) -> QosoraLinear:
+        """Refuse `nn.DataParallel`, in which Trainer wraps a model by itself where it sees several GPUs."""
+        raise QosoraError(
+            "nn.DataParallel would copy the whole base to every GPU at every step, so qosora does not run in it. Show "
+            "the program one GPU: CUDA_VISIBLE_DEVICES=0"
+        )
 
     def extra_repr(self) -> str:
         """Name the layer's shape and storage, as `nn.Linear` does."""

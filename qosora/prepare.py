@@ -61,6 +61,13 @@ def prepare(config: TrainConfig, folder: RunFolder) -> Prepared:
         DataError: Data that cannot be used.
         CheckpointError: The model is no qosora base.
     """
+    if config.schedule == "warmup_stable_decay" and "num_decay_steps" not in (
+        config.sft.get("lr_scheduler_kwargs") or {}
+    ):
+        raise ConfigError(
+            "schedule warmup_stable_decay needs to know when the decay begins: set num_decay_steps in the option "
+            "lr_scheduler_kwargs of sft, such as --sft 'lr_scheduler_kwargs={num_decay_steps: 100}'"
+        )
     precision = choose_precision(config)
     arguments = sft_config(config, precision, folder.path)
     adapter = _adapter_config(config)

@@ -139,10 +139,16 @@ class QosoraHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what would fail deep inside the loader."""
         device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places:
             raise ConfigError(
                 "a qosora base cannot be offloaded to disk: it is a quarter of the model's size and is needed in every "
                 "step. Take 'disk' out of device_map"
+            )
+        if "cpu" in places and len(places) > 1:  # adapters would compute with weights that are not there
+            raise ConfigError(
+                "a qosora base cannot be offloaded from a GPU to the CPU in part, as device_map (or 'auto', where the "
+                "GPU is too small) has it. Free GPU memory, or put all of it on one side: device_map=0 or 'cpu'"
             )
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -80,6 +80,7 @@ class RunFolder:
         if not (self.path / CONFIG).is_file():
             raise ConfigError(f"output_dir {self.path} is not empty and holds no qosora run; name another folder")
         if self.config.overwrite:
+            self._check_removable()
             return
         if not self.config.resume:
             raise ConfigError(
@@ -92,6 +93,16 @@ class RunFolder:
                 f"the run in {self.path} cannot be resumed with another {', '.join(changed)}; give the values in its "
                 f"{CONFIG}, or start a new run in another folder"
             )
+
+    def _check_removable(self) -> None:
+        """Refuse to remove, with an earlier run, what this one reads or where the user is."""
+        config = self.config
+        needed = {name: Path(name).expanduser() for name in (config.model, config.data, config.eval_data) if name}
+        for name, path in (needed | {"the current folder": Path.cwd()}).items():
+            if path.resolve().is_relative_to(self.path):
+                raise ConfigError(
+                    f"overwrite would remove all of {self.path}, and {name} lies in there; name another output_dir"
+                )
 
     @property
     def resuming(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -69,19 +70,24 @@ def sft_config(config: TrainConfig, precision: str, output_dir: Path) -> SFTConf
     problems = _sft_problems(config) + _missing_parts(config)
     if problems:
         raise ConfigError(problems)
-    options = {**_options(config, precision, output_dir), **config.sft}
+    options = {**_options(config, precision, output_dir), **_numbers(config.sft)}
     with warnings.catch_warnings():
         # TRL points to kernels of the hub instead of Liger; its FutureWarning is for programmers
         warnings.filterwarnings("ignore", message=".*use_liger_kernel.*")
         try:
-            return SFTConfig(**options)
+            arguments = SFTConfig(**options)
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"TRL refuses the options: {error}") from error
+    # Where there are several GPUs, Trainer would wrap the model in nn.DataParallel, which copies the base at each step
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _options(config: TrainConfig, precision: str, output_dir: Path) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
-    schedule = {} if config.max_steps is None else {"max_steps": config.max_steps}
+    schedule: dict[str, Any] = {} if config.max_steps is None else {"max_steps": config.max_steps}
+    if config.schedule == "cosine_with_min_lr":  # transformers has no default for where it ends
+        schedule["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
     return schedule | {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": config.batch_size,
@@ -118,6 +124,13 @@ def _options(config: TrainConfig, precision: str, output_dir: Path) -> dict[str,
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
     }
+
+
+def _numbers(value: Any) -> Any:
+    """Return plain data with numbers for texts such as "1e-8", which YAML takes for text as they have no point."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) else value
 
 
 def _sft_problems(config: TrainConfig) -> list[str]:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qosora import linear, nf4
+from qosora.errors import QosoraError
 from qosora.factorize import factorize
 from qosora.linear import QosoraLinear, qosora_modules
 
@@ -638,6 +639,10 @@ class TestStorage:
         with torch.no_grad():
             twin.s.zero_()
         assert layer.s.all()
+
+    def test_data_parallel_is_refused(self):
+        with pytest.raises(QosoraError, match="CUDA_VISIBLE_DEVICES=0"):
+            QosoraLinear(8, 8, rank=2)._replicate_for_data_parallel()
 
     def test_qosora_modules(self):
         model = nn.Sequential(build(8, 8, 2), nn.Linear(8, 8), nn.Sequential(build(8, 8, 2)))

@@ -33,6 +33,7 @@ from qosora.config import OsoraConfig, QosoraConfig
 from qosora.errors import CheckpointError, ConfigError
 from qosora.factorize import measure_error
 from qosora.linear import QosoraLinear, qosora_modules
+from qosora.quantizer import QosoraHfQuantizer
 
 FAMILIES_AND_DTYPES = [
     *((family, torch.float32) for family in FAMILIES),
@@ -309,6 +310,13 @@ class TestRefuses:
         device_map = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
         with pytest.raises(ConfigError, match="cannot be offloaded to disk"):
             load(folder, device_map=device_map, offload_folder=tmp_path, **options)
+
+    def test_offload_of_a_part_to_the_cpu(self):
+        quantizer = QosoraHfQuantizer(QosoraConfig(rank=8), pre_quantized=True)
+        with pytest.raises(ConfigError, match="cannot be offloaded from a GPU to the CPU in part"):
+            quantizer.validate_environment(device_map={"model.layers.0": 0, "model.layers.1": "cpu"})
+        for device_map in (None, "auto", {"": "cpu"}, {"": 0}, {"model.layers.0": 0, "model.layers.1": 1}):
+            quantizer.validate_environment(device_map=device_map)
 
     def test_bad_options_before_anything_is_read(self, source: Path):
         with pytest.raises(ConfigError, match="2 problems"):

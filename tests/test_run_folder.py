@@ -56,6 +56,21 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path, options: di
         RunFolder(config(tmp_path / "thesis.txt", **options))
 
 
+def test_overwrite_never_removes_what_the_run_reads(run: Path, monkeypatch: pytest.MonkeyPatch):
+    for inside in (
+        {"model": str(run / "base")},
+        {"data": str(run / "data.jsonl")},
+        {"eval_data": str(run / "test.csv")},
+    ):
+        values = {"model": "base", "data": "data.jsonl", **inside}
+        with pytest.raises(ConfigError, match="overwrite would remove all"):
+            RunFolder(TrainConfig(**values, output_dir=str(run), overwrite=True))
+    (run / "inner").mkdir()
+    monkeypatch.chdir(run / "inner")
+    with pytest.raises(ConfigError, match="overwrite would remove all"):
+        RunFolder(config(run, overwrite=True))
+
+
 def test_an_earlier_run_is_refused_replaced_or_resumed(run: Path):
     with pytest.raises(ConfigError, match=r"go on with it \(resume\), or replace it \(overwrite\)"):
         RunFolder(config(run))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from trl import SFTConfig
 
 from qosora.errors import ConfigError
 from qosora.run_config import OPTIMIZERS, SCHEDULES, TrainConfig
@@ -58,6 +59,25 @@ def test_optimizers_exist():
 def test_any_further_option_by_name():
     made = sft_config(config(sft={"neftune_noise_alpha": 5.0, "lr_scheduler_kwargs": {"x": 1}}), "fp32", Path("run"))
     assert made.neftune_noise_alpha == 5.0
+
+
+def test_numbers_that_yaml_takes_for_text():
+    sft = {"adam_epsilon": "1e-6", "lr_scheduler_kwargs": {"min_lr": "2e-5"}, "run_name": "e5"}
+    made = sft_config(config(sft=sft), "fp32", Path("run"))
+    assert (made.adam_epsilon, made.lr_scheduler_kwargs, made.run_name) == (1e-6, {"min_lr": 2e-5}, "e5")
+
+
+def test_a_schedule_that_needs_its_lowest_rate():
+    made = sft_config(config(schedule="cosine_with_min_lr"), "fp32", Path("run"))
+    assert made.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    sft = {"lr_scheduler_kwargs": {"min_lr": 1e-4}}
+    made = sft_config(config(schedule="cosine_with_min_lr", sft=sft), "fp32", Path("run"))
+    assert made.lr_scheduler_kwargs == {"min_lr": 1e-4}
+
+
+def test_several_gpus_are_not_used_by_data_parallel(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: 4))
+    assert sft_config(config(), "fp32", Path("run"))._n_gpu == 1
 
 
 def test_all_problems_of_sft_at_once():

@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 for a failure, 2 for wrong usage or configuration."""
     args = build_parser().parse_args(argv)
-    _set_up_messages(args.verbose)
+    _set_up_messages(args.verbose, downloads=args.name == quantize.NAME)
     try:
         args.run(args)
     except (QosoraError, OSError) as error:
@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _set_up_messages(verbose: bool) -> None:
-    """Show our own messages on standard error; other libraries' only on request."""
+def _set_up_messages(verbose: bool, downloads: bool) -> None:
+    """Show our own messages on standard error; other libraries' only on request, but for the bars of `downloads`."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("qosora: %(message)s"))
     logger = logging.getLogger("qosora")
@@ -86,7 +86,8 @@ def _set_up_messages(verbose: bool) -> None:
     if not verbose:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if not downloads:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from qosora.cli.output import add_json, add_model, print_json
+from qosora.cli.output import add_json, add_model, at_least_one, print_json
 
 NAME = "eval"
 HELP = "measure loss and perplexity, and exact match by request, on data"
@@ -20,15 +20,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--data", required=True, metavar="DATA", help="file or hub data set, as for train")
     parser.add_argument("--split", metavar="NAME", help="split of a hub data set")
-    parser.add_argument("--limit", type=int, metavar="N", help="use the first N examples only")
+    parser.add_argument("--limit", type=at_least_one, metavar="N", help="use the first N examples only")
     for part in ("prompt", "completion", "messages", "text"):
         parser.add_argument(f"--{part}-column", metavar="NAME", help=f"column of the {part}, where it is not {part}")
     parser.add_argument("--chat", action="store_true", help="wrap prompt and completion into the chat template")
-    parser.add_argument("--max-length", type=int, default=1024, metavar="N", help="cut examples (default: 1024)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument(
+        "--max-length", type=at_least_one, default=1024, metavar="N", help="cut examples (default: 1024)"
+    )
+    parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="(default: 8)")
     parser.add_argument("--exact-match", action="store_true", help="also generate, and count equal completions")
     parser.add_argument("--answer-pattern", metavar="REGEX", help="compare only the last match of this in each answer")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="for --exact-match (default: 256)")
+    parser.add_argument(
+        "--max-new-tokens", type=at_least_one, default=256, metavar="N", help="for --exact-match (default: 256)"
+    )
     add_json(parser)
 
 

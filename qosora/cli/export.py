@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_shards(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the base brings")
     add_json(parser)
 
 
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
             dtype=args.dtype,
             max_shard_bytes=int(args.max_shard_size * 1e9),
             overwrite=args.overwrite,
+            trust_remote_code=args.trust_remote_code,
             progress=progress,
         )
     result: dict[str, Any] = report.to_dict()

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qosora.cli.output import add_json, add_model, print_json
+from qosora.cli.output import add_json, add_model, at_least_one, print_json
 from qosora.errors import ConfigError
 
 NAME = "generate"
@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; standard input without any")
     parser.add_argument("--prompt-file", metavar="FILE", help="one prompt a line")
     parser.add_argument("--chat", action="store_true", help="wrap each prompt into the model's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument("--max-new-tokens", type=at_least_one, default=256, metavar="N", help="(default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="(default: 8)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
     add_json(parser)
 

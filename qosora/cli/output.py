@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["add_json", "add_model", "add_shards", "print_json", "size", "table"]
+__all__ = ["add_json", "add_model", "add_shards", "at_least_one", "print_json", "size", "table"]
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,13 @@ def add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", type=float, default=1.0, metavar="GB", help="also about what is held in memory (default: 1)"
     )
+
+
+def at_least_one(text: str) -> int:
+    """Return a count that an option gives. argparse makes usage errors of what this raises."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def print_json(value: Any) -> None:

@@ -161,11 +161,11 @@ def _evaluate(model: Path, data: Path) -> EvalResult:
 def _compare(adapter: Path, export: Path, data: Path) -> tuple[float, float]:
     """Return the largest difference of logits, and the largest logit, over some prompts."""
     adapted = load_model(adapter, dtype=torch.float32)
-    plain = AutoModelForCausalLM.from_pretrained(export).eval()
+    plain = AutoModelForCausalLM.from_pretrained(export).eval().to(adapted.device)
     tokenizer = load_tokenizer(export)
     difference = largest = 0.0
     for row in load_records(data, limit=16).rows:
-        ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+        ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"].to(adapted.device)
         a, b = adapted(input_ids=ids).logits, plain(input_ids=ids).logits
         difference = max(difference, float((a - b).abs().max()))
         largest = max(largest, float(b.abs().max()))

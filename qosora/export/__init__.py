@@ -2,8 +2,6 @@
 
 | module | one line |
 |---|---|
-| `plain.py` | what a plain checkpoint of a model holds, from its class on the meta device |
-| `folders.py` | hub ids, files carried along, outputs that must not be replaced |
 | `source.py` | a base and an adapter as files, checked against each other, read tensor by tensor |
 | `merged.py` | a checkpoint of dequantized, merged weights |
 """
