@@ -3,7 +3,8 @@
     python examples/finetune_7b.py --model meta-llama/Llama-2-7b-hf --data train.jsonl --output-dir my-adapter
 
 The data are JSON lines with `prompt` and `completion`, or `messages`. The base is decomposed once and kept in
-`--base-dir`; later runs load it from there. `qosora train` does the same with less typing.
+`--base-dir`; later runs load it from there. `qosora train` does it with less typing,
+and trains chats on the assistant's turns alone.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ class LayerReport:
         error: Relative Frobenius error of the decomposition.
         nf4_error: The same for the weight quantized as it is.
         bits_per_parameter: Stored bits per entry of the weight.
+        nf4_bits_per_parameter: The same for the weight quantized as it is.
         seconds: Time for decomposing, quantizing and measuring.
     """
 
@@ -54,6 +55,7 @@ class LayerReport:
     error: float
     nf4_error: float
     bits_per_parameter: float
+    nf4_bits_per_parameter: float
     seconds: float
 
 
@@ -84,6 +86,7 @@ class ConversionReport:
                 "error": sum(r.error for r in group) / len(group),
                 "nf4_error": sum(r.nf4_error for r in group) / len(group),
                 "bits_per_parameter": sum(r.bits_per_parameter for r in group) / len(group),
+                "nf4_bits_per_parameter": sum(r.nf4_bits_per_parameter for r in group) / len(group),
                 "seconds": sum(r.seconds for r in group),
             }
             for kind, group in kinds.items()

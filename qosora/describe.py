@@ -49,10 +49,10 @@ def _describe_base(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         part_of = {name: _part(name, module) for module, names in modules.items() for name in names}
         adapter_entries = 0
         for name in reader.names():
-            piece = reader.slice(name)
-            sizes[part_of.get(name, "other_bytes")] += _nbytes(piece)
+            entries = math.prod(reader.shape(name))
+            sizes[part_of.get(name, "other_bytes")] += entries * reader.dtype(name).itemsize
             if name in part_of and name.rpartition(".")[2] in ("s", "o"):
-                adapter_entries += math.prod(piece.get_shape())
+                adapter_entries += entries
         layers = [{n.rpartition(".")[2]: reader.slice(n) for n in names} for names in modules.values()]
         fingerprint = base_fingerprint(layers)
     report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else None
@@ -78,7 +78,7 @@ def _part(name: str, module: str) -> str:
 def _describe_adapter(folder: Path) -> dict[str, Any]:
     config = adapter_config(folder)
     with CheckpointReader(folder, ADAPTER_STEM) as reader:
-        shapes = {name: reader.slice(name).get_shape() for name in reader.names()}
+        shapes = {name: reader.shape(name) for name in reader.names()}
     vectors = {n: s for n, s in shapes.items() if n.rpartition(".")[2] in ("osora_s", "osora_o")}
     return {
         "kind": "adapter",
@@ -92,11 +92,3 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
         "other_parameters": sum(math.prod(s) for n, s in shapes.items() if n not in vectors),
         "file_bytes": sum(f.stat().st_size for f in folder.glob(f"{ADAPTER_STEM}*.safetensors")),
     }
-
-
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "BOOL": 1}
-
-
-def _nbytes(piece: Any) -> int:
-    """Bytes of a safetensors slice, from its header."""
-    return math.prod(piece.get_shape()) * _ITEM_BYTES[piece.get_dtype()]

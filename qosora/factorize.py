@@ -54,11 +54,13 @@ class ErrorReport:
         error: Of the decomposition.
         nf4_error: Of the weight quantized as it is, with the same quant_type, blocksize and double_quant.
         bits_per_parameter: Stored bits of the decomposition per entry of W.
+        nf4_bits_per_parameter: The same of the weight quantized as it is.
     """
 
     error: float
     nf4_error: float
     bits_per_parameter: float
+    nf4_bits_per_parameter: float
 
 
 def factorize(
@@ -150,4 +152,5 @@ def measure_error(weight: torch.Tensor, factors: Factors) -> ErrorReport:
         error=float(torch.linalg.norm(W - reconstruct(factors)) / norm),
         nf4_error=float(torch.linalg.norm(W - nf4.dequantize(plain)) / norm),
         bits_per_parameter=8 * factors.nbytes / W.numel(),
+        nf4_bits_per_parameter=8 * plain.nbytes / W.numel(),
     )

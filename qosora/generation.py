@@ -52,7 +52,7 @@ def generate(
         )
     encoded = [_encode(tokenizer, prompt, chat, number) for number, prompt in enumerate(prompts, 1)]
     config = _generation_config(model, tokenizer, max_new_tokens, temperature, top_p)
-    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    by_length = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # what needs most memory first
     texts = [""] * len(encoded)
     with inference(model), _seeded(seed):
         for start in range(0, len(encoded), batch_size):

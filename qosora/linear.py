@@ -158,6 +158,10 @@ class QosoraLinear(nn.Module):
             s: (rank,), float32.
             o: (out_features,), float32.
         """
+        if self.weight.is_meta and not x.is_meta:
+            raise QosoraError(
+                "the base's weights are not in memory: load it whole, on one device and without offloading"
+            )
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             out_dtype = dtype = torch.get_autocast_dtype(device)

@@ -27,6 +27,8 @@ __all__ = ["OPTIMIZERS", "MemoryUse", "PackedPagedOptimizer", "create_optimizer"
 
 logger = logging.getLogger("qosora")
 
+_TRAINER_BETAS = (0.9, 0.999)  # what TrainingArguments has where the user says nothing
+
 
 class PackedPagedOptimizer(torch.optim.Optimizer):
     """bitsandbytes' paged AdamW or Lion on flat buffers that the parameters become windows of.
@@ -205,12 +207,13 @@ def trainer_optimizer(args: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     Example:
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer(args))  # doctest: +SKIP
     """
-    taken = {
+    taken: dict[str, Any] = {
         "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
     }
+    if (betas := (args.adam_beta1, args.adam_beta2)) != _TRAINER_BETAS:  # else the optimizer's own: Lion has others
+        taken["betas"] = betas
     # Trainer takes anything but an optimizer class for a factory of a factory: f()(model, **kwargs).
     return lambda: create_optimizer, {**taken, **options}
 

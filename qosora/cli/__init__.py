@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         print(f"qosora {args.name}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except RuntimeError as error:
+        if args.verbose or type(error).__name__ != "OutOfMemoryError":  # torch's, by name: torch may not be imported
+            raise
+        print(f"qosora {args.name}: error: out of GPU memory; {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"qosora {args.name}: interrupted", file=sys.stderr)
         return 130

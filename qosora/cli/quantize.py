@@ -98,14 +98,15 @@ def run(args: argparse.Namespace) -> None:
 def kinds_table(kinds: dict[str, dict[str, Any]], quant_type: str) -> str:
     """Return the table of errors by kind of layer."""
     return table(
-        ["layer", "count", "error", f"plain {quant_type}", "bits/param", "seconds"],
+        ["layer", "count", "error", "bits/param", f"plain {quant_type}", "its bits", "seconds"],
         [
             [
                 kind,
                 f"{row['layers']:.0f}",
                 f"{row['error']:.4f}",
-                f"{row['nf4_error']:.4f}",
                 f"{row['bits_per_parameter']:.2f}",
+                f"{row['nf4_error']:.4f}",
+                f"{row['nf4_bits_per_parameter']:.2f}",
                 f"{row['seconds']:.1f}",
             ]
             for kind, row in kinds.items()

@@ -1,0 +1,23 @@
+"""The examples run, on the demo's model and data."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from qosora.demo import assets
+from qosora.models import adapter_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_qlora_shaped_script(tmp_path: Path) -> None:
+    with assets() as source:
+        command = [sys.executable, ROOT / "examples" / "finetune_7b.py", "--model", source / "model"]
+        command += ["--data", source / "train.jsonl", "--rank", "16", "--max-steps", "2", "--max-length", "128"]
+        command += ["--base-dir", tmp_path / "base", "--output-dir", tmp_path / "adapter"]
+        run = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "trainable params: 5,568" in run.stdout, run.stdout
+    assert adapter_config(tmp_path / "adapter").vectors == "both"
