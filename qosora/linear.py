@@ -159,9 +159,7 @@ class QosoraLinear(nn.Module):
             o: (out_features,), float32.
         """
         if self.weight.is_meta and not x.is_meta:
-            raise QosoraError(
-                "the base's weights are not in memory: load it whole, on one device and without offloading"
-            )
+            raise QosoraError("the base's weights are not in memory: load it whole on one device, not offloaded")
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             out_dtype = dtype = torch.get_autocast_dtype(device)
