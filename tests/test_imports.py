@@ -1,4 +1,4 @@
-"""Imports go down the levels of the design only, and importing qosora costs nothing."""
+"""Imports go down the levels of the table below only, and importing qosora costs nothing."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ HELP = "measure loss and perplexity, and exact match by request, on data"
 EXAMPLES = """\
   qosora eval ./my-adapter --data test.jsonl
   qosora eval ./my-base --data test.jsonl --limit 200 --json
-  qosora eval ./my-adapter --data gsm8k.jsonl --prompt-column question --completion-column answer \\
+  qosora eval ./my-adapter --data gsm8k.jsonl --prompt-column question --completion-column answer --chat \\
       --exact-match --answer-pattern '#### (.+)'"""
 
 
