@@ -48,7 +48,7 @@ def main() -> None:
         max_steps=args.max_steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=16,
-        learning_rate=2e-2,  # 20 to 40 times LoRA's
+        learning_rate=1e-2,  # about 20 times LoRA's
         lr_scheduler_type="cosine",
         warmup_steps=0.03,  # below 1: a part of all steps
         bf16=False,

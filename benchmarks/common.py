@@ -1,0 +1,127 @@
+"""What every benchmark writes: one JSON file with its results and all that they depend on.
+
+    {"benchmark", "question", "date", "commit", "versions", "device", "config", "results": {stage: ...}}
+
+The file is written again after each stage, so that a failure late loses nothing; `resume` goes on from it, and keeps
+what another process has added to it in the meantime.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("qosora", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+
+
+class Record:
+    """A benchmark's result file.
+
+    Args:
+        path: Where to write it.
+        benchmark: Name of the script.
+        question: What it answers, in a sentence.
+        config: Its options; no paths.
+        resume: Whether to keep the stages that the file holds already.
+    """
+
+    def __init__(
+        self, path: str | Path, benchmark: str, question: str, config: Mapping[str, Any], resume: bool
+    ) -> None:
+        self.path = Path(path)
+        if not resume:
+            self.path.unlink(missing_ok=True)
+        self.head = {
+            "benchmark": benchmark,
+            "question": question,
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            "commit": commit(),
+            "versions": versions(),
+            "device": device(),
+            "config": dict(config),
+        }
+
+    def stage(self, name: str, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a stage's result: from the file if it is there, else by running it; print and write it."""
+        if name not in self.results():
+            start = time.perf_counter()
+            result = {**action(), "wall_seconds": round(time.perf_counter() - start, 1)}
+            self._write({**self.results(), name: result})
+            print(f"{name}: {json.dumps(result)[:2000]}", flush=True)
+        return self.results()[name]
+
+    def results(self) -> dict[str, Any]:
+        """Return the stages in the file."""
+        if not self.path.exists():
+            return {}
+        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))["results"]
+        return found
+
+    def _write(self, results: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        text = json.dumps({**self.head, "results": results}, indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that matter."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def device() -> dict[str, Any]:
+    """Return what the numbers were measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"gpu": gpu, "cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that this file is in, marked where files differ from it; None outside git."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Return count, median and the 10th and 90th percentile."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return {
+        "count": len(values),
+        "median": round(statistics.median(values), 4),
+        "p10": round(tenths[0], 4),
+        "p90": round(tenths[-1], 4),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,97 @@
+"""Write the tables of README.md from the files in benchmarks/results.
+
+python benchmarks/tables.py           # rewrite what stands between the markers <!-- table: NAME --> and <!-- /table -->
+python benchmarks/tables.py --check   # exit with 1 if the README says anything else than the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def gsm8k(found: dict[str, Any]) -> str:
+    """Return the table of losses before and after training, with its conditions."""
+    results, config = found["results"], found["config"]
+    before, rank = results["untrained_test_loss"], config["rank"]
+    weights = results["factorization"][f"r{rank}"]
+    qlora, qosora = _best(results, "qlora"), _best(results, "qosora")
+    rows = [
+        ["16-bit model, untrained", "", "", "", f"{before['bfloat16']:.3f}", ""],
+        [f"QLoRA, r = {qlora['rank']}", f"{weights['nf4_error']:.3f}", *_sizes(qlora), *_losses(qlora)],
+        [f"qosora, r = {rank}", f"{weights['error']:.3f}", *_sizes(qosora), *_losses(qosora)],
+    ]
+    head = ["", "error of the 4-bit weights", "trained parameters", "adapter", "test loss before", "after"]
+    steps = f"{config['steps']} steps of {config['batch_size']} examples"
+    versions = ", ".join(f"{n} {found['versions'][n]}" for n in ("torch", "transformers", "bitsandbytes"))
+    rates = " and ".join(f"{r['learning_rate']:g}" for n, r in results.items() if n.startswith("qosora"))
+    note = (
+        f"{config['model']}, fine-tuned on {config['data']} for {steps}: cross-entropy of the answers to "
+        f"{config['limit_test']} test questions. Learning rates {qlora['learning_rate']:g} (QLoRA) and "
+        f"{qosora['learning_rate']:g} (of {rates}); one seed. {found['device']['gpu'] or found['device']['cpu']}, {versions}, "
+        f"{found['date']}; [all figures](benchmarks/results/gsm8k_gemma3_270m.json)."
+    )
+    return "\n".join([_row(head), _row(["---", *["---:"] * 5]), *map(_row, rows), "", note, ""])
+
+
+def _best(results: dict[str, Any], method: str) -> dict[str, Any]:
+    """Return the run of a method, among those at several learning rates, with the lowest final loss."""
+    return min((r for name, r in results.items() if name.startswith(method)), key=lambda r: _last(r["test_loss"]))
+
+
+def _sizes(stage: dict[str, Any]) -> list[str]:
+    return [f"{stage['trained_parameters']:,}", f"{stage['adapter_bytes'] / 2**20:.2f} MiB"]
+
+
+def _losses(stage: dict[str, Any]) -> list[str]:
+    losses = stage["test_loss"]
+    return [f"{losses[min(losses, key=int)]:.3f}", f"{_last(losses):.3f}"]
+
+
+def _last(losses: dict[str, float]) -> float:
+    return losses[max(losses, key=int)]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {"gsm8k": ("gsm8k_gemma3_270m.json", gsm8k)}
+
+
+def filled(text: str) -> str:
+    """Return a page with its tables as the results make them."""
+
+    def table(match: re.Match[str]) -> str:
+        file, make = TABLES[match["name"]]
+        found = json.loads((ROOT / "benchmarks" / "results" / file).read_text(encoding="utf-8"))
+        return f"{match[1]}{make(found)}{match[3]}"
+
+    return MARKED.sub(table, text)
+
+
+def main() -> int:
+    """Rewrite or check the README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the tables are not up to date")
+    args = parser.parse_args()
+    page = ROOT / "README.md"
+    old = page.read_text(encoding="utf-8")
+    new = filled(old)
+    if args.check:
+        print("README.md is up to date" if new == old else "README.md: run python benchmarks/tables.py")
+        return int(new != old)
+    page.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
