@@ -36,7 +36,8 @@ def gsm8k(found: dict[str, Any]) -> str:
     note = (
         f"{config['model']}, fine-tuned on {config['data']} for {steps}: cross-entropy of the answers to "
         f"{config['limit_test']} test questions. Learning rates {qlora['learning_rate']:g} (QLoRA) and "
-        f"{qosora['learning_rate']:g} (of {rates}); one seed. {found['device']['gpu'] or found['device']['cpu']}, {versions}, "
+        f"{qosora['learning_rate']:g} (of {rates}); one seed. "
+        f"{found['device']['gpu'] or found['device']['cpu']}, {versions}, "
         f"{found['date']}; [all figures](benchmarks/results/gsm8k_gemma3_270m.json)."
     )
     return "\n".join([_row(head), _row(["---", *["---:"] * 5]), *map(_row, rows), "", note, ""])
