@@ -68,10 +68,8 @@ def _report(result: Any, folder: str) -> list[str]:
         *lines,
         f"{folder}/base, {folder}/adapter and {folder}/export are yours to try:",
         f"  qosora inspect {folder}/adapter",
-        f"  qosora generate {folder}/adapter --prompt 'Hello, this is Ida. I would like four red hats, delivered to "
-        "the barn.",
-        "  Question: What is the ticket?",
-        "  Answer:'",
+        f"  qosora generate {folder}/adapter --prompt $'Message: Hello, this is Ida. I would like four red hats, "
+        "delivered to the barn.\\nQuestion: What is the ticket?\\nAnswer:'",
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from qosora.cli.output import add_json, add_model, at_least_one, print_json
+from qosora.cli.output import add_json, add_model, at_least_one, load, print_json
 
 NAME = "eval"
 HELP = "measure loss and perplexity, and exact match by request, on data"
@@ -40,14 +40,10 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qosora.data import Columns
     from qosora.evaluation import evaluate
-    from qosora.models import load_model, load_tokenizer, split_source
 
-    base, adapter = split_source(args.model, args.base)
     columns = Columns(args.prompt_column, args.completion_column, args.messages_column, args.text_column)
-    model = load_model(args.model, base=args.base, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     result = evaluate(
-        model,
-        load_tokenizer(adapter, base, trust_remote_code=args.trust_remote_code),
+        *load(args),
         args.data,
         split=args.split,
         columns=columns,

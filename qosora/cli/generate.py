@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qosora.cli.output import add_json, add_model, at_least_one, print_json
+from qosora.cli.output import add_json, add_model, at_least_one, load, print_json
 from qosora.errors import ConfigError
 
 NAME = "generate"
@@ -41,14 +41,9 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("no prompt: give --prompt, --prompt-file, or text on standard input")
 
     from qosora.generation import generate
-    from qosora.models import load_model, load_tokenizer, split_source
 
-    base, adapter = split_source(args.model, args.base)
-    model = load_model(args.model, base=args.base, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
-    tokenizer = load_tokenizer(adapter, base, trust_remote_code=args.trust_remote_code)
     answers = generate(
-        model,
-        tokenizer,
+        *load(args),
         prompts,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,

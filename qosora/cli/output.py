@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["add_json", "add_model", "add_shards", "at_least_one", "print_json", "size", "table"]
+__all__ = ["add_json", "add_model", "add_shards", "at_least_one", "load", "print_json", "size", "table"]
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,15 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the model and the tokenizer that the arguments of `add_model` name."""
+    from qosora.models import load_model, load_tokenizer, split_source
+
+    base, adapter = split_source(args.model, args.base)
+    model = load_model(args.model, base=args.base, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    return model, load_tokenizer(adapter, base, trust_remote_code=args.trust_remote_code)
 
 
 def print_json(value: Any) -> None:
