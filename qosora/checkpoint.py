@@ -18,7 +18,15 @@ from safetensors.torch import save_file
 from qosora.errors import CheckpointError
 from qosora.folders import file_mode, read_json, write_json
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "CheckpointReader", "ShardWriter", "base_fingerprint", "group_modules"]
+__all__ = [
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "CheckpointReader",
+    "ShardWriter",
+    "base_fingerprint",
+    "group_modules",
+    "stored_fingerprint",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -211,6 +219,12 @@ def base_fingerprint(layers: Iterable[Mapping[str, Any]]) -> str:
     """
     digests = sorted(_layer_digest(tensors) for tensors in layers)
     return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+
+
+def stored_fingerprint(reader: CheckpointReader) -> str:
+    """Return the `base_fingerprint` of a base on disk."""
+    groups = group_modules(reader.names()).values()
+    return base_fingerprint({name.rpartition(".")[2]: reader.slice(name) for name in names} for names in groups)
 
 
 def _layer_digest(tensors: Mapping[str, Any]) -> bytes:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qosora.checkpoint import CheckpointReader, base_fingerprint, group_modules
+from qosora.checkpoint import CheckpointReader, group_modules, stored_fingerprint
 from qosora.config import QUANT_METHOD
 from qosora.convert import REPORT_NAME
 from qosora.errors import CheckpointError
@@ -53,8 +53,7 @@ def _describe_base(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             sizes[part_of.get(name, "other_bytes")] += entries * reader.dtype(name).itemsize
             if name in part_of and name.rpartition(".")[2] in ("s", "o"):
                 adapter_entries += entries
-        layers = [{n.rpartition(".")[2]: reader.slice(n) for n in names} for names in modules.values()]
-        fingerprint = base_fingerprint(layers)
+        fingerprint = stored_fingerprint(reader)
     report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else None
     return {
         "kind": "base",

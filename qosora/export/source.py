@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from qosora import nf4
-from qosora.checkpoint import CheckpointReader, base_fingerprint, group_modules
+from qosora.checkpoint import CheckpointReader, group_modules, stored_fingerprint
 from qosora.config import QUANT_METHOD, OsoraConfig, QosoraConfig
 from qosora.errors import CheckpointError, FingerprintError
 from qosora.factorize import Factors, reconstruct
@@ -110,7 +110,7 @@ class Source:
         self._groups = group_modules(self._reader.names())
         if not self._groups:
             raise CheckpointError(f"{base}: config.json says qosora, but no layer is decomposed; make the base anew")
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = stored_fingerprint(self._reader)
         self.vectors: dict[str, dict[str, torch.Tensor]] = {}
         self.untied: list[str] = []
         config = None if adapter is None else self._adapter_config(adapter)
@@ -126,12 +126,6 @@ class Source:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
-
-    def _fingerprint(self) -> str:
-        return base_fingerprint(
-            {name.removeprefix(f"{layer}."): self._reader.slice(name) for name in names}
-            for layer, names in self._groups.items()
-        )
 
     def _adapter_config(self, adapter: Path) -> OsoraConfig:
         config = adapter_config(adapter)
