@@ -2,36 +2,37 @@
 
 Which tensors are decomposed is decided by the model class on the meta device, just as `from_pretrained` decides it, and
 the result has the same tensors as `from_pretrained(..., quantization_config=...)` followed by `save_pretrained`. The
-model itself is never built. Checkpoints that are no safetensors (GGUF, pickled weights) are first read by transformers
-and written to a temporary folder.
+model itself is never built.
 """
 
 from __future__ import annotations
 
-import tempfile
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from qosora.checkpoint import INDEX_NAME, SINGLE_NAME, CheckpointReader, ShardWriter
+from qosora import __version__
+from qosora.checkpoint import TensorSpec
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError
 from qosora.factorize import factorize, measure_error
-from qosora.folders import atomic_folder, copy_files, local_folder, refuse_input_as_output, write_json
+from qosora.folders import copy_files, refuse_input_as_output
 from qosora.linear import QosoraLinear
-from qosora.models import quantization_of
 from qosora.plain import PlainModel, natural_order
 from qosora.quantizer import QosoraHfQuantizer
+from qosora.sources import TensorReader, open_source
+from qosora.streaming import Processes, Progress, Unit, stream
 
-__all__ = ["ConversionReport", "LayerReport", "quantize"]
+__all__ = ["ConversionReport", "LayerReport", "by_kind", "quantize"]
 
-REPORT_NAME = "qosora_report.json"
+#: What quantizing a value costs, in the unit of what a singular triplet costs it; for dividing the work.
+_QUANTIZATION_COST = 64
 
 
 @dataclass(frozen=True)
@@ -75,26 +76,27 @@ class ConversionReport:
     base_bytes: int
     seconds: float
 
-    def by_kind(self) -> dict[str, dict[str, float]]:
-        """Return count, mean errors, mean bits per parameter and seconds by kind of layer (last part of the name)."""
-        kinds: dict[str, list[LayerReport]] = {}
-        for layer in self.layers:
-            kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
-        return {
-            kind: {
-                "layers": len(group),
-                "error": sum(r.error for r in group) / len(group),
-                "nf4_error": sum(r.nf4_error for r in group) / len(group),
-                "bits_per_parameter": sum(r.bits_per_parameter for r in group) / len(group),
-                "nf4_bits_per_parameter": sum(r.nf4_bits_per_parameter for r in group) / len(group),
-                "seconds": sum(r.seconds for r in group),
-            }
-            for kind, group in kinds.items()
-        }
-
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        return {**asdict(self), "by_kind": self.by_kind()}
+        return {**asdict(self), "by_kind": by_kind(map(asdict, self.layers))}
+
+
+def by_kind(layers: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return layers, mean errors, mean bits per parameter and seconds by kind of layer (the last part of its name).
+
+    Args:
+        layers: `LayerReport`s as plain data; those that a base keeps have no seconds.
+    """
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for layer in layers:
+        kinds.setdefault(layer["name"].rpartition(".")[2], []).append(layer)
+    means = ("error", "nf4_error", "bits_per_parameter", "nf4_bits_per_parameter")
+    return {
+        kind: {"layers": len(group)}
+        | {key: sum(layer[key] for layer in group) / len(group) for key in means}
+        | ({"seconds": sum(layer["seconds"] for layer in group)} if "seconds" in group[0] else {})
+        for kind, group in kinds.items()
+    }
 
 
 def quantize(
@@ -106,10 +108,14 @@ def quantize(
     device: torch.device | str | None = None,
     max_shard_bytes: int = 1_000_000_000,
     overwrite: bool = False,
+    restart: bool = False,
     trust_remote_code: bool = False,
-    progress: Callable[[LayerReport, int, int], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> ConversionReport:
-    """Decompose a checkpoint into a qosora base.
+    """Decompose a checkpoint into a qosora base, or go on where an earlier call has ended.
+
+    Until it is complete the base is in `OUTPUT.partial`. Under `accelerate launch` or torchrun the processes divide the
+    tensors; the bytes of the base are the same for any number of processes and threads.
 
     Args:
         source: Folder, hub id or GGUF file of a causal language model.
@@ -117,43 +123,51 @@ def quantize(
         config: Ranks and storage; `QosoraConfig()` by default.
         dtype: Of the tensors that are not decomposed; by default the checkpoint's, for GGUF bfloat16. The weights that
             are decomposed are read at the checkpoint's own precision.
-        device: Where to decompose; the current GPU, or the CPU without one, by default.
-        max_shard_bytes: Size of the output's shards, which is also what is held in memory.
-        overwrite: Whether `output` may be replaced.
+        device: Where to decompose; by default the process's GPU, or the CPU without one.
+        max_shard_bytes: Size of the output's shards.
+        overwrite: Whether `output` may be replaced; it stays until the new base is complete.
+        restart: Whether to throw away what an unfinished call has left.
         trust_remote_code: Whether to run model code that the checkpoint brings.
-        progress: Called after each layer with its report, the number done and the number of layers.
+        progress: Called at the start and after each tensor; with several processes in the first only. The reports of
+            decomposed layers are `LayerReport`s as plain data, those of other tensors empty.
 
     Raises:
-        CheckpointError: If the source cannot be read, is quantized already, or does not fit its model class.
-        ConfigError: If there is no such device, or the config does not fit the model.
+        CheckpointError: If the source cannot be read, is quantized already, or does not fit its model class, or the
+            output cannot be written.
+        ConfigError: If there is no such device, the config does not fit the model, or an unfinished call had other
+            arguments.
     """
     start = time.perf_counter()
     config = config or QosoraConfig()
-    device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with _as_safetensors(source, trust_remote_code) as origin, CheckpointReader(origin) as reader:
-        refuse_input_as_output(output, Path(source) if Path(source).exists() else None, origin)
-        plan = _Plan(origin, config, dtype, trust_remote_code)
-        plan.match(reader)
-        layers: list[LayerReport] = []
-        with atomic_folder(output, overwrite=overwrite) as folder:
-            writer = ShardWriter(folder, max_shard_bytes)
-            for disk, name in plan.tensors.items():
-                module, tensor = plan.layers.get(name), reader.tensor(disk)
-                if module is None:
-                    writer.add(disk, tensor.to(plan.dtype_of(name)) if tensor.is_floating_point() else tensor)
-                    continue
-                state, layer = _decompose(name, module, tensor.to(device), config)
-                for key, part in state.items():
-                    writer.add(disk.removesuffix("weight") + key, part.cpu())
-                layers.append(layer)
-                if progress:
-                    progress(layer, len(layers), len(plan.layers))
-            writer.close()
-            report = ConversionReport(str(source), layers, writer.total_bytes, time.perf_counter() - start)
-            copy_files(folder, origin, with_code=trust_remote_code)
+    with Processes() as processes, open_source(source, trust_remote_code=trust_remote_code) as checkpoint:
+        device = _usable(device or (f"cuda:{processes.local_index}" if torch.cuda.is_available() else "cpu"))
+        refuse_input_as_output(output, Path(source) if Path(source).exists() else None, checkpoint.origin)
+        plan = _Plan(checkpoint.origin, config, dtype, trust_remote_code)
+        plan.match(checkpoint.reader)
+        units = [plan.unit(disk, name, checkpoint.reader, device) for disk, name in plan.tensors.items()]
+
+        def finish(folder: Path, reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+            copy_files(folder, checkpoint.origin, with_code=trust_remote_code)
             plan.config.save_pretrained(folder)
-            write_json(folder / REPORT_NAME, report.to_dict())
-    return report
+            # No times, so that a base is the same however it was made.
+            layers = [{k: v for k, v in report.items() if k != "seconds"} for report in reports.values() if report]
+            return {"source": str(source), "source_files": _sizes(units), "made_with": made_with, "layers": layers}
+
+        made_with = _made_with(config, device)
+        reports = stream(
+            output,
+            units,
+            finish,
+            job={**made_with, "dtype": str(plan.dtype)},
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            restart=restart,
+            processes=processes,
+            progress=progress,
+        )
+    layers = [LayerReport(**{**report, "shape": tuple(report["shape"])}) for report in reports.values() if report]
+    base_bytes = sum(spec.nbytes for unit in units for spec in unit.specs.values())
+    return ConversionReport(str(source), layers, base_bytes, time.perf_counter() - start)
 
 
 def _usable(device: torch.device | str) -> torch.device:
@@ -163,17 +177,15 @@ def _usable(device: torch.device | str) -> torch.device:
         raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def _decompose(
-    name: str, module: QosoraLinear, weight: torch.Tensor, config: QosoraConfig
-) -> tuple[dict[str, torch.Tensor], LayerReport]:
-    start = time.perf_counter()
-    weight = weight.T if module.fan_in_fan_out else weight
-    factors = factorize(weight, module.rank, name=name, **config.factorize_options())
-    error = measure_error(weight, factors)
-    shape = (module.out_features, module.in_features)
-    layer = name.removesuffix(".weight")
-    seconds = time.perf_counter() - start
-    return module.state_of(factors), LayerReport(layer, shape, module.rank, **asdict(error), seconds=seconds)
+def _made_with(config: QosoraConfig, device: torch.device) -> dict[str, Any]:
+    """Return what determines the base besides the source: options, arithmetic, versions."""
+    options = {key: value for key, value in config.to_dict().items() if key != "quant_method"}
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {**options, "device": hardware, "qosora": __version__, "torch": torch.__version__}
+
+
+def _sizes(units: Iterable[Unit]) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted({file for unit in units for file in unit.files})}
 
 
 class _Plan:
@@ -186,7 +198,7 @@ class _Plan:
     """
 
     def __init__(self, origin: Path, storage: QosoraConfig, dtype: torch.dtype | None, trust_remote_code: bool) -> None:
-        self.origin = origin
+        self.origin, self.storage = origin, storage
         self.plain = PlainModel(origin, trust_remote_code)
         self.config: PreTrainedConfig = AutoConfig.from_pretrained(origin, trust_remote_code=trust_remote_code)
         self.dtype = self.config.dtype = dtype or self.config.dtype or torch.float32
@@ -197,7 +209,7 @@ class _Plan:
         self.layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, QosoraLinear)}
         self.tensors: dict[str, str] = {}
 
-    def match(self, reader: CheckpointReader) -> None:
+    def match(self, reader: TensorReader) -> None:
         """Find the model's tensors in a checkpoint.
 
         Raises:
@@ -229,52 +241,42 @@ class _Plan:
                 "config and weights belong to different models"
             )
 
+    def unit(self, disk: str, name: str, reader: TensorReader, device: torch.device) -> Unit:
+        """Return how a tensor of the checkpoint becomes tensors of the base."""
+        module = self.layers.get(name)
+        if module is None:
+            return self._copied(disk, name, reader)
+        prefix = disk.removesuffix("weight")
+        specs = {prefix + key: TensorSpec.of(p) for key, p in module.named_parameters() if key != "bias"}
+
+        def make(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+            start = time.perf_counter()
+            oriented = weight.to(device).T if module.fan_in_fan_out else weight.to(device)
+            factors = factorize(oriented, module.rank, name=name, **self.storage.factorize_options())
+            error = measure_error(oriented, factors)
+            state = {prefix + key: tensor.cpu() for key, tensor in module.state_of(factors).items()}
+            shape = (module.out_features, module.in_features)
+            seconds = time.perf_counter() - start
+            report = LayerReport(name.removesuffix(".weight"), shape, module.rank, **asdict(error), seconds=seconds)
+            return state, asdict(report)
+
+        cost = module.out_features * module.in_features * (module.rank + _QUANTIZATION_COST)
+        return Unit(disk, specs, cost, [reader.file(disk)], lambda: reader.tensor(disk), make)
+
+    def _copied(self, disk: str, name: str, reader: TensorReader) -> Unit:
+        dtype, shape = reader.dtype(disk), reader.shape(disk)
+        spec = TensorSpec(self.dtype_of(name) if dtype.is_floating_point else dtype, shape)
+
+        def make(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+            if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+                raise CheckpointError(
+                    f"{disk} holds NaN or infinite values. The checkpoint is damaged or was saved from a diverged run: "
+                    "get another copy of it."
+                )
+            return {disk: tensor}, {}
+
+        return Unit(disk, {disk: spec}, math.prod(shape), [reader.file(disk)], lambda: reader.tensor(disk), make)
+
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype that the model holds a tensor in."""
         return torch.float32 if self.plain.keeps_float32(name, self.dtype) else self.dtype
-
-
-@contextmanager
-def _as_safetensors(source: str | Path, trust_remote_code: bool) -> Iterator[Path]:
-    """Give a local folder with the source's weights as safetensors, for as long as it is needed."""
-    path = Path(source)
-    gguf = path.name if path.suffix == ".gguf" else None
-    if gguf and not path.is_file():
-        raise CheckpointError(f"{source}: no such file")
-    folder = path.parent if gguf else local_folder(source, trust_remote_code=trust_remote_code)
-    if not gguf:
-        _refuse_quantized(folder, trust_remote_code)
-        if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
-            yield folder
-            return
-    with tempfile.TemporaryDirectory(prefix="qosora-") as temporary:
-        _resave(folder, gguf, Path(temporary), trust_remote_code)
-        yield Path(temporary)
-
-
-def _refuse_quantized(folder: Path, trust_remote_code: bool) -> None:
-    stored = quantization_of(folder, trust_remote_code=trust_remote_code)
-    if stored:
-        raise CheckpointError(
-            f"{folder} is quantized already ({stored.get('quant_method')}): what quantization lost cannot be "
-            "decomposed. Use the original 16-bit checkpoint"
-        )
-
-
-def _resave(folder: Path, gguf: str | None, target: Path, trust_remote_code: bool) -> None:
-    """Let transformers read weights in another format and write them as safetensors."""
-    options: dict[str, Any] = {"gguf_file": gguf, "dtype": torch.float32} if gguf else {"dtype": "auto"}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, ImportError) as error:
-        where = folder / gguf if gguf else folder
-        raise CheckpointError(f"{where}: transformers cannot read the weights ({error})") from error
-    if hasattr(model, "hf_quantizer"):
-        model.hf_quantizer.remove_quantization_config(model)
-    model.save_pretrained(target)
-    if gguf:  # read in float32 so that the decomposition starts there; the rest of the base is 16 bits
-        AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
-        model.config.dtype = torch.bfloat16
-        model.config.save_pretrained(target)
-    else:
-        copy_files(target, folder, with_code=trust_remote_code)

@@ -8,10 +8,11 @@ from typing import Any
 
 from qosora.checkpoint import CheckpointReader, group_modules, stored_fingerprint
 from qosora.config import QUANT_METHOD
-from qosora.convert import REPORT_NAME
+from qosora.convert import by_kind
 from qosora.errors import CheckpointError
 from qosora.folders import read_json
 from qosora.models import ADAPTER_CONFIG, adapter_config
+from qosora.partial import MANIFEST_NAME
 
 __all__ = ["describe"]
 
@@ -54,7 +55,7 @@ def _describe_base(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             if name in part_of and name.rpartition(".")[2] in ("s", "o"):
                 adapter_entries += entries
         fingerprint = stored_fingerprint(reader)
-    report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else None
+    manifest = read_json(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else {}
     return {
         "kind": "base",
         "folder": str(folder),
@@ -66,7 +67,7 @@ def _describe_base(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "total_bytes": sum(sizes.values()),
         "adapter_parameters": adapter_entries,
         "adapter_bytes": 4 * adapter_entries,
-        "by_kind": report["by_kind"] if report else None,
+        "by_kind": by_kind(manifest["layers"]) if "layers" in manifest else None,
     }
 
 

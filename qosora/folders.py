@@ -1,19 +1,11 @@
-"""Folders: read from disk or the hub, written whole or not at all, and what is carried from one to the next.
-
-A folder is written under a temporary name beside its place (`.NAME.XXXX.new`) and renamed when it is complete, so that
-nothing half-written ever loads under the name that was asked for. A process that is killed leaves its temporary folder
-behind; as it is locked for as long as its writer lives, the next one to write there can tell, and removes it.
-"""
+"""Folders: read from disk or the hub, checked before they are written, and what is carried from one to the next."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +16,14 @@ from qosora.errors import CheckpointError
 
 try:
     import fcntl
-except ImportError:  # Windows: abandoned folders stay
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    "atomic_folder",
+    "check_target",
     "copy_files",
-    "file_mode",
     "local_folder",
+    "lock_folder",
     "read_json",
     "refuse_input_as_output",
     "require_space",
@@ -56,12 +48,13 @@ _MODEL_FILES = ("generation_config.json", "*processor_config.json", "LICENSE*", 
 _SAFE_SUFFIXES = ("", ".json", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".jinja", ".md", ".pdf")
 
 
-def local_folder(source: str | Path, *, trust_remote_code: bool = False) -> Path:
+def local_folder(source: str | Path, *, trust_remote_code: bool = False, with_pickled: bool = False) -> Path:
     """Return a local folder as it is, and download a hub id.
 
     Args:
         source: A folder, or a hub id.
         trust_remote_code: Whether to download code, too.
+        with_pickled: Whether to download pickled weights, if there are no safetensors.
 
     Raises:
         CheckpointError: If it is neither.
@@ -75,7 +68,10 @@ def local_folder(source: str | Path, *, trust_remote_code: bool = False) -> Path
         raise CheckpointError(f"{source}: no such folder")
     patterns = ["*.safetensors", "*.json", *_TOKENIZER_FILES, *_MODEL_FILES, *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns, ignore_patterns=["original/*"]))
+        folder = Path(snapshot_download(str(source), allow_patterns=patterns, ignore_patterns=["original/*"]))
+        if with_pickled and not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(str(source), allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        return folder
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{source}: neither a local folder nor something that the hub gives ({str(error).splitlines()[0]})"
@@ -123,44 +119,16 @@ def _has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken"))
 
 
-@contextmanager
-def atomic_folder(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside `target` that becomes `target` if the block ends well, and is removed if not.
-
-    A folder that is replaced stays as it is until the new one is complete.
+def check_target(target: Path, overwrite: bool) -> None:
+    """Check that a folder can be made, or be replaced.
 
     Args:
-        target: The folder to make; its parents are made.
+        target: The folder to make, resolved.
         overwrite: Whether a model folder may be replaced, with all that it holds.
 
     Raises:
-        CheckpointError: If `target` cannot be made or must not be replaced, or if the disk is full.
+        CheckpointError: If not.
     """
-    target = Path(os.path.realpath(target))
-    parents = [folder for folder in target.parents if not folder.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        _check_target(target, overwrite)
-        temporary, lock = _make_locked(target)
-    except OSError as error:
-        _remove_empty(parents)
-        raise CheckpointError(f"{target}: cannot make a folder there ({error.strerror})") from error
-    try:
-        yield temporary
-        _move_into_place(temporary, target)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _remove_empty(parents)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise CheckpointError(f"{target}: cannot be written ({error.strerror}); make room and run again") from error
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
@@ -176,74 +144,26 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def _make_locked(target: Path) -> tuple[Path, int | None]:
-    """Make the temporary folder; it has the name that `_remove_abandoned` looks for only once it is locked."""
-    unlocked = Path(tempfile.mkdtemp(prefix=".qosora-", dir=target.parent))
-    lock = _lock(unlocked)
-    temporary = target.with_name(f".{target.name}{unlocked.name}.new")
-    unlocked.rename(temporary)
-    temporary.chmod(0o777 & ~_umask())
-    return temporary, lock
+def lock_folder(folder: Path) -> int | None:
+    """Lock a folder until the descriptor that is returned is closed, or the process ends.
 
+    Returns:
+        The descriptor, or None where files cannot be locked (Windows, some network file systems).
 
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until the descriptor is closed or the process ends; None if that cannot be done."""
+    Raises:
+        CheckpointError: If another process has locked it.
+    """
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process has it, or the file system has no locks
+    except OSError as error:
         os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise CheckpointError(f"{folder}: another process is at work there; wait for it, or end it") from error
         return None
     return descriptor
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Clean up after processes that were killed while they wrote `target`."""
-    for folder in sorted(target.parent.iterdir()):
-        name = folder.name.removeprefix(f".{target.name}.qosora-")
-        if name == folder.name or not folder.is_dir():
-            continue
-        if name.endswith(".old"):
-            if target.exists():
-                shutil.rmtree(folder, ignore_errors=True)
-            else:  # killed between the two renames of `_move_into_place`
-                folder.rename(target)
-        elif name.endswith(".new") and (lock := _lock(folder)) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
-
-
-def _move_into_place(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        temporary.rename(target)
-        return
-    old = temporary.with_suffix(".old")
-    target.rename(old)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
-def file_mode() -> int:
-    """Return the mode that a new file has by the user's umask."""
-    return 0o666 & ~_umask()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def require_space(folder: str | os.PathLike[str], needed_bytes: int) -> None:

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from qosora.errors import CheckpointError
+from qosora.experts import split_experts, without_stacking
 
 __all__ = ["PlainModel", "natural_order"]
 
@@ -35,7 +36,7 @@ class PlainModel:
         trust_remote_code: Whether to run model code that is in the folder.
 
     Attributes:
-        model: The model on the meta device.
+        model: The model on the meta device, its experts taken apart as `qosora.experts` does where it can.
         class_name: Of the model.
         shapes: Of all tensors in the model's state, by name.
         transposed: Layers that store their weight as (in_features, out_features): GPT-2's `Conv1D`.
@@ -52,13 +53,14 @@ class PlainModel:
             raise CheckpointError(
                 f"{folder}: transformers cannot build this model, so its plain form is unknown ({error})"
             ) from error
+        split_experts(model)
         self.model = model
         self._state: dict[str, torch.Tensor] = model.state_dict()
         self.class_name = type(model).__name__
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         self.transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        transforms = get_model_conversion_mapping(model)
+        transforms = without_stacking(get_model_conversion_mapping(model), model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
 
@@ -67,7 +69,7 @@ class PlainModel:
 
         Returns:
             Its name in the model, and the tensors that it becomes part of: itself, unless the loader converts values
-            (experts that are one tensor each on disk and one for all in memory).
+            (as where projections are one tensor each on disk and one for all in memory).
         """
         prefix = self.model.base_model_prefix
         name = rename_source_key(disk_name, self._renamings, [], prefix, self._state)[0]

@@ -1,21 +1,24 @@
 """The transformers side of the base: `from_pretrained` decomposes, saves and loads it like any quantized model.
 
-On an ordinary checkpoint every linear layer but the output embedding becomes a `QosoraLinear`, and each weight is
-decomposed as it is read, on the device where it will live: the full model is never held. `save_pretrained` writes the
-packed tensors and the config; loading that needs no configuration and gives the same bytes.
+On an ordinary checkpoint every linear layer but the output embedding and routers becomes a `QosoraLinear`, the
+projections of each expert of a mixture among them, and each weight is decomposed as it is read, on the device where it
+will live: the full model is never held. `save_pretrained` writes the packed tensors and the config; loading that needs
+no configuration and gives the same bytes.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, ItemsView
+from itertools import groupby
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightTransform
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -23,19 +26,20 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from qosora.config import QUANT_METHOD, QosoraConfig, matches_module
 from qosora.errors import CheckpointError, ConfigError
+from qosora.experts import LinearExperts, router_names, split_experts, stack_experts, stacked_names, without_stacking
 from qosora.factorize import factorize
 from qosora.linear import QosoraLinear, qosora_modules
 
 __all__ = ["QosoraHfQuantizer", "replace_linears"]
 
 
-def replace_linears(model: nn.Module, config: QosoraConfig, skip: list[str]) -> list[str]:
+def replace_linears(model: PreTrainedModel, config: QosoraConfig, skip: list[str]) -> list[str]:
     """Replace linear layers by empty `QosoraLinear` on the meta device.
 
     Args:
         model: The model, on the meta device.
         config: Ranks and storage.
-        skip: Patterns of module names to leave as they are.
+        skip: Patterns of module names to leave as they are, with all that is in them.
 
     Returns:
         The names of the replaced modules.
@@ -43,12 +47,13 @@ def replace_linears(model: nn.Module, config: QosoraConfig, skip: list[str]) -> 
     Raises:
         ConfigError: If there is none.
     """
+    routers = router_names(model)
     replaced = []
-    for name, module in list(model.named_modules()):
-        conv1d = isinstance(module, Conv1D)
-        if not (conv1d or type(module) is nn.Linear) or not should_convert_module(name, skip):
+    for name, module in _linears(model).items():
+        if name in routers or not _converts(name, skip):
             continue
-        in_features, out_features = module.weight.shape if conv1d else (module.in_features, module.out_features)
+        conv1d = isinstance(module, Conv1D)
+        in_features, out_features = module.weight.shape if conv1d else module.weight.shape[::-1]
         new = QosoraLinear(
             in_features,
             out_features,
@@ -69,9 +74,19 @@ def replace_linears(model: nn.Module, config: QosoraConfig, skip: list[str]) -> 
     return replaced
 
 
+def _linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
+
+
+def _converts(name: str, skip: list[str]) -> bool:
+    """Say whether no pattern means a module, nor one that it is in."""
+    parts = name.split(".")
+    return all(should_convert_module(".".join(parts[:end]), skip) for end in range(1, len(parts) + 1))
+
+
 def _unmatched_patterns(model: nn.Module, config: QosoraConfig) -> list[str]:
     """Return a sentence for every name in the config that means no layer: it is mistyped, or of another model."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    linears = _linears(model)
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
     return [
         f"rank_pattern[{pattern!r}] matches no linear layer of {type(model).__name__}, which has {kinds}"
@@ -80,8 +95,30 @@ def _unmatched_patterns(model: nn.Module, config: QosoraConfig) -> list[str]:
     ] + [
         f"modules_to_not_convert: {pattern!r} matches no linear layer of {type(model).__name__}, which has {kinds}"
         for pattern in config.modules_to_not_convert or []
-        if all(should_convert_module(name, [pattern]) for name in linears)
+        if all(_converts(name, [pattern]) for name in linears)
     ]
+
+
+def _few_patterns(names: set[str], others: set[str], exact: int = 0) -> set[str]:
+    r"""Return regular expressions that match these names and none of the others, as few as `\d+` for numbers allows.
+
+    The loader searches each tensor's name for all of them: with one for each expert that would take minutes.
+
+    Args:
+        names: To match.
+        others: Not to match.
+        exact: How many of a name's numbers, from the left, to leave as they are.
+    """
+
+    def general(name: str) -> str:
+        parts = re.split(r"(\d+)", name)
+        return "".join(r"\d+" if i % 2 and i // 2 >= exact else re.escape(part) for i, part in enumerate(parts))
+
+    taken = {general(name) for name in others}
+    patterns = set()
+    for pattern, group in groupby(sorted(names, key=general), general):
+        patterns |= {pattern} if pattern not in taken else _few_patterns(set(group), others, exact + 1)
+    return patterns
 
 
 class _Deferred(dict[str, torch.Tensor]):
@@ -169,16 +206,28 @@ class QosoraHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
+        split_experts(model)
         skip = self.get_modules_to_not_convert(
             model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
-        if not self.pre_quantized and (problems := _unmatched_patterns(model, config)):
-            raise ConfigError(problems)
-        replaced = replace_linears(model, config, skip)
+        if not self.pre_quantized:
+            if problems := _unmatched_patterns(model, config):
+                raise ConfigError(problems)
+            _warn_of_stacks(model, skip)
+        replaced = {f"{name}.weight" for name in replace_linears(model, config, skip)}
+        if not any(isinstance(module, LinearExperts) and qosora_modules(module) for module in model.modules()):
+            stack_experts(model)
         if not self.pre_quantized:
             # Else the loader would round float32 weights to the model's dtype before they are decomposed.
-            self._read_in_float32 = {re.escape(f"{name}.weight") for name in replaced}
+            others = {name for name, _ in model.named_parameters()} - replaced
+            self._read_in_float32 = _few_patterns(replaced, others)
             model._keep_in_fp32_modules_strict = self._read_in_float32.union(model._keep_in_fp32_modules_strict or ())
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        """Leave experts as they are on disk, where their matrices are layers of the model."""
+        return without_stacking(super().update_weight_conversions(weight_conversions, model), model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_missing(model)
@@ -203,6 +252,7 @@ class QosoraHfQuantizer(HfQuantizer):
         dtype, loaded_dtype = _torch_dtype(dtype), _torch_dtype(model.config.dtype)
         for name, module in qosora_modules(model).items():
             model.set_submodule(name, _plain_linear(module, dtype))
+        stack_experts(model)
         if dtype not in (None, loaded_dtype):  # the user's choice: embeddings and norms must follow
             model.to(dtype)
             model.config.dtype = dtype
@@ -223,9 +273,25 @@ def _refuse_missing(model: PreTrainedModel) -> None:
         if not getattr(param, "_is_hf_initialized", False)
     ]
     if missing:
+        cure = "get the whole checkpoint"
+        if any(isinstance(module, LinearExperts) for module in model.modules()):
+            cure += (
+                ". If it holds all experts of a layer in one tensor, save it anew with transformers, which writes one for "
+                "each, or leave them in 16 bits: modules_to_not_convert=['experts']"
+            )
         raise CheckpointError(
             f"{model.config.name_or_path}: {len(missing)} tensors that the model needs are not in the checkpoint, "
-            f"among them {missing[0]!r}; get the whole checkpoint"
+            f"among them {missing[0]!r}; {cure}"
+        )
+
+
+def _warn_of_stacks(model: PreTrainedModel, skip: list[str]) -> None:
+    if names := [name for name in stacked_names(model) if _converts(name, skip)]:
+        kinds = ", ".join(sorted({type(model.get_submodule(name)).__name__ for name in names}))
+        warnings.warn(
+            f"{len(names)} modules of {type(model).__name__} ({kinds}), such as {names[0]!r}, hold matrices in stacks "
+            "that cannot be taken apart, as experts of some models do: these stay in 16 bits",
+            stacklevel=2,
         )
 
 

@@ -1,13 +1,8 @@
-"""Files: lazy reading, sharded writing, folders that are whole or not there, and the identity of a base."""
+"""Files: lazy reading, shards written in any order, and the identity of a base."""
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -16,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import load, load_quantized, make_base, make_original, perturbed
 
-from qosora import OsoraConfig, checkpoint, folders
+from qosora import OsoraConfig, checkpoint
 from qosora.adapter import model_fingerprint
-from qosora.checkpoint import CheckpointReader, ShardWriter, base_fingerprint, group_modules
+from qosora.checkpoint import CheckpointReader, Shards, TensorSpec, base_fingerprint, group_modules
 from qosora.errors import CheckpointError
-from qosora.folders import atomic_folder, read_json, require_space, write_json
+from qosora.folders import check_target, read_json, require_space, write_json
 from qosora.linear import qosora_modules
 
 INDEX = "model.safetensors.index.json"
@@ -37,31 +31,30 @@ TENSORS = {
 }
 
 
-def write(folder: Path, max_shard_bytes: int, tensors: dict[str, torch.Tensor] = TENSORS) -> ShardWriter:
+def write(folder: Path, max_shard_bytes: int, tensors: dict[str, torch.Tensor] = TENSORS) -> Shards:
     folder.mkdir(exist_ok=True)
-    writer = ShardWriter(folder, max_shard_bytes)
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    writer.close()
-    return writer
+    shards = Shards(folder, {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}, max_shard_bytes)
+    shards.allocate()
+    for name, tensor in reversed(tensors.items()):  # the order does not matter
+        shards.write(name, tensor)
+    shards.seal()
+    return shards
 
 
 # Reader and writer
 
 
-@pytest.mark.parametrize(("max_shard_bytes", "shards"), [(10**6, 1), (59, 2), (1, 5)])
-def test_what_is_written_is_read(tmp_path: Path, max_shard_bytes: int, shards: int):
-    writer = write(tmp_path, max_shard_bytes)
-    files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
-    assert len(files) == writer.shard_count == shards
-    assert not list(tmp_path.glob("*.tmp"))
-    assert writer.total_bytes == sum(t.nbytes for t in TENSORS.values())
-    if shards == 1:
+@pytest.mark.parametrize(("max_shard_bytes", "count"), [(10**6, 1), (59, 2), (1, 5)])
+def test_what_is_written_is_read(tmp_path: Path, max_shard_bytes: int, count: int):
+    shards = write(tmp_path, max_shard_bytes)
+    files = sorted(file.name for file in tmp_path.iterdir())
+    assert shards.count == count
+    assert shards.total_bytes == sum(t.nbytes for t in TENSORS.values())
+    if count == 1:
         assert files == ["model.safetensors"]
-        assert not (tmp_path / INDEX).exists()
     else:
-        assert files == [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
-        assert read_json(tmp_path / INDEX)["metadata"]["total_size"] == writer.total_bytes
+        assert files == [*(f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)), INDEX]
+        assert read_json(tmp_path / INDEX)["metadata"]["total_size"] == shards.total_bytes
     with CheckpointReader(tmp_path) as reader:
         assert sorted(reader.names()) == sorted(TENSORS)
         for name, tensor in TENSORS.items():
@@ -69,11 +62,62 @@ def test_what_is_written_is_read(tmp_path: Path, max_shard_bytes: int, shards: i
             assert torch.equal(reader.tensor(name), tensor)
             assert (reader.shape(name), reader.dtype(name)) == (tuple(tensor.shape), tensor.dtype)
             assert tuple(reader.slice(name).get_shape()) == tuple(tensor.shape)
+            assert reader.file(name).is_file()
         assert "d" not in reader
         with pytest.raises(CheckpointError, match="no tensor 'd'"):
             reader.tensor("d")
         with pytest.raises(CheckpointError, match="no tensor 'd'"):
             reader.slice("d")
+
+
+def test_a_shard_is_what_safetensors_writes(tmp_path: Path):
+    dtypes = [torch.int64, torch.float64, torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.int16]
+    dtypes += [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.bool]
+    tensors = TENSORS | {f"{i % 3}.ü": torch.arange(5 + i).to(dtype) for i, dtype in enumerate(dtypes)}
+    tensors |= {f"z.{i}": torch.arange(3).to(dtype) for i, dtype in enumerate(dtypes)}
+    write(tmp_path, 10**6, tensors)
+    save_file(tensors, tmp_path / "expected.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+
+
+def test_nothing_loads_before_it_is_sealed(tmp_path: Path):
+    specs = {name: TensorSpec.of(tensor) for name, tensor in TENSORS.items()}
+    shards = Shards(tmp_path, specs, 10**6)
+    assert shards.missing_bytes > shards.total_bytes
+    shards.allocate()
+    assert shards.missing_bytes == 0
+    size = (tmp_path / "model.safetensors").stat().st_size
+    for name, tensor in TENSORS.items():
+        assert shards.write(name, tensor) == shards.digest(name)
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"), CheckpointReader(tmp_path) as reader:
+        reader.tensor("b.weight")
+    shards.seal()
+    assert (tmp_path / "model.safetensors").stat().st_size == size
+    again = Shards(tmp_path, specs, 10**6)
+    again.allocate()  # keeps what is there
+    again.seal()
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["b.weight"], TENSORS["b.weight"])
+
+
+def test_values_are_cast_once_and_refused_where_they_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint, "_CHUNK_NUMEL", 5)
+    values = torch.linspace(-3, 3, 12).view(3, 4)
+    shards = Shards(tmp_path, {"w": TensorSpec(torch.bfloat16, (3, 4)), "h": TensorSpec(torch.float16, (2,))}, 10**6)
+    shards.allocate()
+    shards.write("w", values)
+    with pytest.raises(CheckpointError, match=r"h: its largest value, 7e\+04, does not fit into torch.float16"):
+        shards.write("h", torch.tensor([1.0, -70_000.0]))
+    with pytest.raises(CheckpointError, match="h holds NaN"):
+        shards.write("h", torch.tensor([1.0, torch.nan]))
+    with pytest.raises(CheckpointError, match=r"w was to have shape \(3, 4\), but has \(4, 3\)"):
+        shards.write("w", values.T)
+    shards.seal()
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], values.bfloat16())
+
+
+def test_a_dtype_that_safetensors_lacks_is_refused(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"z has dtype torch\.complex128"):
+        Shards(tmp_path, {"z": TensorSpec(torch.complex128, (2,))}, 100)
 
 
 def test_shards_stay_under_their_size(tmp_path: Path):
@@ -85,8 +129,8 @@ def test_shards_stay_under_their_size(tmp_path: Path):
         assert list(held) == ["large"] or sum(t.nbytes for t in held.values()) <= 100
 
 
-def test_a_writer_without_tensors(tmp_path: Path):
-    assert write(tmp_path, 100, {}).shard_count == 1
+def test_a_folder_without_tensors(tmp_path: Path):
+    assert write(tmp_path, 100, {}).count == 1
     with CheckpointReader(tmp_path) as reader:
         assert reader.names() == []
 
@@ -96,14 +140,6 @@ def test_views_are_written_by_value(tmp_path: Path):
     write(tmp_path, 100, {"transposed": square.T})
     with CheckpointReader(tmp_path) as reader:
         assert torch.equal(reader.tensor("transposed"), square.T)
-
-
-def test_a_name_twice_is_refused(tmp_path: Path):
-    writer = ShardWriter(tmp_path, 1)
-    writer.add("a", torch.ones(1))
-    writer.add("b", torch.ones(1))
-    with pytest.raises(CheckpointError, match="a was to be written twice"):
-        writer.add("a", torch.ones(1))
 
 
 def test_an_adapters_file_has_another_stem(tmp_path: Path):
@@ -171,163 +207,31 @@ def test_damaged_json(tmp_path: Path, text: str | bytes):
 # Folders
 
 
-def test_a_folder_appears_when_it_is_complete(tmp_path: Path):
-    target = tmp_path / "new" / "parents" / "model"
-    with atomic_folder(target) as folder:
-        (folder / "config.json").write_text("{}")
-        assert not target.exists()
-    assert [file.name for file in target.iterdir()] == ["config.json"]
-    assert list(target.parent.iterdir()) == [target]
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    assert target.stat().st_mode == plain.stat().st_mode
-
-
-def write_and_fail(target: Path, error: BaseException | type[BaseException]) -> None:
-    with atomic_folder(target, overwrite=True) as folder:
-        (folder / "config.json").write_text("new")
-        raise error
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, CheckpointError])
-def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]):
-    with pytest.raises(error):
-        write_and_fail(tmp_path / "new" / "model", error)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_empty_folder_is_used(tmp_path: Path):
-    (tmp_path / "model").mkdir()
-    with atomic_folder(tmp_path / "model") as folder:
-        (folder / "config.json").touch()
-    assert list(tmp_path.rglob("*")) == [tmp_path / "model", tmp_path / "model" / "config.json"]
-
-
 def make_old(target: Path) -> None:
     target.mkdir()
     (target / "config.json").write_text("old")
-    (target / "model.safetensors").write_text("old")
 
 
-def test_the_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path):
-    target = tmp_path / "model"
-    make_old(target)
-    with pytest.raises(CheckpointError, match="exists and is not empty"), atomic_folder(target):
-        pass
-    with pytest.raises(ValueError, match="stop"):
-        write_and_fail(target, ValueError("stop"))
-    assert (target / "config.json").read_text() == "old"
-    with atomic_folder(target, overwrite=True) as folder:
-        (folder / "config.json").write_text("new")
-        assert (target / "config.json").read_text() == "old"
-    assert [(f.name, f.read_text()) for f in target.iterdir()] == [("config.json", "new")]
-    assert list(tmp_path.iterdir()) == [target]
+def test_what_may_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_old(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").touch()
+    for name in ("nothing", "empty"):
+        check_target(tmp_path / name, overwrite=False)
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        check_target(tmp_path / "model", overwrite=False)
+    check_target(tmp_path / "model", overwrite=True)
+    with pytest.raises(CheckpointError, match=r"holds 'thesis.tex' and no model"):
+        check_target(tmp_path / "home", overwrite=True)
+    with pytest.raises(CheckpointError, match="is a file"):
+        check_target(tmp_path / "home" / "thesis.tex", overwrite=True)
+    monkeypatch.chdir(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="the current folder"):
+        check_target(tmp_path / "model", overwrite=True)
 
 
-def test_the_old_folder_comes_back_if_the_new_one_cannot_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    target = tmp_path / "model"
-    make_old(target)
-    rename = Path.rename
-
-    def fail(self: Path, to: Path) -> Path:
-        if self.suffix == ".new":
-            raise PermissionError("no")
-        return rename(self, to)
-
-    with pytest.raises(PermissionError), atomic_folder(target, overwrite=True):
-        monkeypatch.setattr(Path, "rename", fail)
-    assert (target / "config.json").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_only_models_are_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    target = tmp_path / "home"
-    target.mkdir()
-    (target / "thesis.tex").touch()
-    with (
-        pytest.raises(CheckpointError, match=r"holds 'thesis.tex' and no model"),
-        atomic_folder(target, overwrite=True),
-    ):
-        pass
-    with pytest.raises(CheckpointError, match="is a file"), atomic_folder(target / "thesis.tex", overwrite=True):
-        pass
-    with pytest.raises(CheckpointError, match="cannot make a folder"), atomic_folder(target / "thesis.tex" / "model"):
-        pass
-    monkeypatch.chdir(target)
-    with pytest.raises(CheckpointError, match="the current folder"), atomic_folder("."):
-        pass
-    assert [file.name for file in target.iterdir()] == ["thesis.tex"]
-
-
-def test_a_link_to_a_folder_stays_a_link(tmp_path: Path):
-    make_old(tmp_path / "disk")
-    (tmp_path / "link").symlink_to(tmp_path / "disk")
-    with atomic_folder(tmp_path / "link", overwrite=True) as folder:
-        (folder / "config.json").write_text("new")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "disk" / "config.json").read_text() == "new"
-
-
-WRITER = """
-import sys, time
-from qosora.folders import atomic_folder
-with atomic_folder(sys.argv[1], overwrite=True) as folder:
-    (folder / "config.json").write_text("half")
-    print("ready", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.skipif(folders.fcntl is None, reason="no file locks on this system")
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path):
-    target = tmp_path / "model"
-    make_old(target)
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, cwd=Path(checkpoint.__file__).parents[1]
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        with atomic_folder(target, overwrite=True) as folder:
-            (folder / "config.json").write_text("mine")
-        assert len(list(tmp_path.glob(".model*.new"))) == 1
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    assert (target / "config.json").read_text() == "mine"
-    with atomic_folder(tmp_path / "other"):
-        pass
-    assert len(list(tmp_path.glob(".model*.new"))) == 1  # not ours to remove
-    with atomic_folder(target, overwrite=True):
-        pass
-    assert sorted(tmp_path.iterdir()) == [target, tmp_path / "other"]
-
-
-def test_killed_between_the_two_renames(tmp_path: Path):
-    make_old(tmp_path / ".model.qosora-x.old")
-    with pytest.raises(CheckpointError, match="not empty"), atomic_folder(tmp_path / "model"):
-        pass
-    assert (tmp_path / "model" / "config.json").read_text() == "old"
-    make_old(tmp_path / ".model.qosora-y.old")
-    with atomic_folder(tmp_path / "model", overwrite=True) as folder:
-        (folder / "config.json").write_text("new")
-    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
-
-
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    message = r"cannot write a shard of .* GiB are free there.*No space left"
-    with pytest.raises(CheckpointError, match=message), atomic_folder(tmp_path / "model") as folder:
-        write(folder, 1)
-    with pytest.raises(CheckpointError, match=r"No space left.*make room"):
-        write_and_fail(tmp_path / "model", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "model"):
-        (tmp_path / "nowhere").read_text()
-    assert list(tmp_path.iterdir()) == []
+def test_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**33, 2**32, 2**32))
     require_space(tmp_path / "new" / "model", 2**32)

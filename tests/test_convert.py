@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,22 @@ from transformers import AutoModelForCausalLM
 
 from qosora.checkpoint import CheckpointReader
 from qosora.config import QosoraConfig
-from qosora.convert import REPORT_NAME, LayerReport, quantize
+from qosora.convert import by_kind, quantize
 from qosora.errors import CheckpointError, ConfigError
 from qosora.factorize import measure_error
 from qosora.linear import qosora_modules
+from qosora.partial import MANIFEST_NAME
+from qosora.streaming import Progress
 
 
 def config(family: str) -> QosoraConfig:
-    query, skipped = ("c_attn", "h.1.mlp.c_fc") if family == "gpt2" else ("q_proj", "layers.1.mlp.up_proj")
+    names = {
+        "gpt2": ("c_attn", "h.1.mlp.c_fc"),
+        "phi3": ("qkv_proj", "layers.1.mlp.gate_up_proj"),
+        "mixtral": ("w1", "layers.1.self_attn.o_proj"),
+        **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe"), ("gate_proj", "layers.1.self_attn.o_proj")),
+    }
+    query, skipped = names.get(family, ("q_proj", "layers.1.mlp.up_proj"))
     return QosoraConfig(rank=8, rank_pattern={query: 5}, modules_to_not_convert=[skipped])
 
 
@@ -71,10 +81,12 @@ def test_dtype_is_that_of_what_is_not_decomposed(tmp_path: Path) -> None:
 
 def test_the_report_tells_the_errors(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source")
-    seen: list[tuple[LayerReport, int, int]] = []
-    report = quantize(source, tmp_path / "base", QosoraConfig(rank=8), progress=lambda *args: seen.append(args))
-    assert [(done, total) for _, done, total in seen] == [(i, 14) for i in range(1, 15)]
-    assert [layer for layer, _, _ in seen] == report.layers
+    states: list[Progress] = []
+    report = quantize(source, tmp_path / "base", QosoraConfig(rank=8), progress=states.append)
+    assert [state.done for state in states] == list(range(states[0].total + 1))
+    assert [r["name"] for r in states[-1].reports.values() if r] == [layer.name for layer in report.layers]
+    assert len(report.layers) == 14
+    assert report.base_bytes == states[-1].total_bytes == sum(t.nbytes for t in tensors(tmp_path / "base").values())
 
     original = AutoModelForCausalLM.from_pretrained(source)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -85,11 +97,59 @@ def test_the_report_tells_the_errors(tmp_path: Path) -> None:
         assert layer.error == expected.error
         assert layer.nf4_error == expected.nf4_error
         assert layer.bits_per_parameter == expected.bits_per_parameter
-    kinds = report.by_kind()
+        assert layer.shape == (base.get_submodule(layer.name).out_features, base.get_submodule(layer.name).in_features)
+    kinds = report.to_dict()["by_kind"]
     assert kinds["down_proj"]["layers"] == 2
-    down = [layer.error for layer in report.layers if layer.name.endswith("down_proj")]
-    assert kinds["down_proj"]["error"] == pytest.approx(sum(down) / 2)
-    assert json.loads((tmp_path / "base" / REPORT_NAME).read_text())["by_kind"] == kinds
+    down = [layer for layer in report.layers if layer.name.endswith("down_proj")]
+    assert kinds["down_proj"]["error"] == pytest.approx(sum(layer.error for layer in down) / 2)
+    assert kinds["down_proj"]["seconds"] == pytest.approx(sum(layer.seconds for layer in down))
+
+
+def test_the_manifest_says_what_the_base_is(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    report = quantize(source, tmp_path / "base", QosoraConfig(rank=8, seed=3))
+    manifest = json.loads((tmp_path / "base" / MANIFEST_NAME).read_text())
+    assert manifest["source"] == str(source)
+    assert manifest["source_files"] == {"model.safetensors": (source / "model.safetensors").stat().st_size}
+    assert (manifest["made_with"]["rank"], manifest["made_with"]["seed"]) == (8, 3)
+    assert manifest["made_with"]["torch"] == torch.__version__
+    kinds = report.to_dict()["by_kind"]
+    assert by_kind(manifest["layers"]) == {
+        kind: {key: value for key, value in row.items() if key != "seconds"} for kind, row in kinds.items()
+    }
+    for name, file in manifest["files"].items():
+        content = (tmp_path / "base" / name).read_bytes()
+        assert (file["bytes"], file["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert manifest["files"].keys() | {MANIFEST_NAME} == {file.name for file in (tmp_path / "base").iterdir()}
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_conversion_goes_on_to_the_same_base(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", max_shard_size="20KB")
+
+    def stop(state: Progress) -> None:
+        if state.done == 9:
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize(source, tmp_path / "base", QosoraConfig(rank=8), max_shard_bytes=20_000, progress=stop)
+    assert not (tmp_path / "base").exists()
+    with pytest.raises(ConfigError, match="rank was 8, is 4, tensors was"):
+        quantize(source, tmp_path / "base", QosoraConfig(rank=4), max_shard_bytes=20_000)
+    states: list[Progress] = []
+    report = quantize(source, tmp_path / "base", QosoraConfig(rank=8), max_shard_bytes=20_000, progress=states.append)
+    assert states[0].done == 9
+    assert len(report.layers) == 14
+    quantize(source, tmp_path / "undisturbed", QosoraConfig(rank=8), max_shard_bytes=20_000)
+    assert contents(tmp_path / "base") == contents(tmp_path / "undisturbed")
+    assert not (tmp_path / "base.partial").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_pickled_weights_are_read_safely(tmp_path: Path) -> None:
@@ -112,6 +172,8 @@ def damage(source: Path, change: str) -> None:
         return
     if change == "nan":
         state["model.layers.1.self_attn.k_proj.weight"][3, 4] = float("nan")
+    elif change == "nan in a norm":
+        state["model.norm.weight"][3] = float("nan")
     elif change == "missing tensor":
         del state["model.layers.1.mlp.down_proj.weight"]
     elif change == "wrong shape":
@@ -126,17 +188,27 @@ def damage(source: Path, change: str) -> None:
     [
         ("truncated", "not a whole safetensors file"),
         ("nan", r"model.layers.1.self_attn.k_proj.weight: 1 of 512 values are NaN or infinite"),
+        ("nan in a norm", r"model.norm.weight holds NaN or infinite values"),
         ("missing tensor", r"1 tensors .* 'model.layers.1.mlp.down_proj.weight'"),
         ("wrong shape", r"model.norm.weight has shape \(7,\), but config.json makes it \(32,\)"),
         ("wrong weight shape", r"mlp.down_proj.weight has shape \(32, 57\), but config.json makes it \(32, 56\)"),
     ],
 )
-def test_a_damaged_source_is_refused_by_name_and_leaves_nothing(change: str, message: str, tmp_path: Path) -> None:
+def test_a_damaged_source_is_refused_by_name_and_nothing_is_made(change: str, message: str, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source")
     damage(source, change)
     with pytest.raises(CheckpointError, match=message):
         quantize(source, tmp_path / "out" / "base", QosoraConfig(rank=8))
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out" / "base").exists()
+    kept = (tmp_path / "out" / "base.partial").exists()
+    assert kept == change.startswith("nan")  # found late, when other tensors were finished
+    if kept:
+        make_checkpoint(tmp_path / "whole")
+        shutil.copyfile(tmp_path / "whole" / "model.safetensors", source / "model.safetensors")
+        quantize(source, tmp_path / "out" / "base", QosoraConfig(rank=8))
+        expected = tensors(tmp_path / "out" / "base")
+        quantize(tmp_path / "whole", tmp_path / "undisturbed", QosoraConfig(rank=8))
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(tmp_path / "undisturbed").items())
 
 
 def test_sources_that_cannot_be_converted(tmp_path: Path) -> None:

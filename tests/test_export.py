@@ -32,7 +32,9 @@ from qosora.errors import CheckpointError, ConfigError, FingerprintError
 from qosora.export import export_merged
 from qosora.folders import copy_files
 from qosora.linear import qosora_modules
+from qosora.partial import MANIFEST_NAME
 from qosora.plain import PlainModel, natural_order
+from qosora.streaming import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -302,11 +304,11 @@ def test_the_plain_model_knows_what_stays_in_float32(tmp_path: Path):
 
 
 def test_progress_counts_up(tiny: Tiny, tmp_path: Path):
-    calls: list[tuple[str, int, int]] = []
-    report = export_merged(tiny.base, tmp_path / "export", progress=lambda *call: calls.append(call))
-    assert [done for _, done, _ in calls] == list(range(report.tensor_count + 1))
-    assert {total for *_, total in calls} == {report.tensor_count}
-    assert {name for name, *_ in calls} == {"", *tensors_of(tmp_path / "export")}
+    states: list[Progress] = []
+    report = export_merged(tiny.base, tmp_path / "export", progress=states.append)
+    assert [state.done for state in states] == list(range(report.tensor_count + 1))
+    assert {state.total for state in states} == {report.tensor_count}
+    assert {state.total_bytes for state in states} == {states[-1].done_bytes} == {report.total_bytes}
     json.dumps(report.to_dict())
 
 
@@ -322,28 +324,39 @@ class Stop(Exception):
     pass
 
 
-def stop_late(name: str, done: int, total: int) -> None:
-    if done > total // 2:
+def stop_late(state: Progress) -> None:
+    if state.done > state.total // 2:
         raise Stop
 
 
-def test_stopped_in_the_middle_leaves_nothing(tiny: Tiny, tmp_path: Path):
+def test_stopped_in_the_middle_it_goes_on_from_there(tiny: Tiny, tmp_path: Path):
+    output = tmp_path / "new" / "export"
     with pytest.raises(Stop):
-        export_merged(tiny.base, tmp_path / "new" / "export", max_shard_bytes=10_000, progress=stop_late)
-    assert list(tmp_path.iterdir()) == []
+        export_merged(tiny.base, output, max_shard_bytes=10_000, progress=stop_late)
+    assert not output.exists()
+    states: list[Progress] = []
+    export_merged(tiny.base, output, max_shard_bytes=10_000, progress=states.append)
+    assert states[0].done > states[0].total // 2
+    assert list((tmp_path / "new").iterdir()) == [output]
+    export_merged(tiny.base, tmp_path / "undisturbed", max_shard_bytes=10_000)
+    assert contents(output) == contents(tmp_path / "undisturbed")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_overwriting_keeps_the_old_until_the_new_is_complete(tiny: Tiny, tmp_path: Path):
     output = tmp_path / "export"
     export_merged(tiny.base, output, max_shard_bytes=50_000)
-    old = {file.name: file.read_bytes() for file in output.iterdir()}
+    old = contents(output)
     with pytest.raises(CheckpointError, match="not empty"):
         export_merged(tiny.base, output, tiny.adapter)
     with pytest.raises(Stop):
         export_merged(tiny.base, output, tiny.adapter, overwrite=True, progress=stop_late)
-    assert {file.name: file.read_bytes() for file in output.iterdir()} == old
+    assert contents(output) == old
     export_merged(tiny.base, output, tiny.adapter, overwrite=True)
-    assert {file.name for file in output.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert contents(output).keys() == {"config.json", "generation_config.json", "model.safetensors", MANIFEST_NAME}
     assert list(tmp_path.iterdir()) == [output]
 
 

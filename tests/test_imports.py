@@ -17,12 +17,14 @@ PACKAGE = Path(qosora.__file__).parent
 #: itself. `config` takes the names of the storage formats from `nf4`; `linear` reads what `factorize` makes.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("_plugin", "errors"),
-    ("folders", "svd", "nf4", "pack", "plain", "run_config"),
+    ("folders", "svd", "nf4", "pack", "experts", "run_config"),
+    ("plain",),
     ("checkpoint",),
-    ("config", "factorize"),
+    ("config", "factorize", "partial"),
     ("linear",),
-    ("quantizer", "adapter", "optim", "data"),
+    ("quantizer", "adapter", "optim", "data", "streaming"),
     ("models", "run_folder", "sft_options", "tokens", "generation"),
+    ("sources",),
     ("convert", "export", "evaluation", "prepare", "memory"),
     ("trainer", "describe"),
     ("training",),

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_bases import (
     FAMILIES,
+    LAYERS,
     assert_same_tensors,
     decompose,
     layer_dtypes,
@@ -88,7 +89,7 @@ class TestRoundTrip:
         assert model.dtype == again.dtype == dtype
         assert layer_dtypes(again) == STORED
         layers = qosora_modules(again)
-        assert len(layers) == 8 if family == "gpt2" else 14
+        assert len(layers) == LAYERS.get(family, 14)
         assert all(isinstance(layer, QosoraLinear) and layer.rank == 8 for layer in layers.values())
         assert not any(p.requires_grad for layer in layers.values() for p in layer.parameters())
         if not model.config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""Tiny random models of five families, as ordinary checkpoints and as qosora bases."""
+"""Tiny random models of several families, as ordinary checkpoints and as qosora bases."""
 
 from __future__ import annotations
 
@@ -18,9 +18,19 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from qosora.config import QosoraConfig
@@ -32,8 +42,18 @@ _SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, **_IDS,
 }  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 
-#: Name -> maker of a random model. Tied and untied embeddings, biases, head sizes apart from hidden_size / heads.
+#: Linear layers that are decomposed; 14 where nothing else is said.
+LAYERS = {
+    "gpt2": 8, "phi3": 8, "mixtral": 8 + 2 * 4 * 3, "qwen3_moe": 8 + 3 + 4 * 3, "qwen2_moe": 8 + 2 * (3 + 4 * 3),
+    "olmoe": 8 + 2 * 4 * 3,
+}  # fmt: skip
+#: Those with experts.
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
+
+#: Name -> maker of a random model. Tied and untied embeddings, biases, head sizes apart from hidden_size / heads, projections in one
+#: tensor, experts.
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES)),
     "llama-tied-bias": lambda: LlamaForCausalLM(
@@ -45,6 +65,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, **_IDS)
     ),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2)),
+    # a dense layer and one of experts
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**_SIZES, **_EXPERTS, head_dim=16, moe_intermediate_size=24, mlp_only_layers=[0])
+    ),
+    # shared experts, whose gate is linear
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**_SIZES, **_EXPERTS, moe_intermediate_size=24, shared_expert_intermediate_size=40)
+    ),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**_SIZES, **_EXPERTS)),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from qosora.cli.output import add_json, add_shards, print_json, size
+from qosora.cli.output import add_json, add_overwrite, add_shards, print_json, progress_bar, size
 
 NAME = "export"
 HELP = "write base and adapter as an ordinary Hugging Face checkpoint"
@@ -26,25 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights, which are merged in float32 and cast once (default: the base's)",
     )
     add_shards(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    add_overwrite(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the base brings")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from tqdm import tqdm
-
     from qosora.export import export_merged
     from qosora.models import split_source
 
     base, adapter = split_source(args.model, args.base)
-    with tqdm(unit="tensor", desc="merging", disable=args.json or None) as bar:
-
-        def progress(name: str, done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("merging", hidden=args.json) as show:
         report = export_merged(
             base,
             args.output,
@@ -53,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
             max_shard_bytes=int(args.max_shard_size * 1e9),
             overwrite=args.overwrite,
             trust_remote_code=args.trust_remote_code,
-            progress=progress,
+            restart=args.restart,
+            progress=show,
         )
     result: dict[str, Any] = report.to_dict()
     if args.json:

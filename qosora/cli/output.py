@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["add_json", "add_model", "add_shards", "at_least_one", "load", "print_json", "size", "table"]
+if TYPE_CHECKING:
+    from qosora.streaming import Progress
+
+__all__ = [
+    "add_json",
+    "add_model",
+    "add_overwrite",
+    "add_shards",
+    "at_least_one",
+    "load",
+    "print_json",
+    "progress_bar",
+    "size",
+    "table",
+]
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +43,31 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the base brings")
 
 
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add --overwrite and --restart."""
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument("--restart", action="store_true", help="begin anew, not where an interrupted run has ended")
+
+
 def add_shards(parser: argparse.ArgumentParser) -> None:
     """Add --max-shard-size."""
-    parser.add_argument(
-        "--max-shard-size", type=float, default=1.0, metavar="GB", help="also about what is held in memory (default: 1)"
-    )
+    parser.add_argument("--max-shard-size", type=float, default=1.0, metavar="GB", help="of the files (default: 1)")
+
+
+@contextmanager
+def progress_bar(label: str, *, hidden: bool) -> Iterator[Callable[..., None]]:
+    """Give a function that shows a `Progress`, with a note behind it."""
+    from tqdm import tqdm
+
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+    with tqdm(total=0, desc=label, unit="B", unit_scale=True, bar_format=form, disable=hidden or None) as bar:
+
+        def show(state: Progress, note: str = "") -> None:
+            bar.total, bar.n = state.total_bytes, state.done_bytes
+            left = "?" if state.seconds_left is None else bar.format_interval(state.seconds_left)
+            bar.set_postfix_str(f"{state.done}/{state.total} tensors{note}, {left} left")
+
+        yield show
 
 
 def at_least_one(text: str) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
+from statistics import mean
 from typing import Any
 
-from qosora.cli.output import add_json, add_shards, print_json, size, table
+from qosora.cli.output import add_json, add_overwrite, add_shards, print_json, progress_bar, size, table
 from qosora.errors import ConfigError
 
 NAME = "quantize"
@@ -14,7 +16,10 @@ HELP = "decompose a model and write it as a 4-bit base"
 EXAMPLES = """\
   qosora quantize meta-llama/Llama-2-7b-hf llama-2-7b-qosora
   qosora quantize ./my-model ./my-base --rank 256 --rank-pattern down_proj=128
-  qosora quantize model.Q8_0.gguf ./my-base"""
+  qosora quantize model.Q8_0.gguf ./my-base
+  accelerate launch --num_processes 8 -m qosora quantize ./my-model ./my-base
+
+An interrupted run goes on where it ended when the same command is given again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="where to decompose, e.g. cuda:1 (default: the GPU, if there is one)")
     add_shards(parser)
     parser.add_argument("--report", metavar="FILE", help="write the errors of all layers as JSON there")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    add_overwrite(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that SRC brings")
     add_json(parser)
 
@@ -49,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     import torch
-    from tqdm import tqdm
 
     from qosora.config import QosoraConfig
-    from qosora.convert import LayerReport, quantize
+    from qosora.convert import by_kind, quantize
+    from qosora.streaming import Processes, Progress
 
     config = QosoraConfig(
         rank=args.rank,
@@ -66,12 +71,12 @@ def run(args: argparse.Namespace) -> None:
         modules_to_not_convert=args.skip,
         compute_dtype=args.compute_dtype,
     )
-    with tqdm(unit="layer", desc="decomposing", disable=args.json or None) as bar:
+    with progress_bar("decomposing", hidden=args.json) as show:
 
-        def progress(layer: LayerReport, done: int, total: int) -> None:
-            bar.total = total
-            bar.set_postfix_str(f"error {layer.error:.3f} ({config.quant_type} {layer.nf4_error:.3f})", refresh=False)
-            bar.update(done - bar.n)
+        def progress(state: Progress) -> None:
+            layers = [report for report in state.reports.values() if report]
+            error, plain = (mean(layer[key] for layer in layers) if layers else 0.0 for key in ("error", "nf4_error"))
+            show(state, f", error {error:.4f} (plain {config.quant_type} {plain:.4f})" if layers else "")
 
         report = quantize(
             args.source,
@@ -81,24 +86,28 @@ def run(args: argparse.Namespace) -> None:
             device=args.device,
             max_shard_bytes=int(args.max_shard_size * 1e9),
             overwrite=args.overwrite,
+            restart=args.restart,
             trust_remote_code=args.trust_remote_code,
             progress=progress,
         )
+    if Processes().index:  # the first of several processes reports
+        return
     if args.report:
         with open(args.report, "w", encoding="utf-8") as file:
             json.dump(report.to_dict(), file, indent=2)
     if args.json:
         print_json(report.to_dict())
         return
-    print(kinds_table(report.by_kind(), config.quant_type))
+    print(kinds_table(by_kind(map(asdict, report.layers)), config.quant_type))
     print(f"\n{args.output}: {size(report.base_bytes)}, {len(report.layers)} layers, {report.seconds:.0f} s")
     print(f"next: qosora train --model {args.output} --data DATA.jsonl --output-dir ADAPTER")
 
 
 def kinds_table(kinds: dict[str, dict[str, Any]], quant_type: str) -> str:
     """Return the table of errors by kind of layer."""
+    timed = any("seconds" in row for row in kinds.values())
     return table(
-        ["layer", "count", "error", "bits/param", f"plain {quant_type}", "its bits", "seconds"],
+        ["layer", "count", "error", "bits/param", f"plain {quant_type}", "its bits", *(["seconds"] if timed else [])],
         [
             [
                 kind,
@@ -107,7 +116,7 @@ def kinds_table(kinds: dict[str, dict[str, Any]], quant_type: str) -> str:
                 f"{row['bits_per_parameter']:.2f}",
                 f"{row['nf4_error']:.4f}",
                 f"{row['nf4_bits_per_parameter']:.2f}",
-                f"{row['seconds']:.1f}",
+                *([f"{row['seconds']:.1f}"] if timed else []),
             ]
             for kind, row in kinds.items()
         ],

@@ -10,26 +10,22 @@ was learned: the quantization error that training worked around is in it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qosora.checkpoint import ShardWriter
+from qosora import __version__
+from qosora.checkpoint import TensorSpec
 from qosora.config import COMPUTE_DTYPES
 from qosora.errors import CheckpointError, ConfigError
-from qosora.export.source import Source
-from qosora.folders import (
-    atomic_folder,
-    copy_files,
-    local_folder,
-    refuse_input_as_output,
-    require_space,
-    write_json,
-)
+from qosora.export.source import Layer, Source, Stored
+from qosora.factorize import Factors
+from qosora.folders import copy_files, local_folder, refuse_input_as_output, write_json
 from qosora.plain import PlainModel, natural_order
+from qosora.streaming import Progress, Unit, stream
 
 __all__ = ["ExportReport", "export_merged"]
 
@@ -83,8 +79,9 @@ def export_merged(
     dtype: str | torch.dtype | None = None,
     max_shard_bytes: int = 1_000_000_000,
     overwrite: bool = False,
+    restart: bool = False,
     trust_remote_code: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> ExportReport:
     """Write a base, with an adapter merged into it, as a plain checkpoint of dequantized weights.
 
@@ -97,11 +94,11 @@ def export_merged(
         adapter: Folder or hub id of an adapter; without one the base is exported as it is.
         dtype: "bfloat16", "float16" or "float32" (or the torch dtype) of the result; by default the base's. Tensors
             that the model class keeps in float32 stay as they are.
-        max_shard_bytes: Size of the output's shards, and about what is held in memory besides one layer.
+        max_shard_bytes: Size of the output's shards.
         overwrite: Whether a model in `output` may be replaced; it stays as it is until the new one is complete.
+        restart: Whether to throw away what an unfinished call has left, from where this one would go on.
         trust_remote_code: Whether to run model code that the base brings.
-        progress: Called before each tensor is made, with its name, the number done and the number of all; and once at
-            the end, with an empty name.
+        progress: Called at the start and after each tensor.
 
     Raises:
         CheckpointError: If base, adapter or output cannot be used, or a weight does not fit into `dtype`.
@@ -119,18 +116,24 @@ def export_merged(
     with Source(base_folder, adapter_folder, trust_remote_code=trust_remote_code) as source:
         merged_dtype = target or source.dtype
         plan = _plan(source, target)
-        with atomic_folder(output, overwrite=overwrite) as folder:
-            require_space(output, sum(item.nbytes for item in plan))
-            tokenizer_from = copy_files(folder, base_folder, adapter_folder, with_code=trust_remote_code)
+        notes: dict[str, Any] = {}
+
+        def finish(folder: Path, _: Mapping[str, Any]) -> dict[str, Any]:
+            notes["tokenizer"] = copy_files(folder, base_folder, adapter_folder, with_code=trust_remote_code)
             _write_config(folder, source, merged_dtype, trust_remote_code)
-            writer = ShardWriter(folder, max_shard_bytes)
-            for done, item in enumerate(plan):
-                if progress:
-                    progress(item.name, done, len(plan))
-                writer.add(item.name, item.make())
-            writer.close()
-            if progress:
-                progress("", len(plan), len(plan))
+            return {"base": str(base), "adapter": None if adapter is None else str(adapter), "made_with": job}
+
+        job = {"fingerprint": source.fingerprint, "dtype": str(merged_dtype), "qosora": __version__}
+        stream(
+            output,
+            plan,
+            finish,
+            job=job,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            restart=restart,
+            progress=progress,
+        )
         return ExportReport(
             output=str(output),
             base=str(base),
@@ -141,56 +144,43 @@ def export_merged(
             adapted_layers=len(source.vectors),
             replaced=natural_order(disk for disk, stored in source.tensors.items() if stored.trained),
             untied=source.untied,
-            tokenizer_from=tokenizer_from,
+            tokenizer_from=notes["tokenizer"],
             tensor_count=len(plan),
-            total_bytes=writer.total_bytes,
-            shard_count=writer.shard_count,
+            total_bytes=sum(spec.nbytes for unit in plan for spec in unit.specs.values()),
+            shard_count=len(list(Path(output).glob("*.safetensors"))),
             wall_seconds=time.perf_counter() - start,
         )
 
 
-@dataclass(frozen=True)
-class _Item:
-    """A tensor of the export: its name, its bytes, and how to make it."""
-
-    name: str
-    nbytes: int
-    make: Callable[[], torch.Tensor]
-
-
-def _plan(source: Source, target: torch.dtype | None) -> list[_Item]:
+def _plan(source: Source, target: torch.dtype | None) -> list[Unit]:
     """Return what the export consists of, layer by layer."""
-    items = {}
+    units = {}
     for disk, stored in source.tensors.items():
         dtype = stored.dtype
         if target is not None and dtype.is_floating_point and not source.plain.keeps_float32(stored.name, target):
             dtype = target
-        items[disk] = _Item(disk, torch.Size(stored.shape).numel() * dtype.itemsize, _copying(source, disk, dtype))
-    dtype = target or source.dtype
+        units[disk] = _copied(disk, stored, dtype)
     for layer in source.layers.values():
-        name = f"{layer.disk}.weight"
-        items[name] = _Item(
-            name, layer.out_features * layer.in_features * dtype.itemsize, _merging(source, layer.module, dtype)
-        )
-    return [items[name] for name in natural_order(items)]
+        units[f"{layer.disk}.weight"] = _merged(source, layer, target or source.dtype)
+    return [units[name] for name in natural_order(units)]
 
 
-def _copying(source: Source, disk: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    def make() -> torch.Tensor:
-        stored = source.tensors[disk]
-        tensor = stored.read()
-        return _cast(disk, tensor, dtype) if stored.trained or tensor.dtype != dtype else tensor
+def _copied(disk: str, stored: Stored, dtype: torch.dtype) -> Unit:
+    def make(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return {disk: _cast(disk, tensor, dtype) if stored.trained or tensor.dtype != dtype else tensor}, {}
 
-    return make
+    return Unit(disk, {disk: TensorSpec(dtype, stored.shape)}, 1.0, stored.files, stored.read, make)
 
 
-def _merging(source: Source, module: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    def make() -> torch.Tensor:
-        layer = source.layers[module]
-        weight = _cast(f"{layer.disk}.weight", source.merged(layer), dtype)
-        return weight.T.contiguous() if layer.transposed else weight
+def _merged(source: Source, layer: Layer, dtype: torch.dtype) -> Unit:
+    name, shape = f"{layer.disk}.weight", (layer.out_features, layer.in_features)
 
-    return make
+    def make(factors: Factors) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        weight = _cast(name, source.merged(layer, factors), dtype)
+        return {name: weight.T if layer.transposed else weight}, {}
+
+    spec = TensorSpec(dtype, shape[::-1] if layer.transposed else shape)
+    return Unit(name, {name: spec}, 1.0, source.files(layer), lambda: source.factors(layer), make)
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -37,6 +37,7 @@ class Stored:
         shape: Of the tensor.
         dtype: That the base holds it in.
         read: Returns it.
+        files: That it is read from.
         trained: Whether it is the adapter's.
     """
 
@@ -44,6 +45,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+    files: tuple[Path, ...]
     trained: bool = False
 
 
@@ -113,6 +115,7 @@ class Source:
         self.fingerprint = stored_fingerprint(self._reader)
         self.vectors: dict[str, dict[str, torch.Tensor]] = {}
         self.untied: list[str] = []
+        self._adapter_files: tuple[Path, ...] = ()
         config = None if adapter is None else self._adapter_config(adapter)
         self.plain = PlainModel(base, trust_remote_code)
         self._locate()
@@ -147,7 +150,9 @@ class Source:
             shape = self._reader.shape(disk)
             if targets == [name]:
                 self._check_shape(f"{self.base}: {disk}", name, shape)
-            self.tensors[disk] = Stored(name, shape, self._reader.dtype(disk), self._read(self._reader, disk))
+            self.tensors[disk] = Stored(
+                name, shape, self._reader.dtype(disk), self._read(self._reader, disk), (self._reader.file(disk),)
+            )
             located.update(targets)
         self.layers: dict[str, Layer] = {}
         for disk in natural_order(self._groups):
@@ -210,11 +215,15 @@ class Source:
         residual, U, V = (self._four_bit(layer, prefix) for prefix in ("weight", "U", "V"))
         return Factors(residual, U, V, self._reader.tensor(f"{layer.disk}.s"))
 
-    def merged(self, layer: Layer) -> torch.Tensor:
+    def merged(self, layer: Layer, factors: Factors) -> torch.Tensor:
         """Return R + diag(o) U diag(s) Vᵀ with the adapter's vectors, (out_features, in_features), float32."""
         own = self.vectors.get(layer.module, {})
         o = own["o"] if "o" in own else self._reader.tensor(f"{layer.disk}.o")
-        return reconstruct(self.factors(layer), own.get("s"), o)
+        return reconstruct(factors, own.get("s"), o)
+
+    def files(self, layer: Layer) -> tuple[Path, ...]:
+        """Return the files that a layer, and the adapter's vectors, are read from."""
+        return (*dict.fromkeys(self._reader.file(name) for name in self._groups[layer.disk]), *self._adapter_files)
 
     def _read_adapter(self, reader: CheckpointReader) -> None:
         full: dict[str, str] = {}
@@ -230,6 +239,7 @@ class Source:
                 raise CheckpointError(
                     f"{self.adapter}: {key} is neither a vector of qosora's nor a tensor of {self.plain.class_name}"
                 )
+        self._adapter_files = tuple(dict.fromkeys(reader.file(key) for key in reader.names()))
         self._take_full({name: self._read(reader, key) for name, key in full.items()})
 
     def _take_vector(self, key: str, module: str, kind: str, reader: CheckpointReader) -> None:
@@ -262,7 +272,9 @@ class Source:
                     "holds it in another form, which cannot be exported yet"
                 )
             stored = known[0][1]
-            self.tensors[self._disk_name(name)] = replace(stored, name=name, read=read, trained=True)
+            self.tensors[self._disk_name(name)] = replace(
+                stored, name=name, read=read, files=self._adapter_files, trained=True
+            )
             for partner in partners:
                 self.tensors.setdefault(self._disk_name(partner), replace(stored, name=partner))
         on_disk = {disk for disk, _ in base.values()}

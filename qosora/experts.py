@@ -1,0 +1,207 @@
+"""Mixtures of experts: one linear layer for each projection of each expert, instead of one stacked parameter for all.
+
+transformers holds the experts of a layer in two parameters, `gate_up_proj` (experts, 2 m, n) and `down_proj`
+(experts, n, m), and stacks them while loading, since checkpoints hold a matrix for each: `experts.3.up_proj.weight`. A
+matrix is what is decomposed. So the module is replaced by one with linear layers that have the checkpoint's names, and
+the loader is told to stack nothing.
+
+What can be replaced is read off the class, not its name: it follows the protocol of transformers' exchangeable experts
+implementations, `(hidden_states, top_k_index, top_k_weights)` and `_apply_gate`, without biases or transposes, and its
+checkpoints are stacked by nothing but `MergeModulelist` and `Concatenate`. Other experts stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightTransform
+
+__all__ = ["LinearExperts", "router_names", "split_experts", "stack_experts", "stacked_names", "without_stacking"]
+
+
+class LinearExperts(nn.Module):
+    """Experts whose projections are linear layers: `experts.3.up_proj`.
+
+    Args:
+        stacked: The module that this one stands for, on the meta device.
+        projections: Its parameters, each with the names of the projections that are stacked in it, in order.
+    """
+
+    def __init__(self, stacked: nn.Module, projections: dict[str, list[str]]) -> None:
+        super().__init__()
+        self.num_experts = len(stacked.get_parameter("down_proj"))
+        self.projections = projections
+        # It holds no data, but knows the activation and how gates apply. The tuple keeps it out of the module tree.
+        self._stacked = (stacked,)
+        for index in range(self.num_experts):
+            expert = nn.ModuleDict()
+            for parameter, names in projections.items():
+                weight = stacked.get_parameter(parameter)
+                _, rows, in_features = weight.shape
+                for name in names:
+                    expert[name] = nn.Linear(
+                        in_features, rows // len(names), bias=False, device="meta", dtype=weight.dtype
+                    )
+            self.add_module(str(index), expert)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted sum of the chosen experts' outputs, (tokens, n).
+
+        Choices are sorted by expert, so that each expert runs once, on its tokens alone, and summed token by token in
+        the order of choice: the result does not depend on the order in which threads finish.
+
+        Args:
+            hidden_states: (tokens, n).
+            top_k_index: Experts of each token, (tokens, k), integers.
+            top_k_weights: Their weights, (tokens, k).
+        """
+        tokens, top_k = top_k_index.shape
+        choices = top_k_index.flatten()
+        order = choices.argsort(stable=True)
+        counts = torch.bincount(choices, minlength=self.num_experts).tolist()
+        inputs = hidden_states[order // top_k].split(counts)
+        outputs = torch.cat([self._expert(i, rows) for i, rows in enumerate(inputs) if len(rows)])
+        outputs = (outputs * top_k_weights.flatten()[order, None])[order.argsort()]
+        return outputs.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+
+    def _expert(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        expert: Any = self.get_submodule(str(index))
+        (stacked,) = self._stacked
+        (gate_up, inner), (_, (down,)) = self.projections.items()
+        projected = [expert[name](x) for name in inner]
+        hidden = stacked._apply_gate(torch.cat(projected, -1)) if stacked.has_gate else stacked.act_fn(projected[0])
+        return expert[down](hidden)
+
+    @torch.no_grad()
+    def stacked(self) -> nn.Module:
+        """Return the module that this one stands for, with the weights of the linear layers."""
+        (module,) = self._stacked
+        experts: list[Any] = [self.get_submodule(str(index)) for index in range(self.num_experts)]
+        for parameter, names in self.projections.items():
+            stacks = [torch.stack([expert[name].weight for expert in experts]) for name in names]
+            setattr(module, parameter, nn.Parameter(torch.cat(stacks, dim=1)))
+        return module
+
+
+def split_experts(model: PreTrainedModel) -> list[str]:
+    """Replace all stacked experts of a model on the meta device by `LinearExperts`, if all of them can be.
+
+    Returns:
+        The names of the replaced modules.
+    """
+    stackers = list(_stackers(get_model_conversion_mapping(model, add_legacy=False)))
+    projections = {
+        name: _projections(model, name, module, stackers)
+        for name, module in model.named_modules()
+        for param, tensor in module.named_parameters(recurse=False)
+        if tensor.ndim == 3 and any(_makes(stacker, f"{name}.{param}") for stacker in stackers)
+    }
+    if not all(projections.values()):  # the loader's rules hold for all of a model's experts
+        return []
+    for name, found in projections.items():
+        model.set_submodule(name, LinearExperts(model.get_submodule(name), found))
+    return list(projections)
+
+
+def stack_experts(model: PreTrainedModel) -> None:
+    """Undo `split_experts`, with the weights that the linear layers now have; they must be `nn.Linear` again."""
+    names = [name for name, module in model.named_modules() if isinstance(module, LinearExperts)]
+    loaded_by = getattr(model, "_weight_conversions", None)
+    for name in names:  # one layer at a time: each holds a copy
+        model.set_submodule(name, model.get_submodule(name).stacked())
+    if names and loaded_by is not None:  # `save_pretrained` reverts what the loader did
+        model._weight_conversions = [*loaded_by, *_stackers(get_model_conversion_mapping(model, add_legacy=False))]
+
+
+def without_stacking(conversions: Sequence[WeightTransform], model: nn.Module) -> list[WeightTransform]:
+    """Return a loader's conversions without those that would stack what is split in this model."""
+    split = [
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, LinearExperts)
+        for parameter in module.projections
+    ]
+    dropped = [stacker for stacker in _stackers(conversions) if any(_makes(stacker, name) for name in split)]
+    return [conversion for conversion in conversions if conversion not in dropped]
+
+
+def router_names(model: nn.Module) -> set[str]:
+    """Return the linear layers beside experts that give a token one value for each expert, or one for all.
+
+    They are routers and gates of shared experts: tiny, and an error of theirs sends tokens to the wrong experts.
+    """
+    names = set()
+    for name, experts in model.named_modules():
+        block, _, last = name.rpartition(".")
+        if last != "experts":
+            continue
+        count = getattr(experts, "num_experts", None) or len(list(experts.children()))
+        names |= {
+            f"{block}.{inner}".lstrip(".")
+            for inner, module in model.get_submodule(block).named_modules()
+            if isinstance(module, nn.Linear) and module.out_features in (1, count) and not inner.startswith("experts.")
+        }
+    return names
+
+
+def stacked_names(model: nn.Module) -> list[str]:
+    """Return the modules with stacked matrices of their own: experts that could not be split, as a rule."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.")
+        and any(p.ndim == 3 and len(p) > 1 for p in module.parameters(recurse=False))
+    ]
+
+
+def _stackers(conversions: Iterable[WeightTransform]) -> Iterator[WeightConverter]:
+    """Return the conversions that stack one matrix for each expert."""
+    for conversion in conversions:
+        if isinstance(conversion, WeightConverter) and isinstance(conversion.operations[0], MergeModulelist):
+            yield conversion
+
+
+def _makes(stacker: WeightConverter, parameter: str) -> bool:
+    """Say whether a parameter of the model is what a conversion makes."""
+    return stacker.reverse_transform().rename_source_key(parameter)[1] is not None
+
+
+def _projections(
+    model: PreTrainedModel, name: str, module: nn.Module, stackers: list[WeightConverter]
+) -> dict[str, list[str]]:
+    """Return what `LinearExperts` needs for a module, or nothing if it cannot stand for it."""
+    parameters = ["gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"]
+    follows_protocol = hasattr(module, "_apply_gate") and module.is_concatenated  # hence the options below
+    if not follows_protocol or module.is_transposed or module.has_bias or module.has_post_expert_norm:
+        return {}
+    if sorted(dict(module.named_parameters())) != sorted(parameters) or list(module.buffers()):
+        return {}
+    found = {parameter: _names_on_disk(model, name, parameter, stackers) for parameter in parameters}
+    return found if len(found["down_proj"]) == 1 and all(found.values()) else {}
+
+
+def _names_on_disk(model: PreTrainedModel, module: str, parameter: str, stackers: list[WeightConverter]) -> list[str]:
+    """Return the projections of an expert that are stacked in a parameter, as saving would name them: none if unclear."""
+    name, weight = f"{module}.{parameter}", model.get_parameter(f"{module}.{parameter}")
+    for stacker in stackers:
+        if [(type(op), op.dim) for op in stacker.operations] not in _UNDERSTOOD or not _makes(stacker, name):
+            continue
+        back = stacker.reverse_transform()
+        key, pattern = back.rename_source_key(name)
+        back.add_tensor(key, name, pattern, weight)
+        on_disk = list(back.convert(key, model=model, config=model.config))
+        projections = list(dict.fromkeys(n.removesuffix(".weight").rpartition(".")[2] for n in on_disk))
+        if on_disk == [f"{module}.{i}.{p}.weight" for p in projections for i in range(len(weight))]:
+            return projections
+    return []
+
+
+#: Ways to stack: one projection of every expert; or several, one below the other.
+_UNDERSTOOD = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
