@@ -218,10 +218,11 @@ class OsoraModel(BaseTuner):
         targets = peft_config.target_modules
         if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
             names = self._decomposed()
-            # PEFT counts layers only for ends of names, not for the full ones that are filled in here.
             ends = replace(peft_config, target_modules={n.rpartition(".")[2] for n in names}, exclude_modules=None)
-            peft_config.target_modules = {name for name in names if check_target_module_exists(ends, name)}
-            if not peft_config.target_modules:
+            selected = {name for name in names if check_target_module_exists(ends, name)}
+            # PEFT compares every module with every target: full names, only where ends would mean other modules, too.
+            peft_config.target_modules = selected if self._other_targets(ends) else ends.target_modules
+            if not selected:
                 raise ConfigError(
                     f"layers_to_transform={ends.layers_to_transform!r} with layers_pattern={ends.layers_pattern!r} "
                     f"selects none of the {len(names)} decomposed layers, such as {names[0]!r}"
@@ -229,8 +230,8 @@ class OsoraModel(BaseTuner):
         self._refuse_other_targets(peft_config)
         return peft_config
 
-    def _refuse_other_targets(self, config: OsoraConfig) -> None:
-        """Raise ConfigError, before the model is changed, if something else than decomposed layers is targeted."""
+    def _other_targets(self, config: OsoraConfig) -> list[str]:
+        """Return what is targeted besides decomposed layers."""
         inside, others = "", []
         for name, module in self.model.named_modules():
             if inside and name.startswith(inside):
@@ -239,7 +240,11 @@ class OsoraModel(BaseTuner):
                 inside = f"{name}."
             elif name and check_target_module_exists(config, name):
                 others.append(f"{name} ({type(module).__name__})")
-        if others:
+        return others
+
+    def _refuse_other_targets(self, config: OsoraConfig) -> None:
+        """Raise ConfigError, before the model is changed, if something else than decomposed layers is targeted."""
+        if others := self._other_targets(config):
             raise ConfigError(
                 f"target_modules matches {len(others)} modules that are not decomposed, among them {others[0]}. Leave "
                 "them out of target_modules; to train them in full, name them in modules_to_save"

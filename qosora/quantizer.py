@@ -219,8 +219,8 @@ class QosoraHfQuantizer(HfQuantizer):
             stack_experts(model)
         if not self.pre_quantized:
             # Else the loader would round float32 weights to the model's dtype before they are decomposed.
-            others = {name for name, _ in model.named_parameters()} - replaced
-            self._read_in_float32 = _few_patterns(replaced, others)
+            kept = ((n, m) for n, m in model.named_modules() if not isinstance(m, QosoraLinear))
+            self._read_in_float32 = _few_patterns(replaced, {f"{n}.{key}" for n, m in kept for key in m._parameters})
             model._keep_in_fp32_modules_strict = self._read_in_float32.union(model._keep_in_fp32_modules_strict or ())
 
     def update_weight_conversions(

@@ -38,7 +38,7 @@ from qosora.streaming import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-FAMILIES = ("llama", "llama_tied", "mistral", "mixtral", "qwen3_tied", "gemma3", "gemma3_vision", "gpt2")
+FAMILIES = ("llama", "llama_tied", "mistral", "mixtral", "qwen3_moe", "qwen3_tied", "gemma3", "gemma3_vision", "gpt2")
 
 #: Runs with -I, so that neither PYTHONPATH nor the current folder count; the finder covers an installed qosora.
 LOAD_WITHOUT_QOSORA = """
@@ -257,6 +257,7 @@ def test_what_is_carried_along(copies: Tiny, tmp_path: Path):
         "tokenizer_config.json",
         "chat_template.jinja",
         "LICENSE",
+        MANIFEST_NAME,
     }
     config = read_json(tmp_path / "first" / "config.json")
     assert not {"quantization_config", "auto_map"} & set(config)
@@ -295,10 +296,10 @@ def test_the_plain_model_knows_what_stays_in_float32(tmp_path: Path):
     assert plain.keeps_float32(bias, torch.bfloat16)
     assert not plain.keeps_float32(bias, torch.float32)
     assert not plain.keeps_float32("model.norm.weight", torch.bfloat16)
-    # Experts: one tensor each on disk, one for all in memory.
+    # Experts: a layer each, although transformers stacks them.
     name, targets = plain.locate("model.layers.1.mlp.experts.3.up_proj.weight")
-    assert name == "model.layers.1.mlp.experts.3.up_proj.weight"
-    assert targets == ["model.layers.1.mlp.experts.gate_up_proj"]
+    assert targets == [name] == ["model.layers.1.mlp.experts.3.up_proj.weight"]
+    assert plain.shapes[name] == (24, 48)
     assert plain.missing(set(plain.shapes) - {bias}) == [bias]
     assert natural_order(["l.10.a", "l.2.b", "l.2.a"]) == ["l.2.a", "l.2.b", "l.10.a"]
 
@@ -361,11 +362,11 @@ def test_overwriting_keeps_the_old_until_the_new_is_complete(tiny: Tiny, tmp_pat
 
 
 def refused(tmp_path: Path, match: str, *args: Any, error: type[Exception] = CheckpointError, **kwargs: Any) -> None:
-    """Check that an export fails with one line and leaves nothing."""
+    """Check that an export fails with one line and leaves nothing that loads."""
     with pytest.raises(error, match=match) as info:
         export_merged(args[0], tmp_path / "out" / "export", *args[1:], **kwargs)
     assert "\n" not in str(info.value)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "export").exists()
 
 
 def test_bad_options_are_reported_together(tiny: Tiny, tmp_path: Path):

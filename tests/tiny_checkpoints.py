@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from qosora import OsoraConfig, QosoraConfig
@@ -59,6 +60,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
         "llama_tied": (LlamaConfig, {"tie_word_embeddings": True}),
         "mistral": (MistralConfig, {"sliding_window": 16}),
         "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}),
         "qwen3_tied": (Qwen3Config, {"tie_word_embeddings": True}),
         "gemma3": (Gemma3TextConfig, {"query_pre_attn_scalar": 12, "sliding_window": 16}),
     }

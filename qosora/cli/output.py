@@ -46,7 +46,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add --overwrite and --restart."""
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-    parser.add_argument("--restart", action="store_true", help="begin anew, not where an interrupted run has ended")
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew, where else an interrupted run would go on (in OUT.partial)"
+    )
 
 
 def add_shards(parser: argparse.ArgumentParser) -> None:

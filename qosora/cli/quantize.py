@@ -17,9 +17,7 @@ EXAMPLES = """\
   qosora quantize meta-llama/Llama-2-7b-hf llama-2-7b-qosora
   qosora quantize ./my-model ./my-base --rank 256 --rank-pattern down_proj=128
   qosora quantize model.Q8_0.gguf ./my-base
-  accelerate launch --num_processes 8 -m qosora quantize ./my-model ./my-base
-
-An interrupted run goes on where it ended when the same command is given again."""
+  accelerate launch --num_processes 8 -m qosora quantize ./my-model ./my-base"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel, TokenizersBackend
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TokenizersBackend,
+)
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.integrations.gguf import GGUF_ARCHS, get_gguf_conversion_mapping
 from transformers.modeling_gguf_pytorch_utils import (
@@ -30,7 +38,6 @@ from transformers.modeling_gguf_pytorch_utils import (
 from transformers.utils import logging
 
 from qosora.errors import CheckpointError, QosoraError
-from qosora.plain import PlainModel
 from qosora.sources.gguf_file import GgufFile
 
 __all__ = ["GgufReader", "open_gguf"]
@@ -61,7 +68,10 @@ def open_gguf(path: Path, origin: Path) -> GgufReader:
         )
     try:
         options = _write_origin(file, origin)
-        return GgufReader(file, PlainModel(origin, trust_remote_code=False), options)
+        config = AutoConfig.from_pretrained(origin)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return GgufReader(file, model, options)
     except QosoraError:
         raise
     except Exception as error:  # what fails on a model that transformers does not know depends on the model
@@ -114,41 +124,45 @@ class GgufReader:
 
     Args:
         file: The file.
-        plain: The model that it holds.
+        model: The model that it holds, on the meta device.
         options: Of the model's config, as transformers reads them from the file.
 
     Raises:
         CheckpointError: If the file's tensors do not fit the model.
     """
 
-    def __init__(self, file: GgufFile, plain: PlainModel, options: dict[str, Any]) -> None:
+    def __init__(self, file: GgufFile, model: PreTrainedModel, options: dict[str, Any]) -> None:
         self._gguf = file
         self._layout: _Layout = (
-            _Converted(file.architecture, plain.model)
+            _Converted(file.architecture, model)
             if file.architecture in GGUF_ARCHS
-            else _Processed(file.architecture, plain.model, options)
+            else _Processed(file.architecture, model, options)
         )
         self._sources: dict[str, tuple[str, int | None]] = {}  # name -> tensor in the file, expert in it
         self._shapes: dict[str, tuple[int, ...]] = {}
+        state = model.state_dict()
         for source in file.tensors:
-            if match := _EXPERTS.fullmatch(source):
-                self._add_experts(source, self._layout.target(match["key"]), match["part"], plain.model)
-            elif (target := self._layout.target(source)) and target in plain.shapes:
-                self._add(plain.disk_name(target), source, None, plain.shapes[target])
+            experts = _EXPERTS.fullmatch(source)
+            target = self._layout.target(experts["key"] if experts else source)
+            held = {target: state[target]} if target in state else {}
+            stored = revert_weight_conversion(model, held) if held else {}  # as an ordinary checkpoint has it
+            if experts:
+                self._add_experts(source, experts["part"], stored)
+            elif stored:
+                ((name, tensor),) = stored.items()
+                self._add(name, source, None, tuple(tensor.shape))
 
-    def _add_experts(self, source: str, target: str | None, part: str, model: PreTrainedModel) -> None:
-        fused = None if target is None else model.state_dict().get(target)
-        stored = {} if fused is None else revert_weight_conversion(model, {target: fused})
+    def _add_experts(self, source: str, part: str, stored: dict[str, torch.Tensor]) -> None:
         pattern = re.compile(rf".*\.experts\.(\d+)\.({'|'.join(_EXPERT_PARTS[part])})\.weight")
-        experts = {int(m[1]): (name, t) for name, t in stored.items() if (m := pattern.fullmatch(name))}
+        experts = {int(match[1]): name for name in stored if (match := pattern.fullmatch(name))}
         count = self._gguf.tensors[source].shape[0]
         if sorted(experts) != list(range(count)):
             raise CheckpointError(
-                f"{self._gguf.path}: {source} stacks {count} experts, and {type(model).__name__} as transformers reads "
-                f"it from this file has {len(experts)} for them; use the model's safetensors"
+                f"{self._gguf.path}: {source} stacks {count} experts, and the model that transformers makes of this "
+                f"file stores {len(experts)}; use the model's safetensors"
             )
-        for i, (name, tensor) in experts.items():
-            self._add(name, source, i, tuple(tensor.shape))
+        for index, name in experts.items():
+            self._add(name, source, index, tuple(stored[name].shape))
 
     def _add(self, name: str, source: str, expert: int | None, shape: tuple[int, ...]) -> None:
         stored = self._gguf.tensors[source].shape
@@ -222,7 +236,7 @@ class _Processed:
         self._names: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
 
     def target(self, source: str) -> str | None:
-        return self._names.get(source, self._names.get(f"{source}.weight"))
+        return self._names.get(source)
 
     def undo(self, source: str, values: _Values) -> _Values:
         unused: dict[str, Any] = {"tensors": {}}  # where some processors leave a second copy
