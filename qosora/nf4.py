@@ -176,7 +176,7 @@ def _quantize_blocks(x: torch.Tensor, quant_type: str, packed: torch.Tensor, abs
 
 
 def _cell(scaled: torch.Tensor) -> torch.Tensor:
-    """Return the cells, int32, of values in [-1, 1] or a rounding error beyond: monotone. The values are overwritten."""
+    """Return the cells, int32, of values in [-1, 1] or a rounding error beyond: monotone. Overwrites the values."""
     return scaled.mul_(HALF).add_(HALF).int()
 
 
