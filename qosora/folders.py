@@ -182,9 +182,13 @@ def require_space(folder: str | os.PathLike[str], needed_bytes: int) -> None:
     free = shutil.disk_usage(path).free
     if needed_bytes > free:
         raise CheckpointError(
-            f"{folder} needs {needed_bytes / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free there; make room, or "
-            "name a folder on another disk"
+            f"{folder} needs {_size(needed_bytes)}, but {_size(free)} are free there; make room, or name a folder on "
+            "another disk"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
