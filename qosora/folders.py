@@ -30,7 +30,7 @@ __all__ = [
     "write_json",
 ]
 
-#: Files that tokenizers are made of, and others that a model needs.
+#: Files that tokenizers are made of, and others that a model has.
 _TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -43,7 +43,7 @@ _TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
-_MODEL_FILES = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_MODEL_FILES = ("generation_config.json", "*processor_config.json", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 #: What those may be; never pickles, nor code.
 _SAFE_SUFFIXES = ("", ".json", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".jinja", ".md", ".pdf")
 
@@ -91,11 +91,11 @@ def refuse_input_as_output(output: str | Path, *inputs: Path | None) -> None:
 
 
 def copy_files(folder: Path, base: Path, adapter: Path | None = None, *, with_code: bool) -> str | None:
-    """Carry along what a model needs besides weights and config.
+    """Carry along what a model has besides weights and config.
 
     Args:
         folder: Where to.
-        base: The model, which has the generation config and the licence.
+        base: The model, which has the generation config, the model card and the licence.
         adapter: Has the tokenizer, or else `base` has it.
         with_code: Whether to copy the model's `*.py`.
 
