@@ -22,6 +22,7 @@ except ImportError:  # Windows
 __all__ = [
     "check_target",
     "copy_files",
+    "has_tokenizer",
     "local_folder",
     "lock_folder",
     "read_json",
@@ -102,7 +103,7 @@ def copy_files(folder: Path, base: Path, adapter: Path | None = None, *, with_co
     Returns:
         The folder that the tokenizer is from, or None.
     """
-    tokenizer = next((f for f in (adapter, base) if f is not None and _has_tokenizer(f)), None)
+    tokenizer = next((f for f in (adapter, base) if f is not None and has_tokenizer(f)), None)
     wanted = [(base, pattern) for pattern in (*_MODEL_FILES, *(["*.py"] if with_code else []))]
     if tokenizer is not None:  # one folder's only: files of two tokenizers do not make one
         wanted += [(tokenizer, pattern) for pattern in _TOKENIZER_FILES]
@@ -115,7 +116,8 @@ def copy_files(folder: Path, base: Path, adapter: Path | None = None, *, with_co
     return None if tokenizer is None else str(tokenizer)
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether there are files of a tokenizer; transformers makes an empty one of a model's config alone."""
     return any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken"))
 
 

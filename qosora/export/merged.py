@@ -313,6 +313,7 @@ def _write_config(folder: Path, source: Source, dtype: torch.dtype, with_code: b
         tied = [source.tensors[disk].name for disk in source.untied if plain.tied_to(source.tensors[disk].name)]
         if tied or plain.missing(names):
             raise CheckpointError(
-                f"{source.adapters[0].folder} trains one of some tied tensors apart from the others ({', '.join(source.untied)}), "
-                f"but a {plain.class_name} cannot have them apart, so a plain checkpoint cannot hold this adapter"
+                f"{source.adapters[0].folder} trains one of some tied tensors apart from the others "
+                f"({', '.join(source.untied)}), but a {plain.class_name} cannot have them apart, so a plain checkpoint "
+                "cannot hold this adapter"
             )

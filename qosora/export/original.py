@@ -15,7 +15,7 @@ from qosora.folders import read_json
 from qosora.partial import MANIFEST_NAME
 from qosora.sources import SourceCheckpoint, open_source
 
-__all__ = ["Original", "original_of", "open_original"]
+__all__ = ["Original", "open_original", "original_of"]
 
 #: How much larger the base's error may be than it was when the base was made: room for the same model in another
 #: 16-bit or 8-bit format, none for a fine-tuned one.

@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--adapter")
     parser.add_argument("--trust-remote-code", action="store_true")
     args = parser.parse_args()
-    sys.meta_path.insert(0, _Refuse())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Refuse())
     model = _load(args.model, args.adapter, args.trust_remote_code)
     compute_in_float32(model)
     save_file({"logits": logits(model, **load_file(args.inputs)).contiguous()}, args.logits)

@@ -108,7 +108,9 @@ class Source:
             self._reader = stack.enter_context(CheckpointReader(base))
             self._groups = group_modules(self._reader.names())
             if not self._groups:
-                raise CheckpointError(f"{base}: config.json says qosora, but no layer is decomposed; make the base anew")
+                raise CheckpointError(
+                    f"{base}: config.json says qosora, but no layer is decomposed; make the base anew"
+                )
             self.fingerprint = stored_fingerprint(self._reader)
             self.untied: list[str] = []
             self.plain = PlainModel(base, trust_remote_code)
@@ -233,8 +235,8 @@ class Source:
         for module, (s, o) in self.base_vectors.items():
             if not (o == 1).all() or not (s.diff() <= 0).all():
                 raise CheckpointError(
-                    f"{self.base}: the vectors of {module} are not those of the decomposition, as an adapter was merged "
-                    "into this base, so its difference from the original model is not known. Use the base that "
+                    f"{self.base}: the vectors of {module} are not those of the decomposition, as an adapter was "
+                    "merged into this base, so its difference from the original model is not known. Use the base that "
                     "`qosora quantize` made, or export merged weights onto dequantized ones"
                 )
 
