@@ -83,7 +83,9 @@ def _load(source: str, adapter: str | None, trust_remote_code: bool) -> Any:
     from peft import PeftModel
 
     warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
-    return PeftModel.from_pretrained(model, adapter)
+    adapted = PeftModel.from_pretrained(model, adapter)
+    # Onto stacked experts PEFT adds the LoRA itself, in the model's dtype, not module by module.
+    return adapted.float() if adapted.peft_config["default"].target_parameters else adapted
 
 
 def main() -> None:
@@ -102,4 +104,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:  # whatever goes wrong here is what the user is told
+        sys.exit(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
