@@ -250,6 +250,12 @@ def test_another_original(tiny: Trained, tmp_path: Path, export: Any):
     refused(tmp_path, "no model.layers.1.mlp.up_proj.weight there", *args, original=tmp_path / "wide", **onto)
 
 
+def test_the_original_is_not_overwritten(tiny: Trained):
+    for export in (export_lora, lambda *args, **options: export_merged(*args, onto="original", **options)):
+        with pytest.raises(CheckpointError, match="which is being read"):
+            export(tiny.base, tiny.original, tiny.adapter, overwrite=True)
+
+
 def test_the_original_is_asked_for_where_it_is_not_known(tiny: Trained, tmp_path: Path):
     shutil.copytree(tiny.base, tmp_path / "base")
     manifest = read_json(tmp_path / "base" / MANIFEST_NAME)

@@ -140,14 +140,13 @@ def export_merged(
     target = _checked_options(dtype, max_shard_bytes, onto, original)
     base_folder = local_folder(base, trust_remote_code=trust_remote_code)
     adapters = weighted(adapter)
-    refuse_input_as_output(
-        output, base_folder, *(folder for folder, _ in adapters), None if original is None else Path(original)
-    )
+    refuse_input_as_output(output, base_folder, *(folder for folder, _ in adapters))
     with ExitStack() as stack:
         source = stack.enter_context(Source(base_folder, adapters, trust_remote_code=trust_remote_code))
         opened = None
         if onto == "original":
             opened = stack.enter_context(open_original(original, source, trust_remote_code=trust_remote_code))
+            refuse_input_as_output(output, Path(opened.name))
         merged_dtype = target or source.dtype
         plan = _plan(source, opened, target)
         notes: dict[str, Any] = {}
