@@ -119,10 +119,10 @@ def layer_seconds(method: str, rank: int) -> float:
 
 def _action(method: str, weights: dict[str, torch.Tensor], rank: int) -> Callable[[], Any]:
     from qosora import nf4
-    from qosora.factorize import decompose
+    from qosora.factorize import factorize_with_report
 
     if method == "qosora":
-        return lambda: [decompose(w, rank) for w in weights.values()]
+        return lambda: [factorize_with_report(w, rank) for w in weights.values()]
     if method == "nf4":
         quantize = torch.ops.bitsandbytes.quantize_4bit.default
         return lambda: [quantize(w, 64, "nf4", torch.uint8) for w in weights.values()]

@@ -69,6 +69,33 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
+def convert(found: dict[str, Any]) -> str:
+    """Return the table of conversion times and memory, with its conditions."""
+    one, full, config = found["results"]["one_layer"], found["results"]["conversion"], found["config"]
+    names = {
+        "qosora": f"qosora, r = {config['rank']}",
+        "pissa_niter_4": f"PEFT `pissa_niter_4`, r = {config['rank']}",
+        "nf4": "bitsandbytes NF4 alone",
+        "theory": "the SVD's matrix products and the quantization alone",
+    }
+    rows = [
+        [label, f"{one['median_seconds'][method]:.1f} s", f"{one['peak_anonymous_bytes'][method] / 2**30:.2f} GiB"]
+        for method, label in names.items()
+    ]
+    model = f"{config['shapes']}, {config['layers']} layers: `qosora quantize`"
+    rows.append([model, f"{full['seconds'] / 60:.1f} min", f"{full['peak_anonymous_bytes'] / 2**30:.2f} GiB"])
+    note = (
+        f"One decoder layer of {config['shapes']} in bfloat16, median of {config['rounds']} runs in turns, and the "
+        f"whole checkpoint ({found['results']['checkpoint']['bytes'] / 1e9:.1f} GB). Memory is the peak of anonymous "
+        "resident memory of the process, Python and libraries included. "
+        f"{found['device']['gpu'] or found['device']['cpu']}, {one['threads']} threads, "
+        f"torch {found['versions']['torch']}, peft {found['versions']['peft']}, "
+        f"bitsandbytes {found['versions']['bitsandbytes']}, {found['date']}; "
+        "[all figures](benchmarks/results/convert_llama2_7b.json)."
+    )
+    return "\n".join([_row(["", "time", "memory"]), _row(["---", "---:", "---:"]), *map(_row, rows), "", note, ""])
+
+
 def _best(results: dict[str, Any], method: str) -> dict[str, Any]:
     """Return the run of a method, among those at several learning rates, with the lowest final loss."""
     return min((r for name, r in results.items() if name.startswith(method)), key=lambda r: _last(r["test_loss"]))
@@ -94,6 +121,7 @@ def _row(cells: list[str]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gsm8k": ("gsm8k_gemma3_270m.json", gsm8k),
     "export": ("export_gemma3_270m.json", export),
+    "convert": ("convert_llama2_7b.json", convert),
 }
 
 

@@ -43,8 +43,8 @@ class QosoraConfig(QuantizationConfigMixin):
         quant_type: "nf4" or "fp4".
         blocksize: Values per quantization block.
         double_quant: Whether the blocks' absmax values are quantized, too.
-        modules_to_not_convert: Names, or ends or regular expressions of names, of linear layers to leave as they are,
-            besides the output embedding, which always stays.
+        modules_to_not_convert: Names, or ends or regular expressions of names, of linear layers, or of modules with
+            all that is in them, to leave as they are, besides the output embedding and routers, which always stay.
         compute_dtype: Dtype of the products outside autocast ("bfloat16", "float16", "float32" or the torch dtype);
             by default that of the layer's input.
 

@@ -21,12 +21,12 @@ from qosora import __version__
 from qosora.checkpoint import TensorSpec
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError
-from qosora.factorize import factorize, measure_error
+from qosora.factorize import factorize_with_report
 from qosora.folders import copy_files, refuse_input_as_output
 from qosora.linear import QosoraLinear
 from qosora.plain import PlainModel, natural_order
 from qosora.quantizer import QosoraHfQuantizer
-from qosora.sources import TensorReader, open_source
+from qosora.sources import SourceCheckpoint, open_source
 from qosora.streaming import Processes, Progress, Unit, stream
 
 __all__ = ["ConversionReport", "LayerReport", "by_kind", "quantize"]
@@ -142,9 +142,9 @@ def quantize(
     with Processes() as processes, open_source(source, trust_remote_code=trust_remote_code) as checkpoint:
         device = _usable(device or (f"cuda:{processes.local_index}" if torch.cuda.is_available() else "cpu"))
         refuse_input_as_output(output, Path(source) if Path(source).exists() else None, checkpoint.origin)
-        plan = _Plan(checkpoint.origin, config, dtype, trust_remote_code)
-        plan.match(checkpoint.reader)
-        units = [plan.unit(disk, name, checkpoint.reader, device) for disk, name in plan.tensors.items()]
+        plan = _Plan(str(source), checkpoint, config, dtype, trust_remote_code)
+        plan.match()
+        units = [plan.unit(disk, name, device) for disk, name in plan.tensors.items()]
 
         def finish(folder: Path, reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
             copy_files(folder, checkpoint.origin, with_code=trust_remote_code)
@@ -177,6 +177,13 @@ def _usable(device: torch.device | str) -> torch.device:
         raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def _fetched(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of a mapped file on a device, or with its pages in memory: here, not where it is first used."""
+    if device.type == "cpu":
+        tensor.flatten().view(torch.uint8)[::4096].sum()
+    return tensor.to(device)
+
+
 def _made_with(config: QosoraConfig, device: torch.device) -> dict[str, Any]:
     """Return what determines the base besides the source: options, arithmetic, versions."""
     options = {key: value for key, value in config.to_dict().items() if key != "quant_method"}
@@ -197,11 +204,20 @@ class _Plan:
         tensors: What to read, in order: name on disk -> name in the model. Names on disk stay.
     """
 
-    def __init__(self, origin: Path, storage: QosoraConfig, dtype: torch.dtype | None, trust_remote_code: bool) -> None:
-        self.origin, self.storage = origin, storage
-        self.plain = PlainModel(origin, trust_remote_code)
-        self.config: PreTrainedConfig = AutoConfig.from_pretrained(origin, trust_remote_code=trust_remote_code)
-        self.dtype = self.config.dtype = dtype or self.config.dtype or torch.float32
+    def __init__(
+        self,
+        source: str,
+        checkpoint: SourceCheckpoint,
+        storage: QosoraConfig,
+        dtype: torch.dtype | None,
+        trust_remote_code: bool,
+    ) -> None:
+        self.source, self.reader, self.storage = source, checkpoint.reader, storage
+        self.plain = PlainModel(checkpoint.origin, trust_remote_code)
+        self.config: PreTrainedConfig = AutoConfig.from_pretrained(
+            checkpoint.origin, trust_remote_code=trust_remote_code
+        )
+        self.dtype = self.config.dtype = dtype or self.config.dtype or self._stored_dtype()
         self.config.architectures = [self.plain.class_name]
         self.config.quantization_config = storage
         model = self.plain.model
@@ -209,24 +225,29 @@ class _Plan:
         self.layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, QosoraLinear)}
         self.tensors: dict[str, str] = {}
 
-    def match(self, reader: TensorReader) -> None:
-        """Find the model's tensors in a checkpoint.
+    def _stored_dtype(self) -> torch.dtype:
+        """Return the dtype of the first floating-point tensor: what transformers takes where config.json has none."""
+        dtypes = map(self.reader.dtype, self.reader.names())
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+    def match(self) -> None:
+        """Find the model's tensors in the checkpoint.
 
         Raises:
             CheckpointError: If one is missing, or has another shape.
         """
         located: set[str] = set()
-        for disk in natural_order(reader.names()):
+        for disk in natural_order(self.reader.names()):
             name, parts = self.plain.locate(disk)
             if not set(parts) & self.plain.shapes.keys():
                 continue  # from_pretrained leaves out what the model has no place for, too
             located.update(parts)
             self.tensors[disk] = name
             if parts == [name]:
-                self._check_shape(name, reader.shape(disk))
+                self._check_shape(name, self.reader.shape(disk))
         if missing := self.plain.missing(located):
             raise CheckpointError(
-                f"{self.origin}: {len(missing)} tensors that {self.plain.class_name} needs are not in the "
+                f"{self.source}: {len(missing)} tensors that {self.plain.class_name} needs are not in the "
                 f"checkpoint, among them {missing[0]!r}; get the whole checkpoint"
             )
         for disk, name in list(self.tensors.items()):
@@ -237,23 +258,22 @@ class _Plan:
         expected = self.plain.shapes[name]
         if shape != expected:
             raise CheckpointError(
-                f"{self.origin}: {name} has shape {shape}, but config.json makes it {expected}; "
+                f"{self.source}: {name} has shape {shape}, but config.json makes it {expected}; "
                 "config and weights belong to different models"
             )
 
-    def unit(self, disk: str, name: str, reader: TensorReader, device: torch.device) -> Unit:
+    def unit(self, disk: str, name: str, device: torch.device) -> Unit:
         """Return how a tensor of the checkpoint becomes tensors of the base."""
         module = self.layers.get(name)
         if module is None:
-            return self._copied(disk, name, reader)
-        prefix = disk.removesuffix("weight")
+            return self._copied(disk, name)
+        reader, prefix = self.reader, disk.removesuffix("weight")
         specs = {prefix + key: TensorSpec.of(p) for key, p in module.named_parameters() if key != "bias"}
 
         def make(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             start = time.perf_counter()
-            oriented = weight.to(device).T if module.fan_in_fan_out else weight.to(device)
-            factors = factorize(oriented, module.rank, name=name, **self.storage.factorize_options())
-            error = measure_error(oriented, factors)
+            oriented = weight.T if module.fan_in_fan_out else weight
+            factors, error = factorize_with_report(oriented, module.rank, name=name, **self.storage.factorize_options())
             state = {prefix + key: tensor.cpu() for key, tensor in module.state_of(factors).items()}
             shape = (module.out_features, module.in_features)
             seconds = time.perf_counter() - start
@@ -261,9 +281,10 @@ class _Plan:
             return state, asdict(report)
 
         cost = module.out_features * module.in_features * (module.rank + _QUANTIZATION_COST)
-        return Unit(disk, specs, cost, [reader.file(disk)], lambda: reader.tensor(disk), make)
+        return Unit(disk, specs, cost, [reader.file(disk)], lambda: _fetched(reader.tensor(disk), device), make)
 
-    def _copied(self, disk: str, name: str, reader: TensorReader) -> Unit:
+    def _copied(self, disk: str, name: str) -> Unit:
+        reader = self.reader
         dtype, shape = reader.dtype(disk), reader.shape(disk)
         spec = TensorSpec(self.dtype_of(name) if dtype.is_floating_point else dtype, shape)
 
@@ -275,7 +296,9 @@ class _Plan:
                 )
             return {disk: tensor}, {}
 
-        return Unit(disk, {disk: spec}, math.prod(shape), [reader.file(disk)], lambda: reader.tensor(disk), make)
+        cpu = torch.device("cpu")
+        files, cost = [reader.file(disk)], math.prod(shape)
+        return Unit(disk, {disk: spec}, cost, files, lambda: _fetched(reader.tensor(disk), cpu), make)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype that the model holds a tensor in."""

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightTransform
+from transformers.integrations.moe import _default_apply_gate
 
 __all__ = ["LinearExperts", "router_names", "split_experts", "stack_experts", "stacked_names", "without_stacking"]
 
@@ -37,7 +38,7 @@ class LinearExperts(nn.Module):
         self.num_experts = len(stacked.get_parameter("down_proj"))
         self.projections = projections
         # It holds no data, but knows the activation and how gates apply. The tuple keeps it out of the module tree.
-        self._stacked = (stacked,)
+        self._stacked: tuple[Any] = (stacked,)
         for index in range(self.num_experts):
             expert = nn.ModuleDict()
             for parameter, names in projections.items():
@@ -66,7 +67,7 @@ class LinearExperts(nn.Module):
         choices = top_k_index.flatten()
         order = choices.argsort(stable=True)
         counts = torch.bincount(choices, minlength=self.num_experts).tolist()
-        inputs = hidden_states[order // top_k].split(counts)
+        inputs = torch.split(hidden_states[order // top_k], counts)
         outputs = torch.cat([self._expert(i, rows) for i, rows in enumerate(inputs) if len(rows)])
         outputs = (outputs * top_k_weights.flatten()[order, None])[order.argsort()]
         return outputs.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
@@ -74,9 +75,15 @@ class LinearExperts(nn.Module):
     def _expert(self, index: int, x: torch.Tensor) -> torch.Tensor:
         expert: Any = self.get_submodule(str(index))
         (stacked,) = self._stacked
-        (gate_up, inner), (_, (down,)) = self.projections.items()
+        inner, (down,) = self.projections.values()
         projected = [expert[name](x) for name in inner]
-        hidden = stacked._apply_gate(torch.cat(projected, -1)) if stacked.has_gate else stacked.act_fn(projected[0])
+        if not stacked.has_gate:
+            hidden = stacked.act_fn(*projected)
+        elif type(stacked)._apply_gate is _default_apply_gate:  # without a copy of both into one tensor
+            gate, up = projected
+            hidden = stacked.act_fn(gate) * up
+        else:
+            hidden = stacked._apply_gate(torch.cat(projected, -1))
         return expert[down](hidden)
 
     @torch.no_grad()
@@ -142,22 +149,22 @@ def router_names(model: nn.Module) -> set[str]:
         block, _, last = name.rpartition(".")
         if last != "experts":
             continue
-        count = getattr(experts, "num_experts", None) or len(list(experts.children()))
-        names |= {
-            f"{block}.{inner}".lstrip(".")
-            for inner, module in model.get_submodule(block).named_modules()
-            if isinstance(module, nn.Linear) and module.out_features in (1, count) and not inner.startswith("experts.")
-        }
+        sizes = (1, getattr(experts, "num_experts", len(list(experts.children()))))
+        for inner, module in model.get_submodule(block).named_modules():
+            linears = {n: m for n, m in module.named_children() if isinstance(m, nn.Linear)}
+            if (inner and len(linears) > 1) or inner.startswith("experts"):
+                continue  # a shared expert: it can be as wide as there are experts
+            names |= {".".join(filter(None, (block, inner, n))) for n, m in linears.items() if m.out_features in sizes}
     return names
 
 
 def stacked_names(model: nn.Module) -> list[str]:
-    """Return the modules with stacked matrices of their own: experts that could not be split, as a rule."""
+    """Return the modules that hold stacked matrices as parameters of their own: experts that could not be split."""
     return [
         name
         for name, module in model.named_modules()
         if not type(module).__module__.startswith("torch.")
-        and any(p.ndim == 3 and len(p) > 1 for p in module.parameters(recurse=False))
+        and any(p.ndim >= (2 if "experts" in name.split(".") else 3) and len(p) > 1 for p in module.parameters(False))
     ]
 
 
@@ -188,7 +195,7 @@ def _projections(
 
 
 def _names_on_disk(model: PreTrainedModel, module: str, parameter: str, stackers: list[WeightConverter]) -> list[str]:
-    """Return the projections of an expert that are stacked in a parameter, as saving would name them: none if unclear."""
+    """Return the projections of an expert that are stacked in a parameter, by their names on disk; none if unclear."""
     name, weight = f"{module}.{parameter}", model.get_parameter(f"{module}.{parameter}")
     for stacker in stackers:
         if [(type(op), op.dim) for op in stacker.operations] not in _UNDERSTOOD or not _makes(stacker, name):

@@ -276,8 +276,8 @@ def _refuse_missing(model: PreTrainedModel) -> None:
         cure = "get the whole checkpoint"
         if any(isinstance(module, LinearExperts) for module in model.modules()):
             cure += (
-                ". If it holds all experts of a layer in one tensor, save it anew with transformers, which writes one for "
-                "each, or leave them in 16 bits: modules_to_not_convert=['experts']"
+                ". If it holds all experts of a layer in one tensor, save it anew with transformers, which writes one "
+                "for each, or leave them in 16 bits: modules_to_not_convert=['experts']"
             )
         raise CheckpointError(
             f"{model.config.name_or_path}: {len(missing)} tensors that the model needs are not in the checkpoint, "

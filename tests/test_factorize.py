@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import numpy as np
 import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import with_threads
 from torch import Tensor
 
 from qosora import nf4
 from qosora.errors import CheckpointError, ConfigError
-from qosora.factorize import Factors, factorize, measure_error, reconstruct
+from qosora.factorize import ErrorReport, Factors, factorize, factorize_with_report, measure_error, reconstruct
 from qosora.nf4 import BLOCKSIZES, QUANT_TYPES
 
 U32 = 2.0**-24  # unit roundoff of float32
@@ -164,6 +169,80 @@ def test_same_input_same_output(svd: str):
     factorize(torch.randn(80, 80), 8, svd=svd, seed=6)
     second = tensors(factorize(weight.clone(), 8, svd=svd, seed=5))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def outcome(weight: Tensor, **options: object) -> tuple[list[bytes], ErrorReport]:
+    """The bytes and the report of a decomposition."""
+    factors, report = factorize_with_report(weight, 16, **options)
+    return [t.numpy().tobytes() for t in tensors(factors)], report
+
+
+@pytest.mark.parametrize("svd", ["randomized", "exact"])
+@pytest.mark.parametrize("shape", [(600, 256), (257, 640)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_on_any_number_of_threads(dtype: torch.dtype, shape: tuple[int, int], svd: str, seed: int):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    expected = with_threads(1, lambda: outcome(weight, svd=svd))
+    for count in (2, 3):
+        assert with_threads(count, lambda: outcome(weight, svd=svd)) == expected
+    found = []
+    thread = threading.Thread(target=lambda: found.append(outcome(weight, svd=svd)))
+    thread.start()
+    thread.join()
+    assert found == [expected]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta")],
+    ids=["inference_mode", "no_grad", "autocast", "device"],
+)
+def test_the_same_bits_in_any_state_of_the_caller(state: Callable[[], AbstractContextManager[object]], seed: int):
+    weight = decaying(300, 256, seed)
+    expected = outcome(weight)
+    with state():
+        assert outcome(weight) == expected
+    assert outcome(torch.nn.Parameter(weight)) == expected
+
+
+def test_the_same_bits_with_another_default_dtype(seed: int):
+    weight = decaying(300, 256, seed)
+    expected = outcome(weight)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert outcome(weight) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@given(
+    m=st.integers(1, 90),
+    n=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    blocksize=st.sampled_from(BLOCKSIZES),
+    double_quant=st.booleans(),
+    transposed=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_one_call_equals_two(
+    m: int, n: int, dtype: torch.dtype, blocksize: int, double_quant: bool, transposed: bool, seed: int
+):
+    weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    weight = weight.T if transposed else weight
+    options = {"blocksize": blocksize, "double_quant": double_quant}
+    factors, report = factorize_with_report(weight, 4, **options)
+    two = factorize(weight, 4, **options)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(factors), tensors(two), strict=True))
+    assert measure_error(weight, two) == report
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-12, 1e12, 1e30])
+def test_any_scale(scale: float, seed: int):
+    weight = decaying(96, 128, seed)
+    expected, report = factorize_with_report(weight, 8)[1], factorize_with_report(weight * scale, 8)[1]
+    # Other roundings, so single values go to the neighbouring code.
+    assert report.error == pytest.approx(expected.error, rel=0.01)
+    assert report.nf4_error == pytest.approx(expected.nf4_error, rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,7 +16,7 @@ PACKAGE = Path(qosora.__file__).parent
 #: Modules and subpackages from the bottom up: each imports only from levels before its own, a subpackage also from
 #: itself. `config` takes the names of the storage formats from `nf4`; `linear` reads what `factorize` makes.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("_plugin", "errors"),
+    ("_plugin", "errors", "parallel"),
     ("folders", "svd", "nf4", "pack", "experts", "run_config"),
     ("plain",),
     ("checkpoint",),

@@ -11,10 +11,11 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.backends.default import ops as compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import with_threads
 from torch import Tensor
 
 from qosora import nf4
-from qosora.nf4 import BLOCKSIZES, QUANT_TYPES, FourBitTensor, dequantize, quantize, stored_shapes
+from qosora.nf4 import BLOCKSIZES, QUANT_TYPES, FourBitTensor, dequantize, quantize, squared_error, stored_shapes
 
 U32 = 2.0**-24  # unit roundoff of float32
 #: bitsandbytes' CPU kernel looks the nearest 8-bit entry up in a table of 2^16 cells over [-1, 1]: in the cell of a
@@ -136,6 +137,81 @@ def test_equal_to_bitsandbytes_bit_for_bit(
         assert torch.equal(q.absmax_offset, state.offset)
     if shape[-1] % blocksize == 0:  # else bitsandbytes' CPU kernel takes wrong absmax values: see `dequantize`
         assert torch.equal(dequantize(q, dtype), bnb.dequantize_4bit(packed, state))
+
+
+def check_bytes(x: Tensor, quant_type: str, blocksize: int) -> None:
+    """The same as bitsandbytes' operator, which need not be divided into whole blocks or bytes."""
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(x.contiguous(), blocksize, quant_type, torch.uint8)
+    q = quantize(x, quant_type=quant_type, blocksize=blocksize, double_quant=False)
+    assert torch.equal(q.packed, packed.flatten())
+    assert torch.equal(q.absmax.view(torch.int32), absmax.view(torch.int32))
+
+
+#: Up to where float32 ends, and where the reciprocal of a block's largest value does.
+SCALES = (1.0, 1e-45, 3e-39, 9e-39, 1e-38, 1.2e-38, 1e-30, 1e30, 8e37, 1e38, 3.4e38)
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_ties_zeros_and_extremes_equal_bitsandbytes(quant_type: str, dtype: torch.dtype, blocksize: int, seed: int):
+    """Values at a midpoint of two codes and next to it; zeros of both signs; blocks of zeros; a block cut short."""
+    table = torch.tensor(reference.TABLES[quant_type]).sort().values
+    middle = (table[:-1] + table[1:]) / 2
+    above, below = (torch.nextafter(middle, torch.tensor(end)) for end in (9.0, -9.0))
+    ends = torch.tensor([1.0, -1.0, 0.0, -0.0, 1 - U32, 2 * U32])
+    near = torch.cat([middle, above, below, table, ends]).repeat(-(-3 * blocksize // 67))[: 3 * blocksize]
+    near = torch.cat([near, torch.zeros(blocksize), near[: blocksize + 13] * 0.7])
+    noise = torch.randn(3 * blocksize, generator=torch.Generator().manual_seed(seed)).clamp(-4, 4) / 4
+    for scale in SCALES:
+        x = (torch.cat([noise, near]) * scale).to(dtype)
+        x = torch.where(x.isfinite(), x, 0)
+        check_bytes(x, quant_type, blocksize)
+        check_bytes(x[:-1], quant_type, blocksize)
+
+
+@given(
+    shape=SHAPES,
+    quant_type=st.sampled_from(QUANT_TYPES),
+    blocksize=st.sampled_from(BLOCKSIZES),
+    order=st.sampled_from(["contiguous", "transposed", "padded"]),
+    panel=st.sampled_from([1, 64, 500, 2**17]),
+    seed=st.integers(0, 2**32),
+)
+def test_panels_equal_the_whole(
+    shape: tuple[int, ...], quant_type: str, blocksize: int, order: str, panel: int, seed: int
+):
+    x = random(shape, seed)
+    if order == "transposed":
+        x = x.transpose(0, -1)
+    elif order == "padded":
+        x = torch.nn.functional.pad(x, (0, 3))[..., :-3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nf4, "PANEL", panel)
+        check_bytes(x, quant_type, blocksize)
+        q = quantize(x, quant_type=quant_type, blocksize=blocksize)
+        error = float((x.double() - dequantize(q)).square().sum())
+        assert squared_error(x, q) == pytest.approx(error, rel=1e-6, abs=1e-300)
+
+
+def test_squared_error_of_any_scale(seed: int):
+    for scale in (1e-30, 1e-12, 1.0, 1e12, 1e30):
+        x = random((30, 50), seed) * scale
+        q = quantize(x, double_quant=False)
+        error = float((x.double() - dequantize(q)).square().sum())
+        assert squared_error(x, q) == pytest.approx(error, rel=1e-6)
+    assert squared_error(torch.zeros(3, 64), quantize(torch.zeros(3, 64))) == 0
+
+
+def test_the_same_bits_on_any_number_of_threads(seed: int):
+    x = random((900, 4096), seed)  # 57,600 blocks: torch's mean of their absmax values depends on the threads
+    one, two, three = (with_threads(n, lambda: quantize(x)) for n in (1, 2, 3))
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, two.tensors()[name]), name
+        assert torch.equal(tensor, three.tensors()[name]), name
+    assert len({with_threads(n, lambda: squared_error(x, one)) for n in (1, 2, 3)}) == 1
+    _, state = with_threads(1, lambda: bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True))
+    assert torch.equal(one.absmax_offset, state.offset)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)

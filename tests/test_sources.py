@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import struct
+import tempfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,12 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from qosora import folders
 from qosora.errors import CheckpointError
 from qosora.folders import local_folder
 from qosora.sources import TensorReader, open_source
-from qosora.sources.gguf_file import GgufFile
 
 State = dict[str, torch.Tensor]
 
@@ -270,12 +271,15 @@ _SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }  # fmt: skip
-#: Architecture -> maker of a model that the metadata of a GGUF file tell all about.
+#: Architecture, and variant, -> maker of a model that the metadata of a GGUF file tell all about.
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, intermediate_size=256)),  # a row of a K-quant has 256
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, intermediate_size=56, tie_word_embeddings=True)),
     "gemma3": FAMILIES["gemma3"],
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4)),
+    "gpt2-untied": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False)
+    ),
     "qwen3moe": lambda: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             **_SIZES, intermediate_size=56, head_dim=16, moe_intermediate_size=768, num_experts=3, num_experts_per_tok=2
@@ -290,8 +294,9 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 _TOKENS = ["<s>", "</s>", *(chr(33 + i) for i in range(VOCAB - 3)), "!!"]
 
 
-def make_model(architecture: str) -> PreTrainedModel:
-    model = MODELS[architecture]()
+def make_model(name: str) -> PreTrainedModel:
+    """A random model, its biases and norms not at zero and one."""
+    model = MODELS[name]()
     with torch.no_grad():
         for param in model.parameters():
             if param.ndim == 1:
@@ -299,8 +304,18 @@ def make_model(architecture: str) -> PreTrainedModel:
     return model
 
 
-def write_gguf(path: Path, architecture: str, model: PreTrainedModel, kinds: dict[str, Kind] | None = None) -> None:
+def write_gguf(
+    path: Path,
+    name: str,
+    model: PreTrainedModel,
+    kinds: dict[str, Kind] | None = None,
+    *,
+    tokenizer: bool = True,
+    head_counts: bool = True,
+    extra: Callable[[gguf.GGUFWriter], Any] | None = None,
+) -> Path:
     """Write a model as llama.cpp's converter does, its tensors as F32 or as `kinds` says by part of the name."""
+    architecture = name.partition("-")[0]
     writer = gguf.GGUFWriter(path, architecture)
     config = model.config
     writer.add_name("tiny")
@@ -311,19 +326,37 @@ def write_gguf(path: Path, architecture: str, model: PreTrainedModel, kinds: dic
     if architecture == "gpt2":
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     else:
-        counts = config.num_key_value_heads
-        writer.add_head_count_kv([0, counts] if architecture == "lfm2" else counts)
+        if head_counts:
+            writer.add_head_count_kv([0, 2] if architecture == "lfm2" else 2)
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
         writer.add_rope_freq_base(10000.0)
-        writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        writer.add_key_length(getattr(config, "head_dim", None) or 8)
     if architecture == "gemma3":
         writer.add_sliding_window(config.sliding_window)
-    if architecture == "lfm2":
+    elif architecture == "lfm2":
         writer.add_shortconv_l_cache(config.conv_L_cache)
-    if architecture == "qwen3moe":
+    elif architecture == "qwen3moe":
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
+    if tokenizer:
+        add_tokenizer(writer)
+    else:
+        writer.add_vocab_size(VOCAB)
+    for key, values in gguf_tensors("llama" if architecture == "mpt" else architecture, model).items():
+        kind = next((k for part, k in (kinds or {}).items() if part in key), Kind.F32)
+        data = random_blocks(values.shape, kind) if kind == Kind.Q4_K else gguf.quantize(values, kind)
+        writer.add_tensor(key, data, raw_dtype=kind)
+    if extra:
+        extra(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(_TOKENS)
     writer.add_token_types([3, 3, *[1] * (VOCAB - 2)])
@@ -331,14 +364,6 @@ def write_gguf(path: Path, architecture: str, model: PreTrainedModel, kinds: dic
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template("{{ messages }}")
-    for name, values in gguf_tensors(architecture, model).items():
-        kind = next((k for part, k in (kinds or {}).items() if part in name), Kind.F32)
-        data = random_blocks(values.shape, kind) if kind == Kind.Q4_K else gguf.quantize(values, kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def random_blocks(shape: tuple[int, ...], kind: Kind) -> np.ndarray:
@@ -385,29 +410,117 @@ def loaded_by_transformers(path: Path) -> PreTrainedModel:
     return model
 
 
-def on_disk(model: PreTrainedModel, folder: Path) -> State:
-    """A model's tensors under the names that its ordinary checkpoint has."""
-    model.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
+def as_on_disk(model: PreTrainedModel, state: State) -> State:
+    """The tensors that an ordinary checkpoint has, by their names there."""
+    kept = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
+    converted: State = revert_weight_conversion(model, kept)
+    return converted
 
 
-@pytest.mark.parametrize("architecture", MODELS)
-def test_gguf(architecture: str, tmp_path: Path) -> None:
-    model = make_model(architecture)
-    write_gguf(tmp_path / "tiny.gguf", architecture, model)
-    expected = on_disk(model, tmp_path / "expected")
-    with open_source(tmp_path / "tiny.gguf") as source:
+@pytest.mark.parametrize("name", MODELS)
+def test_gguf(name: str, tmp_path: Path) -> None:
+    model = make_model(name)
+    file = write_gguf(tmp_path / "tiny.gguf", name, model)
+    with open_source(file) as source:
         got = read(source.reader)
-        config = AutoConfig.from_pretrained(source.origin)
-        tokenizer = AutoTokenizer.from_pretrained(source.origin)
-        assert source.files == (tmp_path / "tiny.gguf",)
-        assert not any(str(source.origin.parent) in f.read_text() for f in source.origin.iterdir())
+        config = json.loads((source.origin / "config.json").read_text())
+        assert source.files == (file,)
     assert not source.origin.exists()
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():  # the norms of Gemma were rounded when 1 was added
-        assert torch.allclose(got[name], tensor, rtol=0, atol=1e-7 if architecture == "gemma3" else 0), name
-    reference = loaded_by_transformers(tmp_path / "tiny.gguf")
-    if architecture != "lfm2":
-        reference.hf_quantizer.remove_quantization_config(reference)
-    assert_equal(got, {n: t for n, t in reference.state_dict().items() if n in got} | {})
-    assert config.dtype == torch.bfloat16
+    reference = loaded_by_transformers(file)
+    assert_equal(got, as_on_disk(model, reference.state_dict()))
+    exactly = not name.startswith("gemma3")  # 1 was added to its norms, and they were rounded
+    for key, tensor in as_on_disk(model, model.state_dict()).items():
+        assert torch.allclose(got[key], tensor, rtol=0, atol=0 if exactly else 1e-7), key
+
+    expected = json.loads(reference.config.to_json_string())
+    assert config["dtype"] == "bfloat16"
+    apart = {"dtype", "architectures", "quantization_config"}
+    assert {k: v for k, v in config.items() if k not in apart} == {k: v for k, v in expected.items() if k not in apart}
+
+
+KINDS = {"attn_q": Kind.Q8_0, "attn_k": Kind.Q5_0, "ffn_down": Kind.Q4_K, "ffn_up": Kind.F16, "ffn_gate": Kind.BF16}
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 300])
+def test_quantized_gguf(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qosora.sources.gguf_file._CHUNK_NUMEL", chunk)
+    model = make_model("llama")
+    file = write_gguf(tmp_path / "tiny.gguf", "llama", model, KINDS)
+    with open_source(file) as source:
+        got = read(source.reader)
+    assert_equal(got, loaded_by_transformers(file).state_dict())
+    up = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(got[up], model.get_parameter(up).half().float())
+
+
+def test_a_gguf_tensor_costs_its_float32_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qosora.sources.gguf_file._CHUNK_NUMEL", 1024)
+    model = LlamaForCausalLM(LlamaConfig(**_SIZES, intermediate_size=8192))
+    file = write_gguf(tmp_path / "tiny.gguf", "llama", model, {"ffn": Kind.Q8_0})
+    with open_source(file) as source:
+        source.reader.tensor("model.layers.0.mlp.up_proj.weight")
+        tracemalloc.start()
+        for name in source.reader.names():
+            source.reader.tensor(name)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 1.2 * 8192 * 32 * 4
+
+
+def test_the_tokenizer_is_that_of_the_gguf_file(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", "llama", make_model("llama"))
+    expected = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    (tmp_path / "tokenizer.json").write_text("another model's")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "another"}')
+    with open_source(file) as source:
+        tokenizer = AutoTokenizer.from_pretrained(source.origin)
+        texts = [path.read_text() for path in source.origin.iterdir()]
+    assert tokenizer("!!!ABC</s>")["input_ids"] == expected("!!!ABC</s>")["input_ids"]
+    assert tokenizer.chat_template == expected.chat_template == "{{ messages }}"
+    assert (tokenizer.bos_token, tokenizer.eos_token_id) == ("<s>", 1)
+    assert not any(tempfile.gettempdir() in text for text in texts)
+
+
+def test_a_gguf_file_without_a_tokenizer(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", "llama", make_model("llama"), tokenizer=False)
+    with open_source(file) as source:
+        assert {path.name for path in source.origin.iterdir()} == {"config.json", "generation_config.json"}
+        assert AutoConfig.from_pretrained(source.origin).vocab_size == VOCAB
+
+
+@pytest.mark.parametrize("keep", [0, 3, 20, 100, 1000, 4000, -1000, -1])
+def test_a_truncated_gguf_file_is_refused(keep: int, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", "llama", make_model("llama"))
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"tiny.gguf: .* get another copy"):
+        open_source(file).__enter__()
+
+
+def test_gguf_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(message: str, architecture: str = "llama", **options: Any) -> None:
+        file = write_gguf(tmp_path / "tiny.gguf", architecture, make_model("llama"), **options)
+        with pytest.raises(CheckpointError, match=message):
+            open_source(file).__enter__()
+
+    refused("one of 3 parts .* llama-gguf-split --merge tiny.gguf", extra=lambda w: w.add_uint16("split.count", 3))
+    integers = np.ones((2, 32), np.int8)
+    refused("cannot read blk.0.other", extra=lambda w: w.add_tensor("blk.0.other", integers, raw_dtype=Kind.I8))
+    experts = np.ones((4, 56, 32), np.float32)  # as of Mixtral, which llama.cpp calls llama, too
+    refused(
+        "blk.0.ffn_up_exps.weight stacks 4 experts", extra=lambda w: w.add_tensor("blk.0.ffn_up_exps.weight", experts)
+    )
+    refused("cannot read this 'mpt' model", architecture="mpt")
+    refused(
+        r"attn_k.weight has shape \(16, 32\), but .* \(32, 32\)",
+        extra=lambda w: w.add_head_count_kv(4),
+        head_counts=False,
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(r"needs the gguf package; pip install 'qosora\[gguf\]'")
+
+
+@pytest.mark.parametrize("header", [b"GGML" + bytes(20), b"GGUF\x00\x00\x00\x03" + bytes(20), b"GGUF\x04" + bytes(23)])
+def test_other_files_are_not_taken_for_gguf(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(header)
+    with pytest.raises(CheckpointError, match="not a whole GGUF file"):
+        open_source(tmp_path / "tiny.gguf").__enter__()

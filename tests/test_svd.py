@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from threads import with_threads
 from torch import Tensor
 
+from qosora import svd as svd_module
 from qosora.errors import ConfigError
-from qosora.svd import SVD, exact_svd, randomized_svd, truncated_svd
+from qosora.svd import SVD, empty_matrix, exact_svd, randomized_svd, truncated_svd
 
 U32 = 2.0**-24  # unit roundoff of float32
 
@@ -142,6 +144,70 @@ def test_zero_matrix(method: str):
     svd = truncated_svd(torch.zeros(150, 200), 8, method=method)
     check(svd, 150, 200, 8)
     assert not svd.sigma.any()
+
+
+@pytest.mark.parametrize("scale", [1e-34, 1e-20, 1e20, 1e34])
+def test_any_scale(scale: float, seed: int):
+    """The Gram matrix of a tiny or huge matrix leaves float32's range: the result does not."""
+    weight = (decaying(120, 160, 0.8, seed) * scale).float()
+    svd = randomized_svd(weight, 8)
+    check(svd, 120, 160, 8)
+    expected = torch.linalg.svdvals(weight.double())[:8]
+    assert float((svd.sigma - expected).abs().max()) <= (120 + 160) * U32 * float(expected[0])
+
+
+def test_subnormal_numbers(seed: int):
+    check(randomized_svd((decaying(120, 160, 0.8, seed) * 1e-42).float(), 8), 120, 160, 8)
+
+
+def test_columns_of_very_different_size(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(300, 280, generator=generator) * 10.0 ** torch.linspace(0, -12, 280)
+    svd = randomized_svd(weight, 20)
+    check(svd, 300, 280, 20)
+    expected = torch.linalg.svdvals(weight.double())[:20]
+    assert float((svd.sigma - expected).abs().max()) <= (300 + 280) * U32 * float(expected[0])
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("decay", [1.0, 0.9, 0.5])
+def test_qr(decay: float, by_columns: bool, seed: int, monkeypatch: pytest.MonkeyPatch):
+    """Orthonormal, and a factorization, where Cholesky's serves and where Householder's must take over."""
+    householder = []
+    qr = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda A: householder.append(A) or qr(A))
+    generator = torch.Generator().manual_seed(seed)
+    mix = decaying(24, 24, decay, seed).float()
+    Y = torch.randn(700, 24, generator=generator) @ mix
+    Y = Y.T.contiguous().T if by_columns else Y
+    householder.clear()
+    Q, R = svd_module._qr(Y)
+    assert bool(householder) == (decay == 0.5)  # a condition of 0.5^-23, 10^7
+    assert orthonormality_error(Q) < 2 * 724 * 24**0.5 * U32
+    assert torch.linalg.norm(Q.double() @ R - Y) < 724 * U32 * torch.linalg.norm(Y)
+    rough = svd_module._qr(Y, passes=1)[0]
+    assert orthonormality_error(rough) < 0.1
+
+
+def bits(svd: SVD) -> list[bytes]:
+    return [t.numpy().tobytes() for t in svd]
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+@pytest.mark.parametrize("shape", [(600, 512), (300, 777)])
+def test_the_same_bits_on_any_number_of_threads(shape: tuple[int, int], method: str, seed: int):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    results = [bits(with_threads(n, lambda: truncated_svd(weight, 20, method=method))) for n in (1, 2, 3)]
+    assert results[0] == results[1] == results[2]
+
+
+def test_the_layout_of_a_working_copy_is_for_speed_only(seed: int):
+    weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(seed))
+    W = empty_matrix(weight.shape, weight.device).copy_(weight)
+    assert W.shape == weight.shape
+    assert W.stride(0) % 64 != 0
+    svd, expected = randomized_svd(W, 10), randomized_svd(weight, 10)
+    assert torch.allclose(svd.sigma, expected.sigma, rtol=600 * U32, atol=0)
 
 
 def test_unknown_method():

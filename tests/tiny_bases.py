@@ -52,8 +52,8 @@ LAYERS = {
 #: Those with experts.
 MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
 
-#: Name -> maker of a random model. Tied and untied embeddings, biases, head sizes apart from hidden_size / heads, projections in one
-#: tensor, experts.
+#: Name -> maker of a random model. Tied and untied embeddings, biases, head sizes apart from hidden_size / heads,
+#: projections in one tensor, experts.
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES)),
     "llama-tied-bias": lambda: LlamaForCausalLM(
