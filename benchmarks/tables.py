@@ -43,6 +43,32 @@ def gsm8k(found: dict[str, Any]) -> str:
     return "\n".join([_row(head), _row(["---", *["---:"] * 5]), *map(_row, rows), "", note, ""])
 
 
+def export(found: dict[str, Any]) -> str:
+    """Return the table of losses of one adapter as it leaves in different ways."""
+    stage, config = found["results"]["gsm8k"], found["config"]
+    loss, sizes, rank = stage["loss"], stage["bytes"], stage["adapter_rank"]
+    rows = [
+        ["original, untrained", "", f"{loss['original_untrained']:.3f}"],
+        ["base and adapter, in qosora", "", f"{loss['adapted']:.3f}"],
+        ["merged onto dequantized", _mib(sizes["dequantized"]), f"{loss['merged_onto_dequantized']:.3f}"],
+        ["merged onto original", _mib(sizes["original"]), f"{loss['merged_onto_original']:.3f}"],
+    ]
+    for name in sorted((n for n in sizes if n.startswith("lora_r")), key=lambda n: -int(n.removeprefix("lora_r"))):
+        k = int(name.removeprefix("lora_r"))
+        kind = "exact" if k == rank else f"reduced: {stage['rank_error'][name]:.0%} of ΔW lost"
+        rows.append([f"LoRA on original, r = {k} ({kind})", _mib(sizes[name]), f"{loss[f'{name}_on_original']:.3f}"])
+    note = (
+        f"{config['model']} fine-tuned on {config['data']} as above, all in bfloat16: cross-entropy of the answers to "
+        f"{stage['questions']} test questions. {found['device']['gpu'] or found['device']['cpu']}, {found['date']}; "
+        "[all figures](benchmarks/results/export_gemma3_270m.json)."
+    )
+    return "\n".join([_row(["", "size", "test loss"]), _row(["---", "---:", "---:"]), *map(_row, rows), "", note, ""])
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
 def convert(found: dict[str, Any]) -> str:
     """Return the table of conversion times and memory, with its conditions."""
     one, full, config = found["results"]["one_layer"], found["results"]["conversion"], found["config"]
@@ -94,6 +120,7 @@ def _row(cells: list[str]) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gsm8k": ("gsm8k_gemma3_270m.json", gsm8k),
+    "export": ("export_gemma3_270m.json", export),
     "convert": ("convert_llama2_7b.json", convert),
 }
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qosora.convert import quantize as quantize
     from qosora.errors import QosoraError as QosoraError
     from qosora.evaluation import evaluate as evaluate
+    from qosora.export import export_lora as export_lora
     from qosora.export import export_merged as export_merged
     from qosora.generation import generate as generate
     from qosora.linear import QosoraLinear as QosoraLinear
@@ -42,6 +43,7 @@ _EXPORTS = {
     "QosoraLinear": "linear",
     "TrainConfig": "run_config",
     "evaluate": "evaluation",
+    "export_lora": "export",
     "export_merged": "export",
     "generate": "generation",
     "load_base": "models",

@@ -20,6 +20,7 @@ from qosora.errors import CheckpointError
 from qosora.folders import read_json, write_json
 
 __all__ = [
+    "ADAPTER_STEM",
     "INDEX_NAME",
     "SINGLE_NAME",
     "CheckpointReader",
@@ -33,6 +34,8 @@ __all__ = [
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+#: What stands for "model" in the name of an adapter's file.
+ADAPTER_STEM = "adapter_model"
 #: Bytes of each packed tensor that enter the fingerprint.
 _SAMPLE_BYTES = 4096
 #: Values that are cast and written at once.
@@ -64,7 +67,7 @@ class CheckpointReader:
 
     Args:
         folder: With `model.safetensors`, or shards and `model.safetensors.index.json`.
-        stem: What stands for "model" in these names: "adapter_model" for an adapter.
+        stem: What stands for "model" in these names: `ADAPTER_STEM` for an adapter.
 
     Raises:
         CheckpointError: If the folder, a shard or a tensor is missing or damaged.
@@ -190,14 +193,22 @@ class Shards:
         folder: An existing folder.
         specs: The tensors by name, in the order in which they fill the shards.
         max_shard_bytes: A shard grows up to this size; a larger tensor has a shard of its own.
+        stem: What stands for "model" in the files' names.
 
     Attributes:
         total_bytes: Of all tensors.
         count: Of files.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        specs: Mapping[str, TensorSpec],
+        max_shard_bytes: int,
+        stem: str = "model",
+    ) -> None:
         self.folder = Path(folder)
+        self._single = f"{stem}.safetensors"
         self.specs = dict(specs)
         self.total_bytes = sum(spec.nbytes for spec in specs.values())
         groups = _fill(specs, max_shard_bytes)
@@ -206,7 +217,7 @@ class Shards:
         self._sizes: dict[str, int] = {}
         self._place: dict[str, tuple[str, int]] = {}  # name -> file, offset in it
         for i, names in enumerate(groups):
-            file = SINGLE_NAME if self.count == 1 else f"model-{i + 1:05d}-of-{self.count:05d}.safetensors"
+            file = self._single if self.count == 1 else f"{stem}-{i + 1:05d}-of-{self.count:05d}.safetensors"
             self._headers[file], offsets = _header({name: specs[name] for name in names})
             self._place.update({name: (file, offset) for name, offset in offsets.items()})
             self._sizes[file] = len(self._headers[file]) + sum(specs[name].nbytes for name in names)
@@ -273,9 +284,8 @@ class Shards:
         self.sync()
         if self.count > 1:
             weight_map = {name: file for name, (file, _) in self._place.items()}
-            write_json(
-                self.folder / INDEX_NAME, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            )
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            write_json(self.folder / f"{self._single}.index.json", index)
 
 
 def _fill(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:

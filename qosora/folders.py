@@ -22,6 +22,7 @@ except ImportError:  # Windows
 __all__ = [
     "check_target",
     "copy_files",
+    "has_tokenizer",
     "local_folder",
     "lock_folder",
     "read_json",
@@ -30,7 +31,7 @@ __all__ = [
     "write_json",
 ]
 
-#: Files that tokenizers are made of, and others that a model needs.
+#: Files that tokenizers are made of, and others that a model has.
 _TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -43,7 +44,7 @@ _TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
-_MODEL_FILES = ("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_MODEL_FILES = ("generation_config.json", "*processor_config.json", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 #: What those may be; never pickles, nor code.
 _SAFE_SUFFIXES = ("", ".json", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".jinja", ".md", ".pdf")
 
@@ -91,18 +92,18 @@ def refuse_input_as_output(output: str | Path, *inputs: Path | None) -> None:
 
 
 def copy_files(folder: Path, base: Path, adapter: Path | None = None, *, with_code: bool) -> str | None:
-    """Carry along what a model needs besides weights and config.
+    """Carry along what a model has besides weights and config.
 
     Args:
         folder: Where to.
-        base: The model, which has the generation config and the licence.
+        base: The model, which has the generation config, the model card and the licence.
         adapter: Has the tokenizer, or else `base` has it.
         with_code: Whether to copy the model's `*.py`.
 
     Returns:
         The folder that the tokenizer is from, or None.
     """
-    tokenizer = next((f for f in (adapter, base) if f is not None and _has_tokenizer(f)), None)
+    tokenizer = next((f for f in (adapter, base) if f is not None and has_tokenizer(f)), None)
     wanted = [(base, pattern) for pattern in (*_MODEL_FILES, *(["*.py"] if with_code else []))]
     if tokenizer is not None:  # one folder's only: files of two tokenizers do not make one
         wanted += [(tokenizer, pattern) for pattern in _TOKENIZER_FILES]
@@ -115,7 +116,8 @@ def copy_files(folder: Path, base: Path, adapter: Path | None = None, *, with_co
     return None if tokenizer is None else str(tokenizer)
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether there are files of a tokenizer; transformers makes an empty one of a model's config alone."""
     return any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken"))
 
 

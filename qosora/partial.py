@@ -47,6 +47,7 @@ class PartialFolder:
         units: Its units of work: name -> the tensors that each makes, in the order in which they fill the shards.
         job: What determines the tensors besides the files they are made of: plain data.
         max_shard_bytes: Size of the shards.
+        stem: What stands for "model" in their names.
 
     Attributes:
         path: Where it is until it is complete.
@@ -59,6 +60,7 @@ class PartialFolder:
         units: Mapping[str, Mapping[str, TensorSpec]],
         job: Mapping[str, Any],
         max_shard_bytes: int,
+        stem: str = "model",
     ) -> None:
         self.target = Path(os.path.realpath(target))
         self.path = self.target.with_name(f"{self.target.name}.partial")
@@ -69,9 +71,9 @@ class PartialFolder:
                 raise CheckpointError(f"{min(twice)} would be written twice: two tensors of the source have that name")
             specs.update(made)
         layout = [[name, str(spec.dtype), spec.shape] for name, spec in specs.items()]
-        self.job["tensors"] = hashlib.sha256(json.dumps([layout, max_shard_bytes]).encode()).hexdigest()
+        self.job["tensors"] = hashlib.sha256(json.dumps([layout, max_shard_bytes, stem]).encode()).hexdigest()
         self._data, self._replaced = self.path / "model", self.path / "replaced"
-        self.shards = Shards(self._data, specs, max_shard_bytes)
+        self.shards = Shards(self._data, specs, max_shard_bytes, stem)
         self.finished: dict[str, dict[str, Any]] = {}
         self._lock: int | None = None
         self._held = False
@@ -128,7 +130,7 @@ class PartialFolder:
         begun = read_json(file)
         if changes := [key for key in sorted(self.job | begun) if _plain(self.job.get(key)) != begun.get(key)]:
             raise ConfigError(
-                f"{self.path} holds a conversion that was begun differently: "
+                f"{self.path} holds work that was begun differently: "
                 + ", ".join(f"{k} was {begun.get(k)!r}, is {self.job.get(k)!r}" for k in changes)
                 + ". Go on as it was begun, or begin anew with restart"
             )
@@ -192,15 +194,25 @@ class PartialFolder:
 
     # After the work, in one process.
 
-    def complete(self, finish: Callable[[Path], Mapping[str, Any]]) -> None:
+    def complete(
+        self, finish: Callable[[Path], Mapping[str, Any]], check: Callable[[Path], Mapping[str, Any]] | None = None
+    ) -> None:
         """Add the other files and move the folder into its place.
 
         Args:
             finish: Writes the other files into the folder that it is given, and returns the manifest's contents, to
                 which the hashes of all files are added.
+            check: Called with the folder when it can be loaded; returns more for the manifest. If it raises a
+                CheckpointError, nothing of the folder is left.
         """
         manifest = dict(finish(self._data))
         self.shards.seal()
+        if check is not None:
+            try:
+                manifest |= check(self._data)
+            except CheckpointError:
+                self.remove()
+                raise
         files = sorted(p for p in self._data.rglob("*") if p.is_file() and p != self._data / MANIFEST_NAME)
         with ThreadPoolExecutor() as pool:
             digests = pool.map(_file_digest, files)

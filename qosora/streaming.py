@@ -135,6 +135,8 @@ def stream(
     *,
     job: Mapping[str, Any],
     max_shard_bytes: int,
+    stem: str = "model",
+    check: Callable[[Path], Mapping[str, Any]] | None = None,
     overwrite: bool = False,
     restart: bool = False,
     processes: Processes | None = None,
@@ -148,6 +150,9 @@ def stream(
         finish: Writes the other files into a folder, given all units' reports, and returns what the manifest says.
         job: What determines the tensors besides the units' files: plain data. A later call must have the same.
         max_shard_bytes: Size of the shards.
+        stem: What stands for "model" in their names.
+        check: Called with the folder when it can be loaded and is not yet in its place; returns more for the manifest.
+            If it raises a CheckpointError, nothing of the folder is left.
         overwrite: Whether a model in `output` may be replaced; it stays until the new one is complete.
         restart: Whether to throw away what an earlier call has left unfinished.
         processes: Those that work together; each calls this with the same arguments.
@@ -162,13 +167,13 @@ def stream(
     """
     processes = processes or Processes()
     stamps = {unit.name: unit.stamp() for unit in units}
-    folder = PartialFolder(output, {unit.name: unit.specs for unit in units}, job, max_shard_bytes)
+    folder = PartialFolder(output, {unit.name: unit.specs for unit in units}, job, max_shard_bytes, stem)
 
     def reports() -> dict[str, dict[str, Any]]:
         return {unit.name: folder.finished[unit.name] for unit in units}
 
     def complete() -> None:
-        folder.complete(lambda path: finish(path, reports()))
+        folder.complete(lambda path: finish(path, reports()), check)
 
     try:
         processes.in_first(lambda: folder.prepare(stamps, overwrite=overwrite, restart=restart))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny_checkpoints import perturbed
 from tiny_models import make_base, make_llama, sums, write_jsonl
 
 from qosora import cli
 from qosora.cli.output import size, table
+from qosora.models import load_base
 from qosora.run_config import TrainConfig
 
 
@@ -117,6 +120,44 @@ def test_train_evaluate_generate_export(adapter: Path, folder: Path, capsys: pyt
     assert code == 0
     assert json.loads(out)["dtype"] == "float32"
     assert (folder / "export" / "model.safetensors").is_file()
+
+
+def test_the_ways_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "quantize", folder / "source", tmp_path / "base", "--rank", 8)[0] == 0
+    perturbed(load_base(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    merged = ["export", tmp_path / "base", tmp_path / "merged", "--adapter", f"{tmp_path / 'adapter'}=0.5"]
+    code, out, _ = run(capsys, *merged, "--onto", "original", "--verify")
+    assert code == 0
+    assert "left behind: the base's quantization error, 0.0" in out
+    assert re.search(r"verified on \d+ tokens against the original model with the adapter: .* 100.0% equal top", out)
+    lora = ["export", tmp_path / "adapter", tmp_path / "lora", "--base", tmp_path / "base", "--format", "lora"]
+    code, out, _ = run(capsys, *lora, "--rank-reduce", 2, "--dtype", "bfloat16")
+    assert code == 0
+    assert re.search(rf"rank 2, [\d.]+ KiB in bfloat16, a LoRA of {folder / 'source'}\nreducing .* [1-9][\d.]+%", out)
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--format", "lora", "--onto", "original"], "--onto says nothing about --format lora"),
+        (["--format", "lora", "--max-shard-size", "1"], "--max-shard-size says nothing"),
+        (["--rank-reduce", "4"], "--rank-reduce says nothing about --format merged"),
+        (["--format", "lora"], "is a base; name the adapter"),
+        (["--adapter", "=0.5"], "DIR=WEIGHT"),
+        (["--adapter", "x=nan"], "DIR=WEIGHT"),
+        (["--adapter", "x=1", "--adapter", "x=2"], "the same folder twice"),
+        (["--onto", "original"], "name its folder, hub id or GGUF file with --original"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_export_options_that_make_no_sense(
+    options: list[str], part: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "export", folder / "base", tmp_path / "out", *options)
+    assert (code, out) == (2, "")
+    assert part in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_flags_win_over_the_config_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiny_checkpoints import perturbed
+from tiny_models import make_llama
+
+from qosora import QosoraConfig, quantize
 from qosora.demo import assets
-from qosora.models import adapter_config
+from qosora.models import adapter_config, load_base
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,3 +25,14 @@ def test_the_qlora_shaped_script(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     assert "trainable params: 5,568" in run.stdout, run.stdout
     assert adapter_config(tmp_path / "adapter").vectors == "both"
+
+
+def test_the_ways_out(tmp_path: Path) -> None:
+    quantize(make_llama(tmp_path / "original"), tmp_path / "base", QosoraConfig(rank=8))
+    perturbed(load_base(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    command = [sys.executable, str(ROOT / "examples" / "export_merged.py"), "adapter", "out", "--base", "base"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = run.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["out/merged", "out/lora", "LlamaForCausalLM", "PeftModelForCausalLM"]  # fmt: skip  # noqa: E501
+    assert "reference='original model with the adapter'" in lines[1]

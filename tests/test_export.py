@@ -195,7 +195,7 @@ def test_a_tied_embedding_that_did_not_move_stays_tied(tiny: Tiny, copies: Tiny,
 def test_without_an_adapter_it_is_what_dequantize_gives(tmp_path: Path, family: str):
     base = make_base(tmp_path / "base", make_original(tmp_path / "original", family))
     report = export_merged(base, tmp_path / "export")
-    assert (report.adapter, report.adapted_layers, report.dtype) == (None, 0, "float32")
+    assert (report.adapters, report.adapted_layers, report.dtype) == ({}, 0, "float32")
     model = load(base)
     model.dequantize()
     exported = tensors_of(tmp_path / "export")

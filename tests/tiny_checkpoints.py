@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from qosora import OsoraConfig, QosoraConfig
+from qosora.convert import quantize
 
 VOCABULARY = 96
 #: Sizes that no block of 64 divides.
@@ -104,6 +105,24 @@ def perturbed(model: PreTrainedModel, seed: int = 1, **config: Any) -> PeftModel
         if parameter.requires_grad:
             parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+class Trained(NamedTuple):
+    """An ordinary checkpoint, its base, an adapter of that, and the model with the adapter."""
+
+    original: Path
+    base: Path
+    adapter: Path
+    model: PeftModel
+
+
+def make_trained(folder: Path, family: str, dtype: torch.dtype = torch.float32, **adapter: Any) -> Trained:
+    """Write all of them, the base by streaming, of rank 8."""
+    original = make_original(folder / "original", family, dtype)
+    quantize(original, folder / "base", QosoraConfig(rank=8))
+    model = perturbed(load(folder / "base"), **adapter)
+    model.save_pretrained(folder / "adapter")
+    return Trained(original, folder / "base", folder / "adapter", model)
 
 
 def tokens() -> torch.Tensor:

@@ -1,16 +1,21 @@
-"""A base and an adapter as a plain Hugging Face checkpoint.
+"""A base and adapters as a plain Hugging Face checkpoint.
 
-    W = R + diag(o) U diag(s) Vᵀ        with the adapter's s and o, or the base's own
+    onto dequantized    W = R + diag(o) U diag(s) Vᵀ       the weight that training saw
+    onto original       W = W0 + (diag(o) U diag(s) - U diag(σ)) Vᵀ
 
-merged in float32 and cast once, one layer at a time, from the base's files into the shards of the result; no model is
-ever built. W is the weight that training saw, up to the rounding of the cast. It is not the original weight plus what
-was learned: the quantization error that training worked around is in it.
+with the adapters' s and o, or the base's own; merged in float32 and cast once, one layer at a time, from the files of
+the base and of the original into the shards of the result. No model is ever built.
+
+The first is what was trained and evaluated, up to the rounding of the cast. The second leaves the quantization error
+behind, which training may have worked around, at the price of needing the original model.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +26,17 @@ from qosora import __version__
 from qosora.checkpoint import TensorSpec
 from qosora.config import COMPUTE_DTYPES
 from qosora.errors import CheckpointError, ConfigError
+from qosora.export.adapters import AdapterChoice, weighted
+from qosora.export.original import Original, open_original
 from qosora.export.source import Layer, Source, Stored
-from qosora.factorize import Factors
+from qosora.export.verify import Reference, Verification, verify_export
 from qosora.folders import copy_files, local_folder, refuse_input_as_output, write_json
 from qosora.plain import PlainModel, natural_order
 from qosora.streaming import Progress, Unit, stream
 
-__all__ = ["ExportReport", "export_merged"]
+__all__ = ["ONTO", "ExportReport", "checked_dtype", "export_merged"]
+
+ONTO = ("dequantized", "original")
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,15 @@ class ExportReport:
     Attributes:
         output: The folder written.
         base: The base as given.
-        adapter: The adapter as given, or None.
+        adapters: Folders of the adapters, with their weights.
+        onto: "dequantized" or "original".
+        original: The original model where it is merged onto that, or None.
         fingerprint: Of the base.
         dtype: Of the merged weights.
-        merged_layers: Layers whose weights were dequantized.
-        adapted_layers: Those of them that the adapter has vectors for.
+        merged_layers: Layers whose weights were made.
+        adapted_layers: Those of them that the adapters have vectors for.
+        quantization_error: Onto the original: mean relative Frobenius error of the base's layers, which the export does
+            not have.
         replaced: Other tensors that the adapter brought (`modules_to_save`).
         untied: Tensors that the base shares with another and the export does not, since only one was trained.
         tokenizer_from: The folder that the tokenizer was copied from, or None where there is none.
@@ -49,15 +62,19 @@ class ExportReport:
         total_bytes: Their bytes.
         shard_count: The files they lie in.
         wall_seconds: Time it took.
+        verification: What the comparison with the adapted model found, or None where none was asked for.
     """
 
     output: str
     base: str
-    adapter: str | None
+    adapters: dict[str, float]
+    onto: str
+    original: str | None
     fingerprint: str
     dtype: str
     merged_layers: int
     adapted_layers: int
+    quantization_error: float | None
     replaced: list[str]
     untied: list[str]
     tokenizer_from: str | None
@@ -65,6 +82,7 @@ class ExportReport:
     total_bytes: int
     shard_count: int
     wall_seconds: float
+    verification: Verification | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -74,74 +92,109 @@ class ExportReport:
 def export_merged(
     base: str | Path,
     output: str | Path,
-    adapter: str | Path | None = None,
+    adapter: AdapterChoice | None = None,
     *,
+    onto: str = "dequantized",
+    original: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     max_shard_bytes: int = 1_000_000_000,
+    verify: bool = False,
     overwrite: bool = False,
     restart: bool = False,
     trust_remote_code: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> ExportReport:
-    """Write a base, with an adapter merged into it, as a plain checkpoint of dequantized weights.
+    """Write a base, with adapters merged into it, as a plain checkpoint.
 
-    Carried along are the tokenizer of the adapter's folder, or else of the base's, and the base's generation config and
-    licence. Code (`*.py`) is carried only with `trust_remote_code`: without it nothing would run it.
+    Carried along are the tokenizer of the adapter's folder, or else of the base's, and the base's generation config,
+    model card and licence. Code (`*.py`) is carried only with `trust_remote_code`: without it nothing would run it.
 
     Args:
         base: Folder or hub id of a qosora base.
         output: Folder to make.
-        adapter: Folder or hub id of an adapter; without one the base is exported as it is.
+        adapter: Folder or hub id of an adapter, or several with the weights of a linear combination of their vectors,
+            s_base + Σ weight (s - s_base), and o likewise; without one the base is exported as it is.
+        onto: "dequantized": the weights that training saw. "original": those of the model that the base was made of,
+            plus exactly what was learned.
+        original: Folder, hub id or GGUF file of that model; by default where the base's manifest says it was.
         dtype: "bfloat16", "float16" or "float32" (or the torch dtype) of the result; by default the base's. Tensors
             that the model class keeps in float32 stay as they are.
         max_shard_bytes: Size of the output's shards.
+        verify: Whether to compare the logits of the result, loaded where qosora cannot be imported, with those of the
+            adapted model; where they differ, nothing is left of the result. Takes memory for a whole model.
         overwrite: Whether a model in `output` may be replaced; it stays as it is until the new one is complete.
         restart: Whether to throw away what an unfinished call has left, from where this one would go on.
         trust_remote_code: Whether to run model code that the base brings.
         progress: Called at the start and after each tensor.
 
     Raises:
-        CheckpointError: If base, adapter or output cannot be used, or a weight does not fit into `dtype`.
-        ConfigError: If `dtype` or `max_shard_bytes` makes no sense.
+        CheckpointError: If base, adapter, original or output cannot be used, a weight does not fit into `dtype`, or the
+            verification fails.
+        ConfigError: If an option makes no sense.
         FingerprintError: If the adapter was trained on another base.
 
     Example:
         >>> export_merged("llama-2-7b-qosora", "llama-2-7b-tuned", "runs/gsm8k/adapter")
     """
     start = time.perf_counter()
-    target = _checked_options(dtype, max_shard_bytes)
+    target = _checked_options(dtype, max_shard_bytes, onto, original)
     base_folder = local_folder(base, trust_remote_code=trust_remote_code)
-    adapter_folder = None if adapter is None else local_folder(adapter)
-    refuse_input_as_output(output, base_folder, adapter_folder)
-    with Source(base_folder, adapter_folder, trust_remote_code=trust_remote_code) as source:
+    adapters = weighted(adapter)
+    refuse_input_as_output(output, base_folder, *(folder for folder, _ in adapters))
+    with ExitStack() as stack:
+        source = stack.enter_context(Source(base_folder, adapters, trust_remote_code=trust_remote_code))
+        opened = None
+        if onto == "original":
+            opened = stack.enter_context(open_original(original, source, trust_remote_code=trust_remote_code))
+            refuse_input_as_output(output, Path(opened.name))
         merged_dtype = target or source.dtype
-        plan = _plan(source, target)
+        plan = _plan(source, opened, target)
         notes: dict[str, Any] = {}
 
         def finish(folder: Path, _: Mapping[str, Any]) -> dict[str, Any]:
+            adapter_folder = adapters[0][0] if adapters else None
             notes["tokenizer"] = copy_files(folder, base_folder, adapter_folder, with_code=trust_remote_code)
             _write_config(folder, source, merged_dtype, trust_remote_code)
-            return {"base": str(base), "adapter": None if adapter is None else str(adapter), "made_with": job}
+            return {"base": str(base), "adapters": given, "original": original_name, "made_with": job}
 
-        job = {"fingerprint": source.fingerprint, "dtype": str(merged_dtype), "qosora": __version__}
-        stream(
+        def check(folder: Path) -> dict[str, Any]:
+            reference = Reference(source, opened, trust_remote_code)
+            notes["verification"] = verify_export(folder, reference, merged_dtype)
+            return {"verification": asdict(notes["verification"])}
+
+        given = {str(folder): weight for folder, weight in adapters}
+        original_name = None if opened is None else opened.name
+        weights = [weight for _, weight in adapters]
+        job = {
+            "fingerprint": source.fingerprint,
+            "weights": weights,
+            "onto": onto,
+            "dtype": str(merged_dtype),
+            "qosora": __version__,
+        }
+        reports = stream(
             output,
             plan,
             finish,
             job=job,
             max_shard_bytes=max_shard_bytes,
+            check=check if verify else None,
             overwrite=overwrite,
             restart=restart,
             progress=progress,
         )
+        errors = [report["quantization_error"] for report in reports.values() if report]
         return ExportReport(
             output=str(output),
             base=str(base),
-            adapter=None if adapter is None else str(adapter),
+            adapters=given,
+            onto=onto,
+            original=original_name,
             fingerprint=source.fingerprint,
             dtype=str(merged_dtype).removeprefix("torch."),
             merged_layers=len(source.layers),
             adapted_layers=len(source.vectors),
+            quantization_error=sum(errors) / len(errors) if errors else None,
             replaced=natural_order(disk for disk, stored in source.tensors.items() if stored.trained),
             untied=source.untied,
             tokenizer_from=notes["tokenizer"],
@@ -149,62 +202,94 @@ def export_merged(
             total_bytes=sum(spec.nbytes for unit in plan for spec in unit.specs.values()),
             shard_count=len(list(Path(output).glob("*.safetensors"))),
             wall_seconds=time.perf_counter() - start,
+            verification=notes.get("verification"),
         )
 
 
-def _plan(source: Source, target: torch.dtype | None) -> list[Unit]:
+def _plan(source: Source, original: Original | None, target: torch.dtype | None) -> list[Unit]:
     """Return what the export consists of, layer by layer."""
     units = {}
     for disk, stored in source.tensors.items():
         dtype = stored.dtype
         if target is not None and dtype.is_floating_point and not source.plain.keeps_float32(stored.name, target):
             dtype = target
-        units[disk] = _copied(disk, stored, dtype)
+        units[disk] = _copied(disk, stored, None if stored.trained else original, dtype)
     for layer in source.layers.values():
-        units[f"{layer.disk}.weight"] = _merged(source, layer, target or source.dtype)
+        units[f"{layer.disk}.weight"] = _merged(source, original, layer, target or source.dtype)
     return [units[name] for name in natural_order(units)]
 
 
-def _copied(disk: str, stored: Stored, dtype: torch.dtype) -> Unit:
+def _copied(disk: str, stored: Stored, original: Original | None, dtype: torch.dtype) -> Unit:
     def make(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return {disk: _cast(disk, tensor, dtype) if stored.trained or tensor.dtype != dtype else tensor}, {}
+        return {disk: _finite(disk, tensor) if stored.trained else tensor}, {}
 
-    return Unit(disk, {disk: TensorSpec(dtype, stored.shape)}, 1.0, stored.files, stored.read, make)
+    def from_original() -> torch.Tensor:
+        assert original is not None
+        return original.tensor(stored)
+
+    files = stored.files if original is None else (original.file(stored.name),)
+    spec = TensorSpec(dtype, stored.shape)
+    return Unit(disk, {disk: spec}, spec.nbytes, files, stored.read if original is None else from_original, make)
 
 
-def _merged(source: Source, layer: Layer, dtype: torch.dtype) -> Unit:
+def _merged(source: Source, original: Original | None, layer: Layer, dtype: torch.dtype) -> Unit:
     name, shape = f"{layer.disk}.weight", (layer.out_features, layer.in_features)
+    files = source.files(layer)
 
-    def make(factors: Factors) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        weight = _cast(name, source.merged(layer, factors), dtype)
-        return {name: weight.T if layer.transposed else weight}, {}
+    def dequantized(factors: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return written(source.merged(layer, factors)), {}
 
+    def onto_original(read: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        assert original is not None
+        factors, weight = read
+        error = original.quantization_error(layer, weight, factors)
+        if layer.module in source.vectors:
+            weight = torch.addmm(weight.float(), *source.low_rank(layer, factors.U, factors.V))
+        return written(weight), {"quantization_error": error}
+
+    def written(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: _finite(name, weight).T if layer.transposed else _finite(name, weight)}
+
+    def read() -> Any:
+        factors = source.factors(layer)
+        return factors if original is None else (factors, original.weight(layer))
+
+    if original is not None:
+        files = (*files, original.file(f"{layer.module}.weight"))
     spec = TensorSpec(dtype, shape[::-1] if layer.transposed else shape)
-    return Unit(name, {name: spec}, 1.0, source.files(layer), lambda: source.factors(layer), make)
+    cost = 4.0 * math.prod(shape)  # a copied tensor costs its bytes; this one is made in float32
+    return Unit(name, {name: spec}, cost, files, read, dequantized if original is None else onto_original)
 
 
-def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    cast = tensor.to(dtype)
-    if not dtype.is_floating_point or not cast.numel() or all(map(torch.isfinite, torch.aminmax(cast))):
-        return cast
-    if torch.isfinite(tensor).all():
-        raise CheckpointError(
-            f"{name}: its largest value, {float(tensor.abs().max()):.4g}, does not fit into {dtype}, which ends at "
-            f"{torch.finfo(dtype).max:.4g}; export in bfloat16 or float32"
-        )
+def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_floating_point() or not tensor.numel() or all(map(torch.isfinite, torch.aminmax(tensor))):
+        return tensor
     raise CheckpointError(f"{name} holds NaN or infinity: the base is damaged, or the training diverged")
 
 
-def _checked_options(dtype: str | torch.dtype | None, max_shard_bytes: int) -> torch.dtype | None:
+def checked_dtype(dtype: str | torch.dtype | None, problems: list[str]) -> torch.dtype | None:
+    """Return a dtype by its name, or add to the problems."""
     name = None if dtype is None else str(dtype).removeprefix("torch.")
-    problems = []
     if name is not None and name not in COMPUTE_DTYPES:
         problems.append(f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}")
+        return None
+    return None if name is None else getattr(torch, name)
+
+
+def _checked_options(
+    dtype: str | torch.dtype | None, max_shard_bytes: int, onto: str, original: str | Path | None
+) -> torch.dtype | None:
+    problems: list[str] = []
+    target = checked_dtype(dtype, problems)
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         problems.append(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r}")
+    if onto not in ONTO:
+        problems.append(f"onto must be one of {', '.join(ONTO)}, got {onto!r}")
+    elif onto == "dequantized" and original is not None:
+        problems.append(f"original={str(original)!r} is not used onto dequantized weights; say onto='original'")
     if problems:
         raise ConfigError(problems)
-    return None if name is None else getattr(torch, name)
+    return target
 
 
 def _write_config(folder: Path, source: Source, dtype: torch.dtype, with_code: bool) -> None:
@@ -227,6 +312,7 @@ def _write_config(folder: Path, source: Source, dtype: torch.dtype, with_code: b
         tied = [source.tensors[disk].name for disk in source.untied if plain.tied_to(source.tensors[disk].name)]
         if tied or plain.missing(names):
             raise CheckpointError(
-                f"{source.adapter} trains one of some tied tensors apart from the others ({', '.join(source.untied)}), "
-                f"but a {plain.class_name} cannot have them apart, so a plain checkpoint cannot hold this adapter"
+                f"{source.adapters[0].folder} trains one of some tied tensors apart from the others "
+                f"({', '.join(source.untied)}), but a {plain.class_name} cannot have them apart, so a plain checkpoint "
+                "cannot hold this adapter"
             )

@@ -1,8 +1,8 @@
-"""A base and an adapter as files: checked against each other and against the plain model, read tensor by tensor."""
+"""A base and adapters as files: checked against each other and against the plain model, read tensor by tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,22 +10,19 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 
 from qosora import nf4
 from qosora.checkpoint import CheckpointReader, group_modules, stored_fingerprint
-from qosora.config import QUANT_METHOD, OsoraConfig, QosoraConfig
-from qosora.errors import CheckpointError, FingerprintError
+from qosora.config import QUANT_METHOD, QosoraConfig
+from qosora.errors import CheckpointError
+from qosora.export.adapters import Adapter, Vectors, combined, read_adapter
 from qosora.factorize import Factors, reconstruct
 from qosora.folders import read_json
-from qosora.models import ADAPTER_CONFIG, adapter_config
+from qosora.models import ADAPTER_CONFIG
 from qosora.nf4 import FourBitTensor
 from qosora.plain import PlainModel, natural_order
 
 __all__ = ["Layer", "Source", "Stored"]
-
-_PEFT_PREFIX = "base_model.model."
-_TRAINED = {"both": {"s", "o"}, "s": {"s"}, "o": {"o"}}
 
 
 @dataclass(frozen=True)
@@ -76,11 +73,11 @@ class Layer:
 
 
 class Source:
-    """A base, and an adapter if given. Use as a context manager.
+    """A base, and adapters if given. Use as a context manager.
 
     Args:
         base: Folder of a qosora base.
-        adapter: Folder of an adapter, or None.
+        adapters: Folders of adapters, with their weights in a linear combination.
         trust_remote_code: Whether to run model code that the base brings.
 
     Attributes:
@@ -90,39 +87,42 @@ class Source:
         plain: The plain model.
         layers: The decomposed layers, by module name.
         tensors: The other tensors, by name on disk; the adapter's where it brings one.
-        vectors: The adapter's, by module name: "s" (rank,) and "o" (out_features,), float32, where trained.
+        adapters: The adapters.
+        weights: Theirs, in the combination.
+        base_vectors: The base's own vectors, by module name.
+        vectors: The adapters' vectors, combined, by the names of the modules that they adapt.
         untied: Tensors that the base shares with another and the adapted model does not, by name on disk.
 
     Raises:
         CheckpointError: If one of them is not whole, or they do not fit.
-        FingerprintError: If the adapter was trained on another base.
+        FingerprintError: If an adapter was trained on another base.
     """
 
-    def __init__(self, base: Path, adapter: Path | None = None, *, trust_remote_code: bool = False) -> None:
-        self.base, self.adapter = base, adapter
+    def __init__(
+        self, base: Path, adapters: Sequence[tuple[Path, float]] = (), *, trust_remote_code: bool = False
+    ) -> None:
+        self.base = base
         self.config, self.storage = _base_config(base)
         self.dtype = _dtype_in(self.config)
         with ExitStack() as stack:
-            self._open(stack, trust_remote_code)
+            self._reader = stack.enter_context(CheckpointReader(base))
+            self._groups = group_modules(self._reader.names())
+            if not self._groups:
+                raise CheckpointError(
+                    f"{base}: config.json says qosora, but no layer is decomposed; make the base anew"
+                )
+            self.fingerprint = stored_fingerprint(self._reader)
+            self.untied: list[str] = []
+            self.plain = PlainModel(base, trust_remote_code)
+            self._locate()
+            sizes = {module: (layer.rank, layer.out_features) for module, layer in self.layers.items()}
+            self.adapters = [read_adapter(stack, f, base, self.fingerprint, self.plain, sizes) for f, _ in adapters]
+            self.base_vectors = {module: self._own_vectors(layer) for module, layer in self.layers.items()}
+            self.weights = [weight for _, weight in adapters]
+            self.vectors = combined(self.adapters, self.weights, self.base_vectors)
+            for adapter in self.adapters:
+                self._take_full(adapter)
             self._stack = stack.pop_all()
-
-    def _open(self, stack: ExitStack, trust_remote_code: bool) -> None:
-        base, adapter = self.base, self.adapter
-        self._reader = stack.enter_context(CheckpointReader(base))
-        self._groups = group_modules(self._reader.names())
-        if not self._groups:
-            raise CheckpointError(f"{base}: config.json says qosora, but no layer is decomposed; make the base anew")
-        self.fingerprint = stored_fingerprint(self._reader)
-        self.vectors: dict[str, dict[str, torch.Tensor]] = {}
-        self.untied: list[str] = []
-        self._adapter_files: tuple[Path, ...] = ()
-        config = None if adapter is None else self._adapter_config(adapter)
-        self.plain = PlainModel(base, trust_remote_code)
-        self._locate()
-        if adapter is not None and config is not None:
-            reader = stack.enter_context(CheckpointReader(adapter, "adapter_model"))
-            self._read_adapter(reader)
-            self._check_whole(config)
 
     def __enter__(self) -> Source:
         return self
@@ -130,15 +130,8 @@ class Source:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
 
-    def _adapter_config(self, adapter: Path) -> OsoraConfig:
-        config = adapter_config(adapter)
-        if config.base_fingerprint not in (None, self.fingerprint):
-            raise FingerprintError(
-                f"{adapter} was trained on the base with fingerprint {config.base_fingerprint}, but {self.base} has "
-                f"{self.fingerprint}: another model, rank or decomposition. Give the base it was trained on (its "
-                f"{ADAPTER_CONFIG} names {config.base_model_name_or_path!r})"
-            )
-        return config
+    def _own_vectors(self, layer: Layer) -> Vectors:
+        return self._reader.tensor(f"{layer.disk}.s"), self._reader.tensor(f"{layer.disk}.o")
 
     def _locate(self) -> None:
         """Find out what each tensor of the base is to the model, and refuse what does not fit."""
@@ -212,68 +205,64 @@ class Source:
 
     def factors(self, layer: Layer) -> Factors:
         """Read a layer's decomposition; its σ is the base's s."""
-        residual, U, V = (self._four_bit(layer, prefix) for prefix in ("weight", "U", "V"))
-        return Factors(residual, U, V, self._reader.tensor(f"{layer.disk}.s"))
+        residual = self._four_bit(layer, "weight")
+        return Factors(residual, *self.directions(layer), self.base_vectors[layer.module][0])
+
+    def directions(self, layer: Layer) -> tuple[FourBitTensor, FourBitTensor]:
+        """Read a layer's Uᵀ (rank, out_features) and Vᵀ (rank, in_features)."""
+        return self._four_bit(layer, "U"), self._four_bit(layer, "V")
 
     def merged(self, layer: Layer, factors: Factors) -> torch.Tensor:
-        """Return R + diag(o) U diag(s) Vᵀ with the adapter's vectors, (out_features, in_features), float32."""
-        own = self.vectors.get(layer.module, {})
-        o = own["o"] if "o" in own else self._reader.tensor(f"{layer.disk}.o")
-        return reconstruct(factors, own.get("s"), o)
+        """Return R + diag(o) U diag(s) Vᵀ with the adapters' vectors, (out_features, in_features), float32."""
+        return reconstruct(factors, *self.vectors.get(layer.module, self.base_vectors[layer.module]))
+
+    def low_rank(self, layer: Layer, U: FourBitTensor, V: FourBitTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the adapters add to a layer's weight, as B (out_features, rank) and A (rank, in_features).
+
+        B A = (diag(o) U diag(s) - U diag(σ)) Vᵀ, float32. The base must be pristine.
+        """
+        sigma, ones = self.base_vectors[layer.module]
+        s, o = self.vectors.get(layer.module, (sigma, ones))
+        change = torch.outer(o.double(), s.double()) - sigma.double()  # small beside both: float32 would lose digits
+        return change.mul_(nf4.dequantize(U).T).float(), nf4.dequantize(V)
+
+    def require_pristine(self) -> None:
+        """Check that the base's own vectors are those of the decomposition: s = σ, which descends, and o = 1.
+
+        Raises:
+            CheckpointError: If an adapter was merged into the base: then σ is lost, and what the original was with it.
+        """
+        for module, (s, o) in self.base_vectors.items():
+            if not (o == 1).all() or not (s.diff() <= 0).all():
+                raise CheckpointError(
+                    f"{self.base}: the vectors of {module} are not those of the decomposition, as an adapter was "
+                    "merged into this base, so its difference from the original model is not known. Use the base that "
+                    "`qosora quantize` made, or export merged weights onto dequantized ones"
+                )
 
     def files(self, layer: Layer) -> tuple[Path, ...]:
-        """Return the files that a layer, and the adapter's vectors, are read from."""
-        return (*dict.fromkeys(self._reader.file(name) for name in self._groups[layer.disk]), *self._adapter_files)
+        """Return the files that a layer, and the adapters' vectors, are read from."""
+        own = dict.fromkeys(self._reader.file(name) for name in self._groups[layer.disk])
+        return (*own, *(file for adapter in self.adapters for file in adapter.files))
 
-    def _read_adapter(self, reader: CheckpointReader) -> None:
-        full: dict[str, str] = {}
-        for key in reader.names():
-            name = key.removeprefix(_PEFT_PREFIX)
-            module, found, kind = name.rpartition(".osora_")
-            if found:
-                self._take_vector(key, module, kind, reader)
-            elif name in self.plain.shapes:
-                self._check_shape(f"{self.adapter}: {key}", name, reader.shape(key))
-                full[name] = key
-            else:
-                raise CheckpointError(
-                    f"{self.adapter}: {key} is neither a vector of qosora's nor a tensor of {self.plain.class_name}"
-                )
-        self._adapter_files = tuple(dict.fromkeys(reader.file(key) for key in reader.names()))
-        self._take_full({name: self._read(reader, key) for name, key in full.items()})
-
-    def _take_vector(self, key: str, module: str, kind: str, reader: CheckpointReader) -> None:
-        layer = self.layers.get(module)
-        if layer is None or kind not in ("s", "o"):
-            raise CheckpointError(f"{self.adapter}: {key} adapts no decomposed layer of {self.base}")
-        vector, size = reader.tensor(key).float(), layer.rank if kind == "s" else layer.out_features
-        if vector.shape != (size,):
-            raise CheckpointError(f"{self.adapter}: {key} has shape {tuple(vector.shape)}, the base wants {(size,)}")
-        if not torch.isfinite(vector).all():
-            raise CheckpointError(
-                f"{self.adapter}: {key} holds NaN or infinity: its training diverged. Take an earlier checkpoint, or "
-                "train again with a lower learning rate"
-            )
-        self.vectors.setdefault(module, {})[kind] = vector
-
-    def _take_full(self, full: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+    def _take_full(self, adapter: Adapter) -> None:
         """Replace tensors by those that were trained in full.
 
         Of tied tensors the base holds one. Where one of them was trained, PEFT trains a copy and the others keep the
         base's value: then the export holds each by itself.
         """
         base = {stored.name: (disk, stored) for disk, stored in self.tensors.items()}
-        for name, read in full.items():
+        for name, (_, read) in adapter.full.items():
             partners = self.plain.tied_to(name)
             known = [base[n] for n in (name, *partners) if n in base]
             if not known:
                 raise CheckpointError(
-                    f"{self.adapter}: {name} was trained in full, but a plain checkpoint of {self.plain.class_name} "
+                    f"{adapter.folder}: {name} was trained in full, but a plain checkpoint of {self.plain.class_name} "
                     "holds it in another form, which cannot be exported yet"
                 )
             stored = known[0][1]
             self.tensors[self._disk_name(name)] = replace(
-                stored, name=name, read=read, files=self._adapter_files, trained=True
+                stored, name=name, read=read, files=adapter.files, trained=True
             )
             for partner in partners:
                 self.tensors.setdefault(self._disk_name(partner), replace(stored, name=partner))
@@ -290,16 +279,6 @@ class Source:
         """Return the name on disk of a tensor, which a tied one has only in theory."""
         disk = next((disk for disk, stored in self.tensors.items() if stored.name == name), None)
         return disk or self.plain.disk_name(name)
-
-    def _check_whole(self, config: OsoraConfig) -> None:
-        """Refuse an adapter that lacks a vector which its config says it has."""
-        for module in self.layers:
-            lacking = sorted(_TRAINED[config.vectors] - set(self.vectors.get(module, {})))
-            if lacking and (config.target_modules is None or check_target_module_exists(config, module)):
-                raise CheckpointError(
-                    f"{self.adapter}: no {' and '.join(lacking)} for {module}, which its {ADAPTER_CONFIG} says it "
-                    "adapts; get the whole adapter"
-                )
 
 
 def _base_config(base: Path) -> tuple[dict[str, Any], QosoraConfig]:

@@ -1,0 +1,181 @@
+"""Adapters as files: read, checked against the base that they are for, and combined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+
+from qosora.checkpoint import ADAPTER_STEM, CheckpointReader, TensorSpec
+from qosora.config import OsoraConfig
+from qosora.errors import CheckpointError, ConfigError, FingerprintError
+from qosora.folders import local_folder
+from qosora.models import ADAPTER_CONFIG, adapter_config
+from qosora.plain import PlainModel
+
+__all__ = ["Adapter", "AdapterChoice", "Vectors", "combined", "read_adapter", "weighted"]
+
+#: An adapter, or several with their weights.
+AdapterChoice = str | Path | Mapping[str, float] | Mapping[Path, float]
+#: s (rank,) and o (out_features,), float32.
+Vectors = tuple[torch.Tensor, torch.Tensor]
+
+_PEFT_PREFIX = "base_model.model."
+_TRAINED = {"both": {"s", "o"}, "s": {"s"}, "o": {"o"}}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter of a base.
+
+    Attributes:
+        folder: Of its files.
+        config: Its config.
+        vectors: By module name: "s" (rank,) and "o" (out_features,), float32, where trained.
+        full: Tensors that were trained in full (`modules_to_save`), by name in the model: what they are, how to read.
+        files: That all of these are read from.
+    """
+
+    folder: Path
+    config: OsoraConfig
+    vectors: dict[str, dict[str, torch.Tensor]]
+    full: dict[str, tuple[TensorSpec, Callable[[], torch.Tensor]]]
+    files: tuple[Path, ...]
+
+
+def weighted(choice: AdapterChoice | None) -> list[tuple[Path, float]]:
+    """Return adapters' folders with their weights.
+
+    Raises:
+        CheckpointError: If there is no such folder.
+        ConfigError: If a weight is no finite number.
+    """
+    pairs = choice.items() if isinstance(choice, Mapping) else [] if choice is None else [(choice, 1.0)]
+    for name, weight in pairs:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ConfigError(f"the weight of an adapter must be a finite number, got {weight!r} for {name}")
+    return [(local_folder(name), float(weight)) for name, weight in pairs]
+
+
+def read_adapter(
+    stack: ExitStack,
+    folder: Path,
+    base: Path,
+    fingerprint: str,
+    plain: PlainModel,
+    sizes: Mapping[str, tuple[int, int]],
+) -> Adapter:
+    """Open an adapter and read its vectors.
+
+    Args:
+        stack: Closes its files.
+        folder: Of the adapter.
+        base: Its base, for messages.
+        fingerprint: Of the base.
+        plain: The plain model.
+        sizes: The base's layers: (rank, out_features) by module name.
+
+    Raises:
+        CheckpointError: If it is not whole, or does not fit the base.
+        FingerprintError: If it was trained on another base.
+    """
+    config = adapter_config(folder)
+    if config.base_fingerprint not in (None, fingerprint):
+        raise FingerprintError(
+            f"{folder} was trained on the base with fingerprint {config.base_fingerprint}, but {base} has "
+            f"{fingerprint}: another model, rank or decomposition. Give the base it was trained on (its "
+            f"{ADAPTER_CONFIG} names {config.base_model_name_or_path!r})"
+        )
+    reader = stack.enter_context(CheckpointReader(folder, ADAPTER_STEM))
+    vectors: dict[str, dict[str, torch.Tensor]] = {}
+    full: dict[str, tuple[TensorSpec, Callable[[], torch.Tensor]]] = {}
+    for key in reader.names():
+        name = key.removeprefix(_PEFT_PREFIX)
+        module, found, kind = name.rpartition(".osora_")
+        if found:
+            if module not in sizes or kind not in ("s", "o"):
+                raise CheckpointError(f"{folder}: {key} adapts no decomposed layer of {base}")
+            vectors.setdefault(module, {})[kind] = _vector(reader, key, sizes[module][kind == "o"])
+        elif plain.shapes.get(name) == reader.shape(key):
+            full[name] = TensorSpec(reader.dtype(key), reader.shape(key)), _reading(reader, key)
+        elif name in plain.shapes:
+            raise CheckpointError(
+                f"{folder}: {key} has shape {reader.shape(key)}, but config.json makes it {plain.shapes[name]}; they "
+                "belong to different models"
+            )
+        else:
+            raise CheckpointError(f"{folder}: {key} is neither a vector of qosora's nor a tensor of {plain.class_name}")
+    _check_whole(folder, config, vectors, sizes)
+    return Adapter(folder, config, vectors, full, tuple(dict.fromkeys(reader.file(key) for key in reader.names())))
+
+
+def _reading(reader: CheckpointReader, key: str) -> Callable[[], torch.Tensor]:
+    return lambda: reader.tensor(key)
+
+
+def _vector(reader: CheckpointReader, key: str, size: int) -> torch.Tensor:
+    vector = reader.tensor(key).float()
+    if vector.shape != (size,):
+        raise CheckpointError(f"{reader.folder}: {key} has shape {tuple(vector.shape)}, the base wants {(size,)}")
+    if not torch.isfinite(vector).all():
+        raise CheckpointError(
+            f"{reader.folder}: {key} holds NaN or infinity: its training diverged. Take an earlier checkpoint, or "
+            "train again with a lower learning rate"
+        )
+    return vector
+
+
+def _check_whole(
+    folder: Path,
+    config: OsoraConfig,
+    vectors: Mapping[str, Mapping[str, torch.Tensor]],
+    modules: Mapping[str, object],
+) -> None:
+    """Refuse an adapter that lacks a vector which its config says it has."""
+    for module in modules:
+        lacking = sorted(_TRAINED[config.vectors] - set(vectors.get(module, {})))
+        if lacking and (config.target_modules is None or check_target_module_exists(config, module)):
+            raise CheckpointError(
+                f"{folder}: no {' and '.join(lacking)} for {module}, which its {ADAPTER_CONFIG} says it "
+                "adapts; get the whole adapter"
+            )
+
+
+def combined(
+    adapters: Sequence[Adapter], weights: Sequence[float], base_vectors: Mapping[str, Vectors]
+) -> dict[str, Vectors]:
+    """Return the vectors of a linear combination, for the layers that it adapts.
+
+        s = s_base + Σ weight_i (s_i - s_base)        and o likewise
+
+    One adapter with weight 1 gives its own vectors, bit for bit.
+
+    Raises:
+        CheckpointError: If one of several, or one with another weight than 1, has tensors that were trained in full.
+    """
+    if len(adapters) == 1 and weights[0] == 1.0:
+        return {
+            module: (own.get("s", base_vectors[module][0]), own.get("o", base_vectors[module][1]))
+            for module, own in adapters[0].vectors.items()
+        }
+    if in_full := next((a for a in adapters if a.full), None):
+        raise CheckpointError(
+            f"{in_full.folder} brings {min(in_full.full)}, trained in full: only vectors are combined. Export this "
+            "adapter by itself, with weight 1"
+        )
+    found = {}
+    for module in dict.fromkeys(module for adapter in adapters for module in adapter.vectors):
+        pair = []
+        for kind, base in zip(("s", "o"), base_vectors[module], strict=True):
+            total = base.double()
+            for adapter, weight in zip(adapters, weights, strict=True):
+                if kind in adapter.vectors.get(module, {}):
+                    total = total + weight * (adapter.vectors[module][kind].double() - base.double())
+            pair.append(total.float())
+        found[module] = (pair[0], pair[1])
+    return found

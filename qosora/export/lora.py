@@ -1,0 +1,364 @@
+"""Adapters as a LoRA of the original model, which PEFT and whatever serves its format load.
+
+An OSoRA adapter is one, exactly:
+
+    ΔW = (diag(o) U diag(s) - U diag(σ)) Vᵀ = B A        B: (m, r), A = Vᵀ: (r, n), scaling 1
+
+or, by request, the nearest of rank K: with B = Q_B R_B and Aᵀ = Q_A R_A, the singular triplets of the r × r matrix
+R_B R_Aᵀ are those of ΔW, which is never formed. In float64, cast once.
+
+Experts have the names that checkpoints and LoRAs of transformers 4 give them, a LoRA for each; PEFT stacks them where
+transformers does. Stacking needs all of them, in one rank, so those that lack a part of either get zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+from qosora import __version__
+from qosora.checkpoint import ADAPTER_STEM, TensorSpec
+from qosora.errors import CheckpointError, ConfigError
+from qosora.experts import LinearExperts
+from qosora.export.adapters import Adapter, AdapterChoice, weighted
+from qosora.export.merged import checked_dtype
+from qosora.export.original import open_original, original_of
+from qosora.export.source import Layer, Source
+from qosora.export.verify import Reference, Verification, verify_export
+from qosora.folders import copy_files, local_folder, refuse_input_as_output
+from qosora.plain import natural_order
+from qosora.streaming import Progress, Unit, stream
+
+__all__ = ["LoraReport", "export_lora", "reduced"]
+
+_PREFIX = "base_model.model."
+#: One file, as PEFT reads no shards of adapters.
+_ONE_FILE = 1 << 62
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What an export as LoRA did.
+
+    Attributes:
+        output: The folder written.
+        base: The base as given.
+        adapters: Folders of the adapters, with their weights.
+        original: The model that the LoRA is for.
+        fingerprint: Of the base.
+        dtype: Of the matrices.
+        rank: Of the LoRA; where ranks differ, the largest.
+        adapted_layers: Layers that it adapts.
+        rank_error: Relative Frobenius error of ΔW, over all layers, that a reduced rank makes; 0 without.
+        replaced: Tensors trained in full (`modules_to_save`).
+        total_bytes: Of all tensors.
+        wall_seconds: Time it took.
+        verification: What the comparison with the adapted model found, or None where none was asked for.
+    """
+
+    output: str
+    base: str
+    adapters: dict[str, float]
+    original: str
+    fingerprint: str
+    dtype: str
+    rank: int
+    adapted_layers: int
+    rank_error: float
+    replaced: list[str]
+    total_bytes: int
+    wall_seconds: float
+    verification: Verification | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return asdict(self)
+
+
+def export_lora(
+    base: str | Path,
+    output: str | Path,
+    adapter: AdapterChoice,
+    *,
+    original: str | Path | None = None,
+    rank: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    verify: bool = False,
+    overwrite: bool = False,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> LoraReport:
+    """Write adapters of a base as a standard PEFT LoRA of the model that the base was made of.
+
+    Args:
+        base: Folder or hub id of a qosora base.
+        output: Folder to make.
+        adapter: Folder or hub id of an adapter, or several with weights, as in `export_merged`.
+        original: Folder, hub id or GGUF file of the original model, which the LoRA names; by default what the base's
+            manifest names. If it is on this machine, it is checked to be the base's original.
+        rank: Reduce the LoRA to the best one of this rank.
+        dtype: "bfloat16", "float16" or "float32" (or the torch dtype) of the matrices; by default the base's.
+        verify: As in `export_merged`; loads the original and the LoRA with PEFT.
+        overwrite: Whether a model or adapter in `output` may be replaced.
+        restart: Whether to throw away what an unfinished call has left, from where this one would go on.
+        trust_remote_code: Whether to run model code that the base brings.
+        progress: Called at the start and after each layer.
+
+    Raises:
+        CheckpointError: If base, adapter, original or output cannot be used, a value does not fit into `dtype`, or the
+            verification fails.
+        ConfigError: If an option makes no sense, or the original is not known.
+        FingerprintError: If the adapter was trained on another base.
+
+    Example:
+        >>> export_lora("llama-2-7b-qosora", "llama-2-7b-lora", "runs/gsm8k/adapter")
+    """
+    start = time.perf_counter()
+    target = _checked_options(dtype, rank)
+    base_folder = local_folder(base, trust_remote_code=trust_remote_code)
+    adapters = weighted(adapter)
+    named = str(original or original_of(base_folder) or "")
+    if not named:
+        raise ConfigError(f"{base}: a LoRA names the model it is for, and the base does not tell; say --original")
+    refuse_input_as_output(output, base_folder, *(folder for folder, _ in adapters), Path(named))
+    with ExitStack() as stack:
+        source = stack.enter_context(Source(base_folder, adapters, trust_remote_code=trust_remote_code))
+        if not source.vectors:
+            raise CheckpointError(
+                f"{', '.join(str(folder) for folder, _ in adapters)}: no vectors there to make a LoRA of"
+            )
+        opened = None
+        if verify or Path(named).exists():
+            opened = stack.enter_context(open_original(named, source, trust_remote_code=trust_remote_code))
+        else:
+            source.require_pristine()
+        lora_dtype = target or source.dtype
+        ranks = _ranks(source, rank)
+        config = _config(source, ranks, named)
+        units = [_unit(source, source.layers[module], rank, ranks[module], lora_dtype) for module in ranks]
+        units += [unit for adapter in source.adapters for unit in _in_full(adapter, lora_dtype)]
+        notes: dict[str, Any] = {}
+
+        def finish(folder: Path, reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+            notes["rank_error"] = _rank_error(reports)
+            copy_files(folder, base_folder, adapters[0][0], with_code=False)
+            config.save_pretrained(str(folder))
+            (folder / "README.md").write_text(_model_card(named, config), encoding="utf-8")
+            return {"base": str(base), "adapters": given, "original": named, "made_with": job}
+
+        def check(folder: Path) -> dict[str, Any]:
+            reference = Reference(source, opened, trust_remote_code)
+            notes["verification"] = verify_export(
+                folder, reference, lora_dtype, model=named, rank_error=notes["rank_error"]
+            )
+            return {"verification": asdict(notes["verification"])}
+
+        given = {str(folder): weight for folder, weight in adapters}
+        job = {
+            "fingerprint": source.fingerprint,
+            "weights": source.weights,
+            "rank": rank,
+            "dtype": str(lora_dtype),
+            "qosora": __version__,
+        }
+        stream(
+            output,
+            units,
+            finish,
+            job=job,
+            max_shard_bytes=_ONE_FILE,
+            stem=ADAPTER_STEM,
+            check=check if verify else None,
+            overwrite=overwrite,
+            restart=restart,
+            progress=progress,
+        )
+        return LoraReport(
+            output=str(output),
+            base=str(base),
+            adapters=given,
+            original=named,
+            fingerprint=source.fingerprint,
+            dtype=str(lora_dtype).removeprefix("torch."),
+            rank=config.r,
+            adapted_layers=len(source.vectors),
+            rank_error=notes["rank_error"],
+            replaced=natural_order(name for adapter in source.adapters for name in adapter.full),
+            total_bytes=sum(spec.nbytes for unit in units for spec in unit.specs.values()),
+            wall_seconds=time.perf_counter() - start,
+            verification=notes.get("verification"),
+        )
+
+
+def reduced(B: torch.Tensor, A: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the best approximation of B A of a lower rank, its singular values shared by both sides.
+
+    Args:
+        B: (out_features, r).
+        A: (r, in_features).
+        rank: At most r.
+
+    Returns:
+        B (out_features, rank), A (rank, in_features), and all singular values of B A (r,), float64.
+    """
+    left, from_left = torch.linalg.qr(B.double())
+    right, from_right = torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(from_left @ from_right.T)
+    root = S[:rank].sqrt()
+    return left @ (U[:, :rank] * root), (right @ (Vh[:rank].T * root)).T, S
+
+
+def _unit(source: Source, layer: Layer, target: int | None, rank: int, dtype: torch.dtype) -> Unit:
+    """Return the two matrices of a layer, reduced to rank `target` and filled up with zeros to `rank`."""
+    prefix = f"{_PREFIX}{layer.disk if _is_expert(source, layer) else layer.module}.lora_"
+    specs = {
+        f"{prefix}A.weight": TensorSpec(dtype, (rank, layer.in_features)),
+        f"{prefix}B.weight": TensorSpec(dtype, (layer.out_features, rank)),
+    }
+
+    def make(directions: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        B, A = source.low_rank(layer, *directions)
+        report = {}
+        if target is not None and target < layer.rank:
+            B, A, S = reduced(B, A, target)
+            squares = S.square()
+            report = {"lost": float(squares[target:].sum()), "whole": float(squares.sum())}
+        missing = rank - B.shape[1]
+        made = {
+            f"{prefix}A.weight": torch.nn.functional.pad(A, (0, 0, 0, missing)),
+            f"{prefix}B.weight": torch.nn.functional.pad(B, (0, missing)),
+        }
+        return made, report
+
+    cost = sum(spec.nbytes for spec in specs.values())
+    return Unit(layer.module, specs, cost, source.files(layer), lambda: source.directions(layer), make)
+
+
+def _in_full(adapter: Adapter, dtype: torch.dtype) -> Iterator[Unit]:
+    """Return the tensors that were trained in full, which a LoRA brings as they are."""
+    for name, (spec, read) in adapter.full.items():
+        key = _PREFIX + name
+        cast = TensorSpec(dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape)
+
+        def make(tensor: torch.Tensor, key: str = key) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+            return {key: tensor}, {}
+
+        yield Unit(key, {key: cast}, cast.nbytes, adapter.files, read, make)
+
+
+def _rank_error(reports: Mapping[str, dict[str, Any]]) -> float:
+    """Return what reducing the rank loses of all layers' ΔW."""
+    lost, whole = (sum(report.get(key, 0.0) for report in reports.values()) for key in ("lost", "whole"))
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
+def _is_expert(source: Source, layer: Layer) -> bool:
+    parts = layer.module.split(".")
+    parents = (".".join(parts[:i]) for i in range(1, len(parts)))
+    return any(isinstance(source.plain.model.get_submodule(parent), LinearExperts) for parent in parents)
+
+
+def _ranks(source: Source, target: int | None) -> dict[str, int]:
+    """Return the layers of the LoRA, by module name, with their ranks: those of experts are all the same."""
+    experts = {module: layer for module, layer in source.layers.items() if _is_expert(source, layer)}
+    if not experts.keys() & source.vectors.keys():
+        experts = {}
+    ranks = {
+        module: min(layer.rank, target or layer.rank)
+        for module, layer in source.layers.items()
+        if module in source.vectors or module in experts
+    }
+    return ranks | dict.fromkeys(experts, max((ranks[module] for module in experts), default=0))
+
+
+def _config(source: Source, ranks: Mapping[str, int], original: str) -> LoraConfig:
+    """Return the config that makes PEFT adapt just these layers, all with scaling 1."""
+    experts = {module for module in ranks if _is_expert(source, source.layers[module])}
+    rank = next((ranks[module] for module in experts), max(ranks.values()))
+    kinds: dict[str, list[str]] = {}
+    for module in ranks:
+        kinds.setdefault(module.rpartition(".")[2], []).append(module)
+    pattern: dict[str, int] = {}
+    targets: list[str] = []
+    for kind, modules in kinds.items():
+        found = {ranks[module] for module in modules}
+        if found != {rank}:
+            pattern |= {kind: found.pop()} if len(found) == 1 else {module: ranks[module] for module in modules}
+        targets += [kind] if _matched(source, kind) == set(modules) else modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=original,
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=targets,
+        modules_to_save=[name for adapter in source.adapters for name in adapter.config.modules_to_save or ()] or None,
+        fan_in_fan_out=any(source.layers[module].transposed for module in ranks),
+    )
+    if experts:
+        _require_stacking(source, config, experts, set(ranks) - experts)
+    return config
+
+
+def _matched(source: Source, kind: str) -> set[str]:
+    """Return the modules of the plain model that PEFT would adapt for a target."""
+    probe = LoraConfig(target_modules=[kind])
+    return {name for name, _ in source.plain.model.named_modules() if check_target_module_exists(probe, name)}
+
+
+def _require_stacking(source: Source, config: LoraConfig, experts: set[str], others: set[str]) -> None:
+    """Check that PEFT stacks the experts' matrices where transformers has stacked the experts."""
+    why = None
+    names = {module.rpartition(".")[2] for module in experts}
+    if mixed := sorted(module for module in others if module.rpartition(".")[2] in names):
+        why = f"PEFT would take {mixed[0]}, which has an expert's name, for one"
+    all_experts = {
+        f"{name}.{i}.{projection}"
+        for name, module in source.plain.model.named_modules()
+        if isinstance(module, LinearExperts)
+        for i in range(module.num_experts)
+        for projections in module.projections.values()
+        for projection in projections
+    }
+    if missing := sorted(all_experts - experts):
+        why = f"PEFT adapts all experts or none, and {missing[0]} is not decomposed"
+    probe = copy.deepcopy(config)
+    convert_peft_config_for_transformers(probe, source.plain.model, None)
+    if not probe.target_parameters:
+        why = f"PEFT does not know how transformers stacks the experts of {source.plain.class_name}"
+    if why:
+        raise CheckpointError(f"{source.base}: {why}, so a LoRA cannot hold this adapter; export merged weights")
+
+
+def _model_card(original: str, config: LoraConfig) -> str:
+    name = Path(original).name if Path(original).exists() else original
+    return (
+        f"---\nlibrary_name: peft\nbase_model: {name}\ntags: [lora]\n---\n\n"
+        f"LoRA of rank {config.r} for {name}, exported from an OSoRA adapter by qosora {__version__}.\n\n"
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), "THIS_FOLDER")\n```\n'
+    )
+
+
+def _checked_options(dtype: str | torch.dtype | None, rank: int | None) -> torch.dtype | None:
+    problems: list[str] = []
+    target = checked_dtype(dtype, problems)
+    if rank is not None and (type(rank) is not int or rank < 1):
+        problems.append(f"rank must be an integer of at least 1, got {rank!r}")
+    if problems:
+        raise ConfigError(problems)
+    return target
