@@ -7,7 +7,8 @@ compute again, differentiate, add up the parameters' gradients. The idea is Tile
 arXiv 2506.13996); here a norm is a case of it, and three things are done differently:
 
 - x is saved *before* anything is computed. Where the layer itself is computed again (non-reentrant checkpointing, which
-  stops as soon as all saved tensors are there), an MLP at the layer's end is then not computed a third time.
+  stops as soon as all saved tensors are there), an MLP at the layer's end is then not computed a third time; nor is one
+  whose output goes through a norm (Gemma, OLMo 2), as that is computed again from the MLP's input, too.
 - A sequence of one tile runs an MLP as it is. So short sequences pay nothing.
 - Tiles are long: a tile dequantizes all of the MLP's weights, which is little against products with 4096 rows.
 
@@ -17,8 +18,9 @@ What is such a module is read off its structure: see `_is_mlp` and `_is_norm`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -128,59 +130,80 @@ class _Tiled:
         x = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, torch.Tensor) or x.ndim < 2:
             return self.forward(*args, **kwargs)  # such as BLOOM's MLP, which adds the residual
-        dim = x.ndim > 2  # the sequence; a tile takes a part of each
-        count = min(-(-x.numel() // self.numel), x.shape[dim])
-        if count <= 1 and self.is_mlp:
+        tiles = _Tiles(x, self.numel)
+        if tiles.count == 1 and self.is_mlp:
             return self.forward(x)
         params = [p for p in self.module.parameters() if p.requires_grad]
-        call = _Call(self.forward, max(count, 1), int(dim))
         if not (torch.is_grad_enabled() and (x.requires_grad or params)):
-            return call.value(x)
-        call.remember(x, random=self.is_mlp and self.module.training)
-        return _Value.apply(_Saved.apply(call, x, *params), call, x.detach())  # type: ignore[no-untyped-call]
+            return tiles.map(self.forward, x)
+        source: _Source | None = getattr(x, "_tiled_source", None)
+        if source is not None and x._version == source.version and not params:
+            # A norm of an MLP's output (Gemma, OLMo 2): computed again from the MLP's input, it need not save its own
+            y: torch.Tensor = _Value.apply(source.handle, source.call, self.forward, x.detach())  # type: ignore[no-untyped-call]
+            return y
+        call = _Call(self.forward, tiles, x, random=self.is_mlp and self.module.training)
+        handle = _Saved.apply(call, x, *params)  # type: ignore[no-untyped-call]
+        y = _Value.apply(handle, call, None, x.detach())  # type: ignore[no-untyped-call]
+        if self.is_mlp:
+            y._tiled_source = _Source(call, handle, y._version)  # type: ignore[attr-defined]
+        return y
 
 
-class _Call:
-    """One call of a tiled module: how to compute it, in what state, and the gradient on its way to `_Saved`."""
+class _Tiles:
+    """How to cut a tensor along its sequence, of which a tile takes a part in each example."""
 
-    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor], count: int, dim: int) -> None:
-        self.forward, self.count, self.dim = forward, count, dim
-        self.gradient: torch.Tensor | None = None
-        self._contexts: list[Callable[[], AbstractContextManager[Any]]] = []
+    def __init__(self, x: torch.Tensor, numel: int) -> None:
+        self.dim = int(x.ndim > 2)
+        self.count = max(min(-(-x.numel() // numel), x.shape[self.dim]), 1)
 
-    def tiles(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def cut(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return views of the tiles."""
         return x.chunk(self.count, self.dim)
 
-    def value(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output, filled tile by tile: joining tiles in the end would hold it twice."""
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Apply a function that keeps the shape, filling the output: joining tiles in the end would hold it twice."""
+        if self.count == 1:
+            return function(x)
         y: torch.Tensor | None = None
-        start = 0
-        for tile in self.tiles(x):
-            part = self.forward(tile)
+        parts: tuple[torch.Tensor, ...] = ()
+        for index, tile in enumerate(self.cut(x)):
+            part = function(tile)
             if y is None:
                 y = part.new_empty(x.shape)
-            y.narrow(self.dim, start, tile.shape[self.dim]).copy_(part)
-            start += tile.shape[self.dim]
+                parts = self.cut(y)
+            parts[index].copy_(part)
         assert y is not None
         return y
 
-    def remember(self, x: torch.Tensor, *, random: bool) -> None:
-        """Note what backward must restore to compute the same again: autocast, and the state of random numbers."""
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind):
-            dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-            self._contexts.append(lambda: torch.autocast(kind, dtype, enabled, cache_enabled=False))
-        if random:
-            self._contexts.append(_random_state(x))
+
+class _Call:
+    """One call of a tiled module: how to compute it again, and the gradients on their way to `_Saved`.
+
+    Attributes:
+        gradients: Of outputs: what the output is computed with from that of `forward`, None for that itself; and dL/dy.
+    """
+
+    def __init__(
+        self, forward: Callable[[torch.Tensor], torch.Tensor], tiles: _Tiles, x: torch.Tensor, *, random: bool
+    ) -> None:
+        self.forward, self.tiles = forward, tiles
+        self.gradients: list[tuple[Callable[[torch.Tensor], torch.Tensor] | None, torch.Tensor]] = []
+        self._autocast = _autocast(x.device.type)
+        self._random = _random_state(x) if random else nullcontext
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Restore that state. Hooks on saved tensors, which offload activations, are for the forward pass alone."""
-        with ExitStack() as stack:
-            for context in self._contexts:
-                stack.enter_context(context())
-            stack.enter_context(saved_tensors_hooks(_as_it_is, _as_it_is))
+        """Be as in the forward pass; but hooks on saved tensors, which offload activations, are for that alone."""
+        with self._autocast(), self._random(), saved_tensors_hooks(_as_it_is, _as_it_is):
             yield
+
+
+class _Source(NamedTuple):
+    """What computed a tensor, and the tensor's version as it was then."""
+
+    call: _Call
+    handle: torch.Tensor
+    version: int
 
 
 class _Saved(torch.autograd.Function):
@@ -196,57 +219,71 @@ class _Saved(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: _Call = ctx.call
-        (x,), g = ctx.saved_tensors, call.gradient
-        assert g is not None
-        call.gradient = None
+        (x,), cut = ctx.saved_tensors, call.tiles.cut
+        then, gradients = zip(*call.gradients, strict=True)
+        call.gradients.clear()
         dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         sums: list[torch.Tensor | None] = [None] * len(ctx.params)
-        parts = call.tiles(x if dx is None else dx)
         with call.again():
-            for tile, g_tile, part in zip(call.tiles(x), call.tiles(g), parts, strict=True):
+            for tile, dx_tile, *g_tiles in zip(cut(x), cut(x if dx is None else dx), *map(cut, gradients), strict=True):
                 tile = tile.detach().requires_grad_(dx is not None)
                 with torch.enable_grad():
                     y = call.forward(tile)
+                    outputs = [y if function is None else function(y) for function in then]
                 wanted = [*ctx.params] if dx is None else [*ctx.params, tile]
-                grads = list(torch.autograd.grad(y, wanted, g_tile, allow_unused=True))
+                grads = list(torch.autograd.grad(outputs, wanted, g_tiles, allow_unused=True))
                 if dx is not None:
-                    part.copy_(grads.pop())
+                    dx_tile.copy_(grads.pop())
                 sums = [_sum(total, grad) for total, grad in zip(sums, grads, strict=True)]
         return None, dx, *sums
 
 
 class _Value(torch.autograd.Function):
-    """The output. Its gradient goes to `_Saved` past autograd, which wants gradients in the shape of the handle."""
+    """An output. Its gradient goes to `_Saved` past autograd, which wants gradients in the shape of the handle."""
 
     @staticmethod
-    def forward(ctx: Any, handle: torch.Tensor, call: _Call, x: torch.Tensor) -> torch.Tensor:
-        ctx.call = call
-        return call.value(x)
+    def forward(
+        ctx: Any,
+        handle: torch.Tensor,
+        call: _Call,
+        then: Callable[[torch.Tensor], torch.Tensor] | None,
+        x: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.call, ctx.then = call, then
+        return call.tiles.map(then or call.forward, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.call.gradient = g
-        return g.new_empty(0), None, None
+        ctx.call.gradients.append((ctx.then, g))
+        return g.new_empty(0), None, None, None
 
 
 def _sum(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
     return total if grad is None else grad if total is None else total.add_(grad)
 
 
-def _random_state(x: torch.Tensor) -> Callable[[], AbstractContextManager[None]]:
-    """Return what brings the present state of random numbers back, on the CPU and on x's device, for a while."""
-    state = torch.get_rng_state()
+def _autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Return what brings the present state of autocast back."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext
+    return partial(
+        torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
+    )
+
+
+def _random_state(x: torch.Tensor) -> Callable[[], AbstractContextManager[Any]]:
+    """Return what brings the present state of random numbers back, on the CPU and on x's device."""
+    kind, state = x.device.type, torch.get_rng_state()
     devices, states = get_device_states(x)
 
     @contextmanager
     def context() -> Iterator[None]:
-        with torch.random.fork_rng(devices, device_type=x_type):
+        with torch.random.fork_rng(devices, device_type=kind):
             torch.set_rng_state(state)
-            set_device_states(devices, states, device_type=x_type)
+            set_device_states(devices, states, device_type=kind)
             yield
 
-    x_type = x.device.type
     return context
 
 

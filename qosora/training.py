@@ -28,6 +28,7 @@ from qosora.optim import trainer_optimizer
 from qosora.prepare import Prepared, prepare
 from qosora.run_config import TrainConfig
 from qosora.run_folder import RunFolder
+from qosora.tiling import apply_tiling
 from qosora.trainer import QosoraTrainer, Recorder, peak_memory_bytes
 
 __all__ = ["TrainResult", "train"]
@@ -138,6 +139,9 @@ def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
         if isinstance(error, (ValueError, ImportError)) and not isinstance(error, QosoraError):
             raise ConfigError(f"the trainer refuses the options: {error}") from error
         raise
+    apply_tiling(  # after the trainer has put in Liger's kernels
+        trainer.model, config.tile_length, mlps=config.gradient_checkpointing or config.tile_length is not None
+    )
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; the bar shows them
     return trainer, recorder
 

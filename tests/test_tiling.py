@@ -13,6 +13,7 @@ from tiny_bases import FAMILIES, decompose, logits, make_checkpoint, token_ids
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qosora.config import OsoraConfig
 from qosora.errors import ConfigError
@@ -277,20 +278,34 @@ class _Counting(nn.Module):
         return y
 
 
-@pytest.mark.parametrize(("tiled", "checkpointing", "times"), [(True, True, 2), (True, False, 2), (False, True, 2)])
-def test_no_row_is_computed_a_third_time(tiled: bool, checkpointing: bool, times: int):
-    mlp = _Counting(8)
-    model = nn.ModuleDict({"mlp": mlp})
+@pytest.mark.parametrize("after", ["add", "norm", "norm and add", "norm of a changed output"])
+@pytest.mark.parametrize(("tiled", "checkpointing"), [(True, True), (True, False), (False, True)])
+def test_no_row_is_computed_a_third_time(tiled: bool, checkpointing: bool, after: str):
+    mlp, norm = _Counting(8), LlamaRMSNorm(8).requires_grad_(False)
+    model = nn.ModuleDict({"mlp": mlp, "norm": norm})
     model.config = _Config(8)
-    if tiled:
-        apply_tiling(model, 6)
-    x = torch.randn(2, 12, 8, requires_grad=True)
+    inputs = torch.randn(2, 12, 8)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        return x + mlp(x.tanh())
+        y = mlp(x.tanh())
+        if after == "norm of a changed output":
+            return x + norm(y.mul_(2))
+        return {"add": lambda: x + y, "norm": lambda: x + norm(y), "norm and add": lambda: y * norm(y)}[after]()
 
-    (checkpoint(layer, x, use_reentrant=False) if checkpointing else layer(x)).sum().backward()
-    assert mlp.rows == times * 24
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        x = inputs.clone().requires_grad_()
+        out = checkpoint(layer, x, use_reentrant=False) if checkpointing else layer(x)
+        out.square().sum().backward()
+        return {"x": x.grad, **{name: p.grad for name, p in mlp.named_parameters()}}
+
+    expected = gradients()
+    if tiled:
+        apply_tiling(model, 6)
+    mlp.rows = mlp.largest = 0
+    assert_close(gradients(), expected, FP32)
+    third = checkpointing and tiled and after in ("norm and add", "norm of a changed output")  # the output is needed
+    assert mlp.rows == (3 if third else 2) * 24
     assert mlp.largest == (6 if tiled else 24)
 
 
