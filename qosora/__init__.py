@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qosora.models import load_tokenizer as load_tokenizer
     from qosora.optim import PackedPagedOptimizer as PackedPagedOptimizer
     from qosora.run_config import TrainConfig as TrainConfig
+    from qosora.tiling import apply_tiling as apply_tiling
     from qosora.training import train as train
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _EXPORTS = {
     "QosoraError": "errors",
     "QosoraLinear": "linear",
     "TrainConfig": "run_config",
+    "apply_tiling": "tiling",
     "evaluate": "evaluation",
     "export_lora": "export",
     "export_merged": "export",

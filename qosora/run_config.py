@@ -90,6 +90,12 @@ class TrainConfig:
     )
     gradient_checkpointing: bool = _option(True, "recompute activations in backward instead of keeping them")
     activation_offloading: bool = _option(False, "keep activations in host memory (CUDA)")
+    tile_length: int | None = _option(
+        None,
+        "compute MLPs and norms in tiles of N tokens, and again in backward, to save memory; 0 does not "
+        "[4096 with gradient_checkpointing; without it, norms only]",
+        least=0,
+    )
     use_liger: bool = _option(False, "use Liger kernels in the layers; needs the package liger-kernel")
     attn_implementation: str | None = _option(None, "attention: sdpa, eager, flash_attention_2, ... [transformers']")
     trust_remote_code: bool = _option(False, "run Python code that comes with the checkpoint")

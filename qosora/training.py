@@ -28,12 +28,15 @@ from qosora.optim import trainer_optimizer
 from qosora.prepare import Prepared, prepare
 from qosora.run_config import TrainConfig
 from qosora.run_folder import RunFolder
+from qosora.tiling import TILE_LENGTH, apply_tiling
 from qosora.trainer import QosoraTrainer, Recorder, peak_memory_bytes
 
 __all__ = ["TrainResult", "train"]
 
 logger = logging.getLogger("qosora")
 
+#: Tokens of a tile to advise where memory runs out. Each tile dequantizes the weights: shorter ones take more time.
+_SHORT_TILE = 1024
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -138,6 +141,9 @@ def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
         if isinstance(error, (ValueError, ImportError)) and not isinstance(error, QosoraError):
             raise ConfigError(f"the trainer refuses the options: {error}") from error
         raise
+    apply_tiling(  # after the trainer has put in Liger's kernels
+        trainer.model, config.tile_length, mlps=config.gradient_checkpointing or config.tile_length is not None
+    )
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; the bar shows them
     return trainer, recorder
 
@@ -207,6 +213,9 @@ def _advice_on_memory(config: TrainConfig) -> Iterator[None]:
         advice += [f"lower max_length ({config.max_length})"]
         advice += [] if config.gradient_checkpointing else ["turn gradient_checkpointing on"]
         advice += [] if config.activation_offloading else ["turn activation_offloading on"]
+        tile_length = TILE_LENGTH if config.tile_length is None else config.tile_length
+        tiled = 0 < tile_length <= _SHORT_TILE or config.batch_size * config.max_length <= _SHORT_TILE
+        advice += [] if tiled else [f"set tile_length to {_SHORT_TILE}"]
         reason = str(error).splitlines()[0]
         raise QosoraError(f"out of GPU memory: {'; or '.join(advice)} ({reason})") from error
 

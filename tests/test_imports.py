@@ -20,7 +20,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("folders", "svd", "nf4", "pack", "experts", "run_config"),
     ("plain",),
     ("checkpoint",),
-    ("config", "factorize", "partial"),
+    ("config", "factorize", "partial", "tiling"),
     ("linear",),
     ("quantizer", "adapter", "optim", "data", "streaming"),
     ("models", "run_folder", "sft_options", "tokens", "generation"),

@@ -58,6 +58,8 @@ def test_all_problems_at_once_with_file_and_line(tmp_path: Path):
         ({"warmup_ratio": 1.0}, "warmup_ratio must be below 1, got 1.0"),
         ({"max_steps": True}, "max_steps must be an integer or null, got True"),
         ({"packing": "yes"}, "packing must be true or false, got 'yes'"),
+        ({"tile_length": -1}, "tile_length must be at least 0, got -1"),
+        ({"tile_length": "long"}, "tile_length must be an integer or null, got 'long'"),
         ({"model": ""}, "model must be non-empty text, got ''"),
         ({"sft": [1]}, "sft must be a mapping of names to values, got [1]"),
         ({"target_modules": [1]}, "target_modules must be a list of texts or null, got [1]"),

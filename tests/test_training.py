@@ -24,6 +24,7 @@ from qosora.models import load_model, load_tokenizer
 from qosora.prepare import prepare
 from qosora.run_config import TrainConfig
 from qosora.run_folder import MetricsLog, RunFolder
+from qosora.tiling import apply_tiling
 from qosora.training import TrainResult, train
 
 
@@ -49,7 +50,9 @@ def run(place: Path) -> TrainResult:
     return train(config(place, place / "run", **RUN, eval_data=str(place / "test.jsonl")))
 
 
-RUN: dict[str, Any] = {"batch_size": 2, "gradient_accumulation": 2, "save_steps": 4, "save_total_limit": None}
+RUN: dict[str, Any] = {
+    "batch_size": 2, "gradient_accumulation": 2, "save_steps": 4, "save_total_limit": None, "tile_length": 16,
+}  # fmt: skip
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -258,6 +261,37 @@ def test_trainers_own_machinery_is_reachable(place: Path, tmp_path: Path):
 def test_kinds_of_data(place: Path, tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, Any]):
     data = write_jsonl(tmp_path / "data.jsonl", rows)
     assert train(config(place, tmp_path / "run", data=str(data), max_steps=1, **options)).steps == 1
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_tiles_change_no_loss(place: Path, tmp_path: Path, checkpointing: bool):
+    losses = []
+    for tile_length in (0, 8):
+        folder = tmp_path / str(tile_length)
+        options = {"tile_length": tile_length, "gradient_checkpointing": checkpointing, "max_steps": 3}
+        train(config(place, folder, **options))
+        losses.append([line["loss"] for line in metrics(folder)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "mlps"),
+    [
+        ({}, True),
+        ({"gradient_checkpointing": False}, False),
+        ({"gradient_checkpointing": False, "tile_length": 8}, True),
+    ],
+)
+def test_mlps_are_tiled_where_it_costs_nothing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], mlps: bool
+):
+    tiled = []
+    monkeypatch.setattr(
+        qosora.training, "apply_tiling", lambda *args, **kwargs: tiled.extend(apply_tiling(*args, **kwargs))
+    )
+    train(config(place, tmp_path / "run", max_steps=1, **options))
+    assert any(name.endswith(".mlp") for name in tiled) is mlps
+    assert any(name.endswith(".input_layernorm") for name in tiled)
 
 
 def test_a_run_says_little(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
