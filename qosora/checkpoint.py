@@ -253,7 +253,7 @@ class Shards:
         digest = hashlib.sha256()
         with (self.folder / file).open("r+b") as stream:
             stream.seek(offset)
-            for part in tensor.detach().reshape(-1).split(_CHUNK_NUMEL):
+            for part in torch.split(tensor.detach().reshape(-1), _CHUNK_NUMEL):
                 data = _bytes(_cast(name, part.cpu(), spec.dtype))
                 digest.update(data)
                 stream.write(data)

@@ -23,8 +23,9 @@ _WHICH = """
 --onto dequantized is the model that was trained and evaluated; it needs nothing
 but base and adapter. --onto original leaves the quantization error behind, which
 training has partly worked around: where the last bit of loss counts, evaluate
-both (the README has a measured example). A LoRA is the same as --onto original,
-for programs that load it beside the original model."""
+both (Gemma 3 270M on GSM8K, test loss: 0.913 in qosora, 0.914 onto dequantized,
+0.917 onto original). A LoRA is the same as --onto original, for programs that
+load it beside the original model."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
