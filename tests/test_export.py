@@ -481,7 +481,7 @@ def test_an_output_that_must_not_be_replaced(tiny: Tiny, copies: Tiny, tmp_path:
 def test_a_full_disk(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 1000, 1000))
-    refused(tmp_path, "0.00 GiB are free", tiny.base)
+    refused(tmp_path, "0.0 MiB are free", tiny.base)
 
 
 def test_an_adapter_exports_as_it_loads(tmp_path: Path):
