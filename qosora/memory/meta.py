@@ -142,19 +142,20 @@ class MetaKernels:
     def __init__(self, answer: bool) -> None:
         self.answer = answer
         self._results: dict[Any, list[_Result] | None] = {}
+        self._pure: dict[Any, bool] = {}  # whether an operation returns new memory, changing none
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation; without values where it needs them."""
-        name = func._schema.name
-        if name == "aten::_local_scalar_dense" and args[0].is_meta:
+        if (pure := self._pure.get(func)) is None:
+            pure = self._pure[func] = all(argument.alias_info is None for argument in func._schema.arguments)
+        if not pure:
+            in_place = func._schema.name.endswith("_") and isinstance(args[0], torch.Tensor) and args[0].is_meta
+            return args[0] if in_place else func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self.answer
-        if name == "aten::index" and _is_mask(args[1]):  # as if the mask were true everywhere
+        if func is torch.ops.aten.index.Tensor and _is_mask(args[1]):  # as if the mask were true everywhere
             mask = args[1][0]
             return args[0].new_empty((mask.numel(), *args[0].shape[mask.ndim :]))
-        if name.endswith("_") and isinstance(args[0], torch.Tensor) and args[0].is_meta:
-            return args[0]
-        if any(argument.alias_info is not None for argument in func._schema.arguments):
-            return func(*args, **kwargs)
         inputs: list[torch.Tensor] = []
         key = (func, _described(args, inputs), _described(tuple(kwargs.items()), inputs))
         if key not in self._results:

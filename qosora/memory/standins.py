@@ -24,33 +24,36 @@ __all__ = ["FourBitLinear", "OffloadingStandIn", "PackedStandIn", "PerTensorStan
 _SMALL = 4096  # elements; below, bitsandbytes keeps 32-bit states
 
 
-def state_shapes(numel: int, optimizer: str, small: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Return shapes and dtypes of what bitsandbytes keeps for one parameter of `numel` elements."""
-    kind = OPTIMIZERS[optimizer]
+def state_shapes(numel: int, optimizer: str, in_all: int | None = None) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return shapes and dtypes of what bitsandbytes keeps for `numel` elements of a parameter.
+
+    Args:
+        numel: Elements.
+        optimizer: One of `OPTIMIZERS`.
+        in_all: Elements of the whole parameter, whose size decides about 8 bits; `numel` by default.
+    """
     moments = 2 if "adam" in optimizer else 1
-    if kind.bits == 32 or small:
+    if OPTIMIZERS[optimizer].bits == 32 or (in_all or numel) < _SMALL:
         return [((numel,), torch.float32)] * moments
     return [((numel,), torch.uint8), ((-(-numel // 256),), torch.float32)] * moments
 
 
 class _StandIn:
-    """Keeps states; those that bitsandbytes pages on CUDA are managed memory, which CUDA's allocator never sees."""
+    """Keeps the states that lie in ordinary memory; paged ones are managed memory, outside of CUDA's allocator."""
 
     def __init__(self, tracer: Tracer, optimizer: str, paged: bool) -> None:
         self.tracer, self.optimizer, self.paged = tracer, optimizer, paged
         self.states: list[torch.Tensor] = []
-        self.paged_bytes = 0
 
     def allocate_states(self, numel: int, in_all: int) -> None:
-        """Allocate the states of `numel` elements of a parameter of `in_all`, whose size decides how they are kept."""
-        kinds = state_shapes(numel, self.optimizer, small=in_all < _SMALL)
+        """Allocate the states of `numel` elements of a parameter of `in_all`."""
         if self.paged and in_all >= PAGED_NUMEL:
-            self.paged_bytes += sum(shape[0] * dtype.itemsize for shape, dtype in kinds)
             return
+        shapes = state_shapes(numel, self.optimizer, in_all)
         with self.tracer.allocating("optimizer state"):
-            self.states += [torch.zeros(shape, dtype=dtype, device="meta") for shape, dtype in kinds]
-            if kinds[0][1] == torch.uint8 and len(self.states) == len(kinds):  # the tables of 8-bit values, once
-                self.states += [torch.zeros(256, device="meta") for kind in kinds if kind[1] == torch.uint8]
+            tables = len(shapes) // 2 if shapes[0][1] == torch.uint8 and not self.states else 0
+            self.states += [torch.zeros(256, device="meta") for _ in range(tables)]  # of the 8-bit values
+            self.states += [torch.zeros(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
 
 
 class PackedStandIn(_StandIn):

@@ -45,13 +45,18 @@ class Batch:
         """Tokens, padding included."""
         return self.size * self.length
 
+    @property
+    def columns(self) -> int:
+        """Length of a row."""
+        return self.tokens if self.packing else self.length
+
     def tensors(self, vocab: int, device: torch.device | str) -> dict[str, torch.Tensor]:
         """Return what the trainer's collator makes, with random tokens."""
-        rows, columns = (1, self.tokens) if self.packing else (self.size, self.length)
+        shape = (self.tokens // self.columns, self.columns)
         if torch.device(device).type == "meta":
-            ids = torch.empty(rows, columns, dtype=torch.int64, device=device)
+            ids = torch.empty(shape, dtype=torch.int64, device=device)
         else:
-            ids = torch.randint(0, vocab, (rows, columns), device=device)
+            ids = torch.randint(0, vocab, shape, device=device)
         made = {"input_ids": ids, "labels": ids.clone()}
         if self.packing:
             half = -(-self.length // 2)

@@ -25,10 +25,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, QosoraError
 from qosora.memory.meta import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
-from qosora.memory.standins import FourBitLinear, OffloadingStandIn, PackedStandIn, PerTensorStandIn
+from qosora.memory.standins import FourBitLinear, OffloadingStandIn, PackedStandIn, PerTensorStandIn, state_shapes
 from qosora.memory.step import Batch, decoder_layers, prepare_model, register_model, training_step
 from qosora.memory.tracer import Peak, Site, Tracer
-from qosora.pack import ALIGNMENT
+from qosora.pack import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
 from qosora.quantizer import QosoraHfQuantizer
 
 __all__ = ["Prediction", "StepOptions", "TracedModel"]
@@ -64,6 +64,18 @@ class StepOptions:
     optimizer: str = "paged_adamw_32bit"
     precision: str = "bf16"
     device: str = "cuda"
+
+    def problems(self) -> list[str]:
+        """Return a sentence for every value that there is not."""
+        choices = {
+            "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"), "attn_implementation": ("sdpa", "eager"),
+            "optimizer": tuple(OPTIMIZERS), "precision": tuple(_DTYPES), "device": tuple(_GRANULARITY),
+        }  # fmt: skip
+        return [
+            f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+            for name, known in choices.items()
+            if getattr(self, name) not in known
+        ]
 
 
 @dataclass(frozen=True)
@@ -110,39 +122,74 @@ class TracedModel:
         self.options = options
         model = _meta_model(config, options)
         _replace_linears(model, storage, options)
-        self.stack, self.layers = decoder_layers(model)
-        self.attribute = next(name for name, child in self.stack.named_children() if child is self.layers)
+        self.stack, layers = decoder_layers(model)
+        self.attribute = next(name for name, child in self.stack.named_children() if child is layers)
+        self.count = len(layers)
+        self.depths = _depths(_signatures(layers, config), full_depth)
+        self.layers = layers[: self.depths[-1]]
+        setattr(self.stack, self.attribute, self.layers)
         self.vocab: int = model.config.get_text_config().vocab_size
-        self.depths = _depths(_signatures(self.layers, config), full_depth)
         model.requires_grad_(False)
         adapter = OsoraConfig(vectors=options.vectors) if options.method == "qosora" else _lora(options)
-        self.model = get_peft_model(model, adapter)
+        with torch.device("meta"):
+            self.model = get_peft_model(model, adapter)
         if options.method == "qlora":  # as TRL does for models that are loaded in 4 bits
             for p in self._trained():
                 p.data = p.data.to(torch.bfloat16)
         prepare_model(
             self.model, gradient_checkpointing=options.gradient_checkpointing, fused_head=options.chunked_loss
         )
-        self.trained_parameters = sum(p.numel() for p in self._trained())
-        self.pack_elements = sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self._trained())
+        self.trained_parameters = self._in_all(lambda: sum(p.numel() for p in self._trained()))
+        self.pack_elements = self._in_all(
+            lambda: sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self._trained())
+        )
+        self.paged_bytes = self._in_all(self._paged_bytes)
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def _cut(self, depth: int) -> nn.ModuleList:
+        layers = self.layers[:depth]
+        setattr(self.stack, self.attribute, layers)
+        return layers
+
+    def _in_all(self, count: Callable[[], int]) -> int:
+        """Return a count for the whole model, of what grows with each period of layers alike."""
+        found = []
+        for depth in self.depths:
+            self._cut(depth)
+            found.append(count())
+        return found[0] if len(found) == 1 else _line(found[0], found[1], self._periods())
+
+    def _periods(self) -> int:
+        """Periods of layers that the smaller trace lacks."""
+        return (self.count - self.depths[0]) // (self.depths[1] - self.depths[0])
+
+    def _paged_bytes(self) -> int:
+        """Bytes of optimizer states in managed memory, which CUDA's allocator never sees."""
+        if self.options.device != "cuda":
+            return 0
+        sizes = [p.numel() for p in self._trained()]
+        if self.options.method == "qosora":
+            sizes = [sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)] * (self.pack_elements >= PAGED_NUMEL)
+        else:
+            sizes = [n for n in sizes if n >= PAGED_NUMEL]
+        shapes = (shape for n in sizes for shape in state_shapes(n, self.options.optimizer))
+        return sum(size[0] * dtype.itemsize for size, dtype in shapes)
+
     def predict(self, batch: Batch) -> Prediction:
         """Return the peak of a step on a batch."""
         kernels = MetaKernels(answer=not (batch.padding or batch.packing))
-        traces = [(depth, *self._trace(batch, depth, kernels)) for depth in self.depths]
-        depth, sites, paged = traces[0]
+        traces = [(depth, self._trace(batch, depth, kernels)) for depth in self.depths]
+        depth, sites = traces[0]
         if len(traces) == 2:
-            deeper, more_sites, more_paged = traces[1]
-            times = (len(self.layers) - depth) // (deeper - depth)
-            sites = _extrapolated(_from_end(sites, depth), _from_end(more_sites, deeper), times, deeper - depth)
-            paged += times * (more_paged - paged)
-        return prediction(sites, paged)
+            deeper, more = traces[1]
+            period = deeper - depth
+            sites = _extrapolated(_from_end(sites, depth), _from_end(more, deeper), self._periods(), period)
+        return prediction(sites, self.paged_bytes)
 
-    def _trace(self, batch: Batch, depth: int, kernels: MetaKernels) -> tuple[dict[Site, Peak], int]:
-        setattr(self.stack, self.attribute, layers := self.layers[:depth])
+    def _trace(self, batch: Batch, depth: int, kernels: MetaKernels) -> dict[Site, Peak]:
+        layers = self._cut(depth)
         options, trained = self.options, self._trained()
         for p in trained:
             p.data, p.grad = torch.empty_like(p, memory_format=torch.contiguous_format), None
@@ -164,7 +211,7 @@ class TracedModel:
                     f"{type(self.model.get_base_model()).__name__} cannot be traced without weights: "
                     f"{str(error).strip().splitlines()[0]}. Measure it with `qosora profile` instead"
                 ) from error
-        return tracer.sites, optimizer.paged_bytes
+        return tracer.sites
 
     def _optimizer(self, tracer: Tracer, trained: list[nn.Parameter]) -> Any:
         paged = self.options.device == "cuda"
