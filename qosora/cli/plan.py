@@ -128,7 +128,7 @@ def usage_table(usage: Usage, qlora: Usage | None) -> str:
 
 def where(usage: Usage) -> str:
     """Say where the peak of a step is."""
-    layer = "" if usage.layer is None else " of the last layer" if usage.layer == -1 else f" of layer {usage.layer}"
+    layer = "" if usage.layer is None else f" of layer {usage.layer}"
     module = usage.module.removeprefix("layers.*").strip(".") or ("layer" if layer else "step")
     return f"{usage.phase}, {module}{layer}, {usage.op}"
 

@@ -27,7 +27,7 @@ from qosora.memory.step import Batch
 from qosora.memory.traced import Prediction, StepOptions, TracedModel
 from qosora.memory.tracer import CATEGORIES, PHASES, Site
 
-__all__ = ["Advice", "Cell", "Plan", "Usage", "plan"]
+__all__ = ["Advice", "Cell", "Plan", "Usage", "plan", "storage_of", "usage_of"]
 
 GRID_BATCHES = (1, 2, 4, 8, 16)
 GRID_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -48,7 +48,7 @@ class Usage:
         total_bytes: With paged states, the allocator's overhead and the context.
         phase: Of the step, at the peak.
         module: That runs at the peak; `layers.*` is the decoder layer `layer`.
-        layer: Counted from 0, or from the last as -1; None outside layers.
+        layer: Counted from 0; None outside layers.
         op: The operation of the peak.
         phases: Bytes at the peak of each phase, as `allocated_bytes`.
     """
@@ -179,7 +179,7 @@ def plan(
         'backward'
     """
     config = model if isinstance(model, PreTrainedConfig) else model_config(model, trust_remote_code=trust_remote_code)
-    storage = storage or _storage_of(config, rank)
+    storage = storage or storage_of(config, rank)
     step = StepOptions(**options)
     _check(config, step, batch_size, seq_len)
     card = the_card(gpu, gpu_memory) if step.device == "cuda" else Card("cpu", None)
@@ -210,7 +210,8 @@ def plan(
     )
 
 
-def _storage_of(config: PreTrainedConfig, rank: int | None) -> QosoraConfig:
+def storage_of(config: PreTrainedConfig, rank: int | None) -> QosoraConfig:
+    """Return how a base is decomposed, or how a model would be at a rank."""
     stored = getattr(config, "quantization_config", None)
     stored = stored if isinstance(stored, dict) or stored is None else stored.to_dict()
     if stored is None:
@@ -259,7 +260,7 @@ class _Planner:
 
     def usage(self, batch: Batch) -> Usage:
         """Trace a batch."""
-        return _usage(self._predict(batch), self.card, self.step.device)
+        return usage_of(self._predict(batch), self.card, self.step.device)
 
     def _predict(self, batch: Batch) -> Prediction:
         if batch not in self._known:
@@ -399,12 +400,13 @@ def _outside(live: int, paged: int, card: Card, device: str) -> dict[str, int]:
     }
 
 
-def _usage(found: Prediction, card: Card, device: str) -> Usage:
+def usage_of(found: Prediction, card: Card, device: str) -> Usage:
+    """Return a prediction with what a device adds to it."""
     outside = _outside(found.peak_bytes, found.paged_bytes, card, device)
     workspaces = outside.get("cuBLAS workspaces", 0)
     rows = {name: found.live[name] for name in CATEGORIES if found.live.get(name)}
     rows |= {name: value for name, value in outside.items() if value}
-    layer = found.site.layer if found.site.module.startswith("layers.*") else None
+    layer = None if found.site.layer < 0 else found.site.layer
     phases = {phase: found.phases[phase] + workspaces for phase in PHASES if phase in found.phases}
     return Usage(
         rows, found.peak_bytes + workspaces, found.peak_bytes + sum(outside.values()), found.site.phase,

@@ -21,7 +21,7 @@ from qosora.errors import QosoraError
 from qosora.linear import qosora_modules
 from qosora.memory.tracer import Tracer
 
-__all__ = ["Batch", "decoder_layers", "prepare_model", "register_model", "training_step"]
+__all__ = ["Batch", "decoder_layers", "prepare_model", "register_model", "register_optimizer", "training_step"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,22 @@ def _tensors_of(state: Any) -> list[torch.Tensor]:
 
 def _new(tracer: Tracer, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor for tensor in tensors if not tracer.knows(tensor)]
+
+
+def register_optimizer(tracer: Tracer, optimizer: Any) -> None:
+    """Count an optimizer's states, and the buffers that the packed one keeps parameters and gradients in."""
+    for pack in getattr(optimizer, "_packs", []):
+        tracer.register([pack.flat], "adapter")
+        if pack.grad is not None:
+            tracer.register([pack.grad], "gradients")
+        tracer.register(_unpaged(pack.tensors()), "optimizer state")
+    for state in optimizer.state.values():
+        tracer.register(_unpaged(state), "optimizer state")
+
+
+def _unpaged(state: dict[str, Any]) -> list[torch.Tensor]:
+    """Tensors but those in managed memory, which CUDA's allocator does not count either."""
+    return [t for t in state.values() if isinstance(t, torch.Tensor) and not getattr(t, "is_paged", False)]
 
 
 def training_step(

@@ -10,6 +10,7 @@ first layer is a place of its own, as it has no input to give a gradient to.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,9 +32,9 @@ from qosora.memory.tracer import Peak, Site, Tracer
 from qosora.pack import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
 from qosora.quantizer import QosoraHfQuantizer
 
-__all__ = ["Prediction", "StepOptions", "TracedModel"]
+__all__ = ["DTYPES", "Prediction", "StepOptions", "TracedModel", "meta_model", "prediction", "quantize_linears"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GRANULARITY = {"cuda": 512, "cpu": 1}  # bytes; what PyTorch's CUDA allocator rounds to
 
 
@@ -69,7 +70,7 @@ class StepOptions:
         """Return a sentence for every value that there is not."""
         choices = {
             "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"), "attn_implementation": ("sdpa", "eager"),
-            "optimizer": tuple(OPTIMIZERS), "precision": tuple(_DTYPES), "device": tuple(_GRANULARITY),
+            "optimizer": tuple(OPTIMIZERS), "precision": tuple(DTYPES), "device": tuple(_GRANULARITY),
         }  # fmt: skip
         return [
             f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
@@ -120,8 +121,8 @@ class TracedModel:
         self, config: PreTrainedConfig, storage: QosoraConfig, options: StepOptions, *, full_depth: bool = False
     ) -> None:
         self.options = options
-        model = _meta_model(config, options)
-        _replace_linears(model, storage, options)
+        model = meta_model(config, options)
+        quantize_linears(model, storage, options)
         self.stack, layers = decoder_layers(model)
         self.attribute = next(name for name, child in self.stack.named_children() if child is layers)
         self.count = len(layers)
@@ -186,7 +187,11 @@ class TracedModel:
             deeper, more = traces[1]
             period = deeper - depth
             sites = _extrapolated(_from_end(sites, depth), _from_end(more, deeper), self._periods(), period)
+            sites = {site._replace(layer=self._layer(site.layer)): peak for site, peak in sites.items()}
         return prediction(sites, self.paged_bytes)
+
+    def _layer(self, position: int) -> int:
+        return {_OUTSIDE: -1, _FIRST: 0}.get(position, self.count + position)
 
     def _trace(self, batch: Batch, depth: int, kernels: MetaKernels) -> dict[Site, Peak]:
         layers = self._cut(depth)
@@ -237,19 +242,22 @@ def prediction(sites: dict[Site, Peak], paged_bytes: int) -> Prediction:
     return Prediction(peak.total, peak.live, site, peak.op, phases, paged_bytes, sites)
 
 
-def _meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:
+def meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:
+    """Return a plain model on the meta device."""
+    config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                config, dtype=_DTYPES[options.precision], attn_implementation=options.attn_implementation
+                config, dtype=DTYPES[options.precision], attn_implementation=options.attn_implementation
             )
     except (ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"transformers cannot build a {config.model_type} model: {reason}") from error
 
 
-def _replace_linears(model: Any, storage: QosoraConfig, options: StepOptions) -> None:
+def quantize_linears(model: Any, storage: QosoraConfig, options: StepOptions) -> None:
+    """Replace linear layers by those of the method, on the meta device."""
     quantizer = QosoraHfQuantizer(storage, pre_quantized=False)
     if options.method == "qosora":
         quantizer._process_model_before_weight_loading(model)
