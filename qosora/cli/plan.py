@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="hub id, folder, config.json, or a built-in shape such as llama-3.1-8b"
     )
     add_step(parser)
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of the card, e.g. 24GiB (default: that of this GPU)")
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help="memory of the card, e.g. 24GiB (default: that of this GPU)"
+    )
     parser.add_argument("--gpu", metavar="NAME", help='a card by its name, e.g. "RTX 4090"')
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="to plan for (default: cuda)")
     parser.add_argument("--no-qlora", action="store_true", help="do not compare with PEFT QLoRA, r=16")
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def add_step(parser: argparse.ArgumentParser) -> None:
+def add_step(parser: argparse.ArgumentParser, precision: str | None = "bf16") -> None:
     """Add the options that decide about a step's memory, with the defaults of `qosora train`."""
     yes_no: Any = argparse.BooleanOptionalAction
     defaults = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
@@ -57,16 +59,27 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunked-loss", action=yes_no, default=True, help="never build all logits [yes]")
     parser.add_argument("--activation-offloading", action="store_true", help="keep activations in host memory")
     parser.add_argument(
-        "--attn-implementation", choices=("sdpa", "eager"), default="sdpa", help="flash_attention_2 needs what sdpa does"
+        "--attn-implementation",
+        choices=("sdpa", "eager"),
+        default="sdpa",
+        help="flash_attention_2 needs what sdpa does",
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0], help=f"[{OPTIMIZERS[0]}]")
-    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="of activations [bf16]")
+    text = precision or "bf16 on a GPU, fp32 on a CPU"
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp16", "fp32"), default=precision, help=f"of activations [{text}]"
+    )
 
 
-STEP = (
+_STEP = (
     "rank", "batch_size", "seq_len", "padding", "packing", "vectors", "gradient_checkpointing", "chunked_loss",
-    "activation_offloading", "attn_implementation", "optimizer", "precision", "device", "trust_remote_code",
+    "activation_offloading", "attn_implementation", "optimizer", "precision", "trust_remote_code",
 )  # fmt: skip
+
+
+def step_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of the options of `add_step`, but those that have none."""
+    return {name: value for name in _STEP if (value := getattr(args, name)) is not None}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,7 +92,8 @@ def run(args: argparse.Namespace) -> None:
         gpu_memory=args.gpu_memory,
         compare=not args.no_qlora,
         grid=not args.no_grid,
-        **{name: getattr(args, name) for name in STEP},
+        device=args.device,
+        **step_options(args),
     )
     if args.json:
         print_json(found.to_dict())

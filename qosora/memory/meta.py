@@ -117,7 +117,9 @@ def _cpu_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The CPU's flash attention, which takes masks and groups of heads, too."""
+    """The CPU's flash attention, which takes masks and groups of heads, but no dropout."""
+    if dropout_p:
+        return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None:
         attn_mask = _additive(attn_mask, query.dtype)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -215,7 +217,7 @@ def _results(out: Any, inputs: list[torch.Tensor]) -> list[_Result] | None:
 
 
 def _flash_backward(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
-    """dQ in float32, row sums, and under grouped heads dK and dV of every head (flash_api.cpp, mha_bwd)."""
+    """DQ in float32, row sums, and under grouped heads dK and dV of every head (flash_api.cpp, mha_bwd)."""
     batch, heads, tokens, width = query.shape
     rows = -(-tokens // 128) * 128
     columns = -(-width // 32) * 32 if width <= 192 else 256
@@ -229,7 +231,9 @@ def _efficient_backward(grad: torch.Tensor, query: torch.Tensor, *_: Any, **__: 
     return query.numel() // query.shape[-1] * 4 + (query.numel() * 4 if query.element_size() == 2 else 0)
 
 
-def _gemm_4bit(x: torch.Tensor, packed: torch.Tensor, shape: Any, absmax: Any, blocksize: int, *_: Any, **__: Any) -> int:
+def _gemm_4bit(
+    x: torch.Tensor, packed: torch.Tensor, shape: Any, absmax: Any, blocksize: int, *_: Any, **__: Any
+) -> int:
     """The dequantized weight and its float32 absmax: for many rows bitsandbytes dequantizes and calls cuBLAS."""
     numel = math.prod(shape)
     return numel * x.element_size() + -(-numel // blocksize) * 4

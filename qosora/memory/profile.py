@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +217,9 @@ def _measure(base: PreTrainedModel, inputs: dict[str, torch.Tensor], step: StepO
     return measure(model, inputs, optimizer, step, steps)
 
 
-def measure(model: Any, inputs: dict[str, torch.Tensor], optimizer: Any, step: StepOptions, steps: int) -> dict[str, Any]:
+def measure(
+    model: Any, inputs: dict[str, torch.Tensor], optimizer: Any, step: StepOptions, steps: int
+) -> dict[str, Any]:
     """Time some steps of any PEFT model, then trace one.
 
     Args:

@@ -124,7 +124,9 @@ class FourBitLinear(bitsandbytes.nn.Linear4bit):
         stored = nf4.stored_shapes(linear.weight.numel(), 64, True)
         parts = {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in stored.items()}
         code = torch.empty(256, device="meta")
-        nested = QuantState(absmax=parts["absmax_scale"], code=code, blocksize=nf4.ABSMAX_BLOCKSIZE, dtype=torch.float32)
+        nested = QuantState(
+            absmax=parts["absmax_scale"], code=code, blocksize=nf4.ABSMAX_BLOCKSIZE, dtype=torch.float32
+        )
         state = QuantState(
             absmax=parts["absmax"], shape=linear.weight.shape, code=torch.empty(16, device="meta"), blocksize=64,
             quant_type="nf4", dtype=linear.weight.dtype, offset=parts["absmax_offset"], state2=nested,

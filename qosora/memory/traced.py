@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qosora.config import OsoraConfig, QosoraConfig
-from qosora.errors import CheckpointError, ConfigError, QosoraError
+from qosora.errors import CheckpointError, QosoraError
 from qosora.memory.meta import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
 from qosora.memory.standins import FourBitLinear, OffloadingStandIn, PackedStandIn, PerTensorStandIn, state_shapes
 from qosora.memory.step import Batch, decoder_layers, prepare_model, register_model, training_step
@@ -141,9 +141,7 @@ class TracedModel:
             self.model, gradient_checkpointing=options.gradient_checkpointing, fused_head=options.chunked_loss
         )
         self.trained_parameters = self._in_all(lambda: sum(p.numel() for p in self._trained()))
-        self.pack_elements = self._in_all(
-            lambda: sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self._trained())
-        )
+        self.pack_elements = self._in_all(lambda: sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self._trained()))
         self.paged_bytes = self._in_all(self._paged_bytes)
 
     def _trained(self) -> list[nn.Parameter]:
@@ -207,7 +205,9 @@ class TracedModel:
                 inputs = batch.tensors(self.vocab, "meta")
             tracer.sites.clear()
             saving: Callable[[], Any] = (
-                partial(OffloadingStandIn, list(self.model.parameters())) if options.activation_offloading else _NoContext
+                partial(OffloadingStandIn, list(self.model.parameters()))
+                if options.activation_offloading
+                else _NoContext
             )
             try:
                 training_step(self.model, inputs, optimizer, tracer, fused_head=options.chunked_loss, saving=saving)
@@ -308,9 +308,7 @@ def _position(layer: int, depth: int) -> int:
     return _OUTSIDE if layer < 0 else _FIRST if layer == 0 else layer - depth
 
 
-def _extrapolated(
-    few: dict[Site, Peak], more: dict[Site, Peak], times: int, period: int
-) -> dict[Site, Peak]:
+def _extrapolated(few: dict[Site, Peak], more: dict[Site, Peak], times: int, period: int) -> dict[Site, Peak]:
     """Return the sites of a model with `times` periods of layers more than the smaller trace."""
     found = {}
     for site, peak in few.items():

@@ -294,4 +294,3 @@ def _category(key: _Key, site: Site) -> str:
     if key.phase == "forward" and not (site.phase == "forward" and site.layer == key.layer):
         return "saved activations"
     return "layer temporaries"
-
