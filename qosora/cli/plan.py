@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="hub id, folder, config.json, or a built-in shape such as llama-3.1-8b"
     )
     add_step(parser)
-    parser.add_argument(
-        "--gpu-memory", metavar="SIZE", help="memory of the card, e.g. 24GiB (default: that of this GPU)"
-    )
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of the card, such as 24GiB (default: this GPU's)")
     parser.add_argument("--gpu", metavar="NAME", help='a card by its name, e.g. "RTX 4090"')
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="to plan for (default: cuda)")
     parser.add_argument("--no-qlora", action="store_true", help="do not compare with PEFT QLoRA, r=16")
@@ -62,13 +60,11 @@ def add_step(parser: argparse.ArgumentParser, precision: str | None = "bf16") ->
         "--attn-implementation",
         choices=("sdpa", "eager"),
         default="sdpa",
-        help="flash_attention_2 needs what sdpa does",
+        help="flash_attention_2 needs as much as sdpa",
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0], help=f"[{OPTIMIZERS[0]}]")
-    text = precision or "bf16 on a GPU, fp32 on a CPU"
-    parser.add_argument(
-        "--precision", choices=("bf16", "fp16", "fp32"), default=precision, help=f"of activations [{text}]"
-    )
+    help = f"of activations [{precision or 'bf16 on a GPU, fp32 on a CPU'}]"
+    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default=precision, help=help)
 
 
 _STEP = (

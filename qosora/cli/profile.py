@@ -69,10 +69,9 @@ def _lines(found: Measurement) -> list[str]:
 
 def _rows(found: Measurement) -> str:
     """Return measured and planned bytes by category and by phase."""
-    planned = found.planned
-    names = list(dict.fromkeys([*found.live.rows, *(planned.rows if planned else [])]))
-    pairs = [(name, found.live.rows.get(name), planned and planned.rows.get(name)) for name in names]
-    pairs += [(f"peak of {p}", value, planned and planned.phases.get(p)) for p, value in found.live.phases.items()]
-    pairs.append(("peak", found.live.allocated_bytes, planned and planned.allocated_bytes))
-    rows = [[name, *("" if value is None else size(value) for value in values)] for name, *values in pairs]
-    return table(["live tensors", "measured", "planned"][: 2 + (planned is not None)], [r[: 2 + (planned is not None)] for r in rows])  # fmt: skip
+    columns = [found.live] if found.planned is None else [found.live, found.planned]
+    names = dict.fromkeys(name for usage in columns for name in usage.rows)
+    rows = [[name, *(size(usage.rows.get(name, 0)) for usage in columns)] for name in names]
+    rows += [[f"peak of {p}", *(size(usage.phases.get(p, 0)) for usage in columns)] for p in found.live.phases]
+    rows.append(["peak", *(size(usage.allocated_bytes) for usage in columns)])
+    return table(["live tensors", "measured", "planned"][: len(columns) + 1], rows)

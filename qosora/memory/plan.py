@@ -342,7 +342,7 @@ class _Planner:
         step, storage = self.step, self.storage
         for name, value, text in _CHEAPER:
             if getattr(step, name) != value and not (name == "precision" and step.precision == "fp16"):
-                yield text, replace(step, **{name: value}), storage, batch
+                yield text, replace(step, **{name: value}), storage, batch  # type: ignore[arg-type]
         if batch.size > 1:
             yield "--batch-size 1, with --gradient-accumulation in training", step, storage, self.batch(1, batch.length)
         if batch.length >= 256:

@@ -78,14 +78,14 @@ class PackedStandIn(_StandIn):
         with tracer.allocating("gradients"):
             self.grad = torch.zeros_like(flat)
         self.views = []
-        for p, window, grad in zip(params, flat.split(lengths), self.grad.split(lengths), strict=True):
+        for p, window, grad in zip(params, torch.split(flat, lengths), torch.split(self.grad, lengths), strict=True):
             p.data = window[: p.numel()].view(p.shape)
             self.views.append(grad[: p.numel()].view(p.shape))
         self.allocate_states(flat.numel(), in_all)
 
     def step(self) -> None:
         """Gather the gradients."""
-        torch._foreach_copy_(self.views, [p.grad for p in self.params])
+        torch._foreach_copy_(self.views, [p.grad for p in self.params if p.grad is not None])
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
 

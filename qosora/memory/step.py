@@ -69,7 +69,7 @@ class Batch:
         return made | {"attention_mask": mask}
 
 
-def decoder_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """Return the module that holds the decoder's layers, and the list of them.
 
     Raises:
@@ -168,7 +168,7 @@ def training_step(
         tracer.enter_phase("forward")
         loss = _loss(model, batch, fused_head)
         tracer.enter_phase("loss")  # also where the backbone is not told apart
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     tracer.enter_phase("optimizer")
     if max_grad_norm:
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -194,7 +194,7 @@ def _gradients_counted(params: Iterable[nn.Parameter], tracer: Tracer) -> Iterat
         if p.grad is not None:
             tracer.register([p.grad], "gradients")
 
-    handles = [p.register_post_accumulate_grad_hook(hook) for p in params]
+    handles = [p.register_post_accumulate_grad_hook(hook) for p in params]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

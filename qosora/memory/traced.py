@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -204,11 +205,9 @@ class TracedModel:
             with tracer.allocating("batch"):
                 inputs = batch.tensors(self.vocab, "meta")
             tracer.sites.clear()
-            saving: Callable[[], Any] = (
-                partial(OffloadingStandIn, list(self.model.parameters()))
-                if options.activation_offloading
-                else _NoContext
-            )
+            saving: Callable[[], AbstractContextManager[Any]] = nullcontext
+            if options.activation_offloading:
+                saving = partial(OffloadingStandIn, list(self.model.parameters()))
             try:
                 training_step(self.model, inputs, optimizer, tracer, fused_head=options.chunked_loss, saving=saving)
             except (RuntimeError, NotImplementedError) as error:
@@ -223,14 +222,6 @@ class TracedModel:
         if self.options.method == "qosora":
             return PackedStandIn(trained, tracer, self.options.optimizer, paged, self.pack_elements)
         return PerTensorStandIn(trained, tracer, self.options.optimizer, paged)
-
-
-class _NoContext:
-    """No context; contextlib's is no type that mypy takes for a factory."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: Any) -> None: ...
 
 
 def prediction(sites: dict[Site, Peak], paged_bytes: int) -> Prediction:

@@ -88,7 +88,7 @@ class _Block:
     reference: Any = field(default=None, repr=False)
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows live bytes while it is entered.
 
     Args:
@@ -106,7 +106,7 @@ class Tracer(TorchDispatchMode):
         run: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs),
         log: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.granularity, self.workspaces, self.run = granularity, workspaces or {}, run
         self.sites: dict[Site, Peak] = {}
         self.total = 0
@@ -184,7 +184,7 @@ class Tracer(TorchDispatchMode):
             first = next(iter(tree_iter(output)), None)
             if self.phase == "forward":
                 if isinstance(first, torch.Tensor) and first.requires_grad:
-                    first.register_hook(backward)
+                    first.register_hook(backward)  # type: ignore[no-untyped-call]
                 if is_backbone:
                     self.enter_phase("loss")
 
