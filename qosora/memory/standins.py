@@ -19,8 +19,9 @@ from qosora import nf4
 from qosora.memory.tracer import Tracer
 from qosora.pack import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
 
-__all__ = ["FourBitLinear", "OffloadingStandIn", "PackedStandIn", "PerTensorStandIn", "state_shapes"]
+__all__ = ["STASH", "FourBitLinear", "OffloadingStandIn", "PackedStandIn", "PerTensorStandIn", "state_shapes"]
 
+STASH = 5  # TRL's max_fwd_stash_size: offloaded tensors that are still on their way
 _SMALL = 4096  # elements; below, bitsandbytes keeps 32-bit states
 
 
@@ -142,7 +143,7 @@ class OffloadingStandIn(saved_tensors_hooks):
 
     def __init__(self, params: Sequence[torch.Tensor]) -> None:
         kept = {p.untyped_storage()._cdata for p in params}
-        stash: deque[torch.Tensor] = deque(maxlen=5)  # max_fwd_stash_size: tensors still on their way
+        stash: deque[torch.Tensor] = deque(maxlen=STASH)
 
         def pack(tensor: torch.Tensor) -> Any:
             storage = tensor.untyped_storage()

@@ -27,7 +27,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.errors import CheckpointError, QosoraError
 from qosora.memory.meta import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
-from qosora.memory.standins import FourBitLinear, OffloadingStandIn, PackedStandIn, PerTensorStandIn, state_shapes
+from qosora.memory.standins import (
+    STASH,
+    FourBitLinear,
+    OffloadingStandIn,
+    PackedStandIn,
+    PerTensorStandIn,
+    state_shapes,
+)
 from qosora.memory.step import Batch, decoder_layers, prepare_model, register_model, training_step
 from qosora.memory.tracer import Peak, Site, Tracer
 from qosora.pack import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
@@ -127,7 +134,9 @@ class TracedModel:
         self.stack, layers = decoder_layers(model)
         self.attribute = next(name for name, child in self.stack.named_children() if child is layers)
         self.count = len(layers)
-        self.depths = _depths(_signatures(layers, config), full_depth)
+        # with offloading, the first layers still fill the stash of tensors on their way
+        least = self.count if full_depth else STASH + 2 if options.activation_offloading else 2
+        self.depths = _depths(_signatures(layers, config), least)
         self.layers = layers[: self.depths[-1]]
         setattr(self.stack, self.attribute, self.layers)
         self.vocab: int = model.config.get_text_config().vocab_size
@@ -277,14 +286,14 @@ def _signatures(layers: nn.ModuleList, config: PreTrainedConfig) -> list[Any]:
     ]
 
 
-def _depths(signatures: list[Any], full_depth: bool) -> tuple[int, ...]:
-    """Return the two numbers of layers to trace, or the one of the whole model."""
+def _depths(signatures: list[Any], least: int) -> tuple[int, ...]:
+    """Return the two numbers of layers to trace, both of at least some, or the one of the whole model."""
     count = len(signatures)
     period = next((p for p in range(1, count) if signatures[p:] == signatures[:-p]), count)
     first = count % period
-    while first < period + 1:
+    while first < max(period + 1, least):
         first += period
-    return (count,) if full_depth or first + period >= count else (first, first + period)
+    return (count,) if first + period >= count else (first, first + period)
 
 
 def _from_end(sites: dict[Site, Peak], depth: int) -> dict[Site, Peak]:
