@@ -20,7 +20,8 @@ from qosora.memory.step import Batch
 from qosora.memory.traced import StepOptions
 
 TINY = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 8192, "model_type": "llama"}  # fmt: skip
+        "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 8192,
+        "model_type": "llama"}  # fmt: skip
 
 
 @pytest.fixture
@@ -160,14 +161,20 @@ def test_a_base_brings_its_rank(tmp_path: Path):
 # ---- errors ----
 
 
-def test_errors_are_one_line_each(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_errors_are_one_line_each(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def offline(name: str, **_: Any) -> None:
+        raise OSError("We couldn't connect to the hub.\nCheck your connection")
+
+    monkeypatch.setattr("qosora.memory.shapes.AutoConfig.from_pretrained", offline)
     cases = {
         ("no-such-model",): "no built-in shape has that name",
         ("lama-2-7b",): "did you mean 'llama-2-7b'?",
         (str(tmp_path / "nowhere"),): "is no file or folder",
         (str(tmp_path), "--rank", "0"): "must be an integer of at least 1",
         ("llama-2-7b", "--seq-len", "8192"): "seq_len 8192 is longer than the model's 4096 positions",
-        ("llama-2-7b", "--gpu-memory", "3GiB"): "the weights alone take 3.8",
+        ("llama-2-7b", "--gpu-memory", "3GiB"): "the weights alone take 3.7",
         ("llama-2-7b", "--gpu-memory", "24"): "a number above zero with a unit, such as 24GiB",
         ("llama-2-7b", "--gpu", "Voodoo 2"): "gpu must be one of T4",
     }
@@ -180,6 +187,7 @@ def test_errors_are_one_line_each(tiny: Path, tmp_path: Path, capsys: pytest.Cap
         assert status in (1, 2), args
         assert expected in message, message
         assert "Traceback" not in message
+        assert message.startswith("usage:") or message.count("\n") == 1
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(CheckpointError, match=r"has no config.json"):

@@ -227,7 +227,7 @@ def measure(
         inputs: A batch, on any device.
         optimizer: Of the model.
         step: Of which the device, the loss and offloading count here.
-        steps: To time.
+        steps: To time; with none, the time is that of the first step.
 
     Returns:
         The fields of `Measurement` that are measured.
@@ -257,7 +257,7 @@ def measure(
         run(tracer)
         counters.begin("")
     live = usage_of(prediction(tracer.sites, 0), the_card(), "cpu")
-    return {"live": live, "step_seconds": statistics.median(seconds[1:]), **counters.found()}
+    return {"live": live, "step_seconds": statistics.median(seconds[1:] or seconds), **counters.found()}
 
 
 def _offloading(model: Any) -> Callable[[], Any]:
