@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.memory.devices import the_card
-from qosora.memory.plan import plan, usage_of
-from qosora.memory.profile import measure, random_model
+from qosora.memory.plan import LASTING, plan, usage_of
+from qosora.memory.profile import fill_at_random, measure, random_model
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch, prepare_model
 from qosora.memory.traced import StepOptions, TracedModel, meta_model
@@ -43,17 +43,7 @@ def qlora_model(config: Any, step: StepOptions) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not head:
             model.set_submodule(name, _four_bit(module, step))
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.is_meta:
-                if id(p) not in made:  # tied ones stay one
-                    values = torch.randn(p.shape, dtype=p.dtype, device=step.device) * 0.02
-                    made[id(p)] = nn.Parameter(values, requires_grad=False)
-                module._parameters[name] = made[id(p)]
-        for name, b in module._buffers.items():
-            if b is not None and b.is_meta:
-                module._buffers[name] = torch.rand(b.shape, device=step.device).to(b.dtype)
+    fill_at_random(model, step.device)
     model.is_loaded_in_4bit = True
     return model.requires_grad_(False)
 
@@ -61,14 +51,14 @@ def qlora_model(config: Any, step: StepOptions) -> PreTrainedModel:
 def _four_bit(linear: nn.Linear, step: StepOptions) -> nn.Module:
     bias = linear.bias is not None
     new = bitsandbytes.nn.Linear4bit(
-        linear.in_features, linear.out_features, bias, torch.bfloat16, True, "nf4", device="meta"
+        linear.in_features, linear.out_features, bias, linear.weight.dtype, True, "nf4", device="meta"
     )
-    weight = torch.randn(linear.weight.shape, dtype=torch.bfloat16) * 0.02
+    weight = torch.randn(linear.weight.shape, dtype=linear.weight.dtype) * 0.02
     new.weight = bitsandbytes.nn.Params4bit(
         weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
     ).to(step.device)
     if bias:
-        new.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=torch.bfloat16, device=step.device))
+        new.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=step.device))
     return new
 
 
@@ -95,7 +85,13 @@ def run(args: argparse.Namespace, shape: str, layers: int | None, tokens: int, c
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     batch, found = Batch(1, tokens), {}
     for method in ("qosora", "qlora"):
-        step = StepOptions(method=method, gradient_checkpointing=checkpointing, optimizer=OPTIMIZER, device=args.device)
+        step = StepOptions(
+            method=method,
+            gradient_checkpointing=checkpointing,
+            optimizer=OPTIMIZER,
+            device=args.device,
+            precision=args.precision,
+        )  # fmt: skip
         model, optimizer = trainable(config, step, args.rank)
         measured = measure(model, batch.tensors(config.vocab_size, "cpu"), optimizer, step, steps=args.steps)
         del model, optimizer
@@ -116,16 +112,8 @@ def run(args: argparse.Namespace, shape: str, layers: int | None, tokens: int, c
             "step_seconds": round(measured["step_seconds"], 3),
         }
     ratio = found["qosora"]["peak_bytes"] / found["qlora"]["peak_bytes"]
-    lasting = {
-        "base residual",
-        "factors",
-        "adapter",
-        "embeddings and head",
-        "norms, biases, buffers",
-        "optimizer state",
-    }
     step_bytes = {
-        method: result["peak_bytes"] - sum(v for k, v in result["live_by_category"].items() if k in lasting)
+        method: result["peak_bytes"] - sum(v for k, v in result["live_by_category"].items() if k in LASTING)
         for method, result in found.items()
     }
     return {
@@ -133,7 +121,7 @@ def run(args: argparse.Namespace, shape: str, layers: int | None, tokens: int, c
         "tokens": tokens,
         **found,
         "qosora_over_qlora": round(ratio, 4),
-        "qosora_over_qlora_without_weights": round(step_bytes["qosora"] / step_bytes["qlora"], 4),
+        "qosora_over_qlora_without_what_lasts": round(step_bytes["qosora"] / step_bytes["qlora"], 4),
     }
 
 
@@ -158,10 +146,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument(
         "--shapes", nargs="+", metavar="NAME[:LAYERS]", help="shapes, whole or their first layers",
-        default=["llama-2-7b:4", "llama-3.1-8b:4", "qwen3-0.6b"],
+        default=["tinyllama-1.1b", "llama-2-7b:2", "llama-3.1-8b:2"],
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=0, help="steps to time, after the first")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--resume", action="store_true", help="keep the stages that the output holds")
@@ -175,7 +164,13 @@ def main() -> None:
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
-    config = {"rank": args.rank, "lora_rank": LORA_RANK, "optimizer": OPTIMIZER, "precision": "bf16", "batch_size": 1}
+    config = {
+        "rank": args.rank,
+        "lora_rank": LORA_RANK,
+        "optimizer": OPTIMIZER,
+        "precision": args.precision,
+        "batch_size": 1,
+    }
     record = Record(args.output, "memory", QUESTION, config, args.resume)
     for checkpointing in (True, False):
         how = "checkpointed" if checkpointing else "kept"

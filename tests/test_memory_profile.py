@@ -122,6 +122,15 @@ def test_a_loaded_base_and_random_weights(bases: dict[str, Path]):
     }
 
 
+def test_random_weights_keep_ties(tmp_path: Path):
+    config = model_config("qwen3-0.6b")
+    config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64})
+    model = random_model(config, QosoraConfig(rank=8), StepOptions(precision="fp32", device="cpu"))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_options_that_cannot_be(bases: dict[str, Path]):
     with pytest.raises(ConfigError, match="steps must be at least 1"):
         profile(bases["llama"], steps=0)

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 from peft import get_peft_model
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl.models import get_act_offloading_ctx_manager
 
@@ -41,7 +42,7 @@ from qosora.models import load_base, load_tokenizer
 from qosora.optim import create_optimizer
 from qosora.tokens import IGNORED, tokenize
 
-__all__ = ["Measurement", "measure", "profile", "random_model"]
+__all__ = ["Measurement", "fill_at_random", "measure", "profile", "random_model"]
 
 
 @dataclass(frozen=True)
@@ -172,18 +173,28 @@ def _load(
     ), storage_of(config, rank)
 
 
-@torch.no_grad()
 def random_model(config: PreTrainedConfig, storage: QosoraConfig, step: StepOptions) -> PreTrainedModel:
     """Return a model with random numbers for weights, for its memory and speed alone."""
     model: PreTrainedModel = meta_model(config, step)
     quantize_linears(model, storage, step)
-    model.to_empty(device=step.device)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point():
-            tensor.normal_(0, 0.01)
-        else:
-            tensor.random_(0, 255)
+    fill_at_random(model, step.device)
     return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def fill_at_random(model: nn.Module, device: str) -> None:
+    """Put random numbers on a device in place of all tensors on the meta device; tied ones stay tied."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
+                    values = torch.empty_like(tensor, device=device)
+                    values = values.normal_(0, 0.01) if values.is_floating_point() else values.random_(0, 255)
+                    made[id(tensor)] = nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
+                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
 def _longest(records: Records, model: str, like: Batch) -> tuple[Batch, dict[str, torch.Tensor]]:
