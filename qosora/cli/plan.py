@@ -29,9 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", metavar="NAME", help='a card by its name, e.g. "RTX 4090"')
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="to plan for (default: cuda)")
     parser.add_argument("--no-qlora", action="store_true", help="do not compare with PEFT QLoRA, r=16")
+    add_report(parser)
     parser.add_argument("--no-grid", action="store_true", help="plan this batch size and length only")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that MODEL brings")
     add_json(parser)
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """Add --report."""
+    parser.add_argument("--report", metavar="DIR", help="draw pictures, an HTML page and a memory_viz snapshot there")
 
 
 def add_step(parser: argparse.ArgumentParser, precision: str | None = "bf16") -> None:
@@ -95,6 +101,11 @@ def run(args: argparse.Namespace) -> None:
         print_json(found.to_dict())
     else:
         print("\n".join(_lines(found)))
+    if args.report:
+        from qosora.memory.plan import events
+        from qosora.memory.report import report
+
+        report(found, events(args.model, found, trust_remote_code=args.trust_remote_code), args.report)
 
 
 def _lines(found: Plan) -> list[str]:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from qosora.cli.output import add_json, at_least_one, print_json, size, table
-from qosora.cli.plan import add_step, step_options, where
+from qosora.cli.plan import add_report, add_step, step_options, where
 
 if TYPE_CHECKING:
     from qosora.memory.profile import Measurement
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for part in ("prompt", "completion", "messages", "text"):
         parser.add_argument(f"--{part}-column", metavar="NAME", help=f"column of the {part}, where it is not {part}")
     parser.add_argument("--steps", type=at_least_one, default=3, metavar="N", help="steps to time (default: 3)")
+    add_report(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that MODEL brings")
     add_json(parser)
 
@@ -44,6 +45,10 @@ def run(args: argparse.Namespace) -> None:
         print_json(found.to_dict())
     else:
         print("\n".join(_lines(found)))
+    if args.report:
+        from qosora.memory.report import report
+
+        report(found, found.events, args.report)
 
 
 def _lines(found: Measurement) -> list[str]:

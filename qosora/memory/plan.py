@@ -25,9 +25,9 @@ from qosora.memory.devices import ASSUMPTIONS, CONTEXT, OVERHEAD, Card, the_card
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch
 from qosora.memory.traced import Prediction, StepOptions, TracedModel
-from qosora.memory.tracer import CATEGORIES, PHASES, Site
+from qosora.memory.tracer import CATEGORIES, PHASES, Event, Site
 
-__all__ = ["Advice", "Cell", "Plan", "Usage", "plan", "storage_of", "usage_of"]
+__all__ = ["Advice", "Cell", "Plan", "Usage", "events", "plan", "storage_of", "usage_of"]
 
 GRID_BATCHES = (1, 2, 4, 8, 16)
 GRID_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -208,6 +208,13 @@ def plan(
         advice=[] if memory is None or usage.verdict(memory) == "fits" else planner.advice(batch, usage),
         assumptions=ASSUMPTIONS if step.device == "cuda" else (),
     )
+
+
+def events(model: str | Path | PreTrainedConfig, found: Plan, *, trust_remote_code: bool = False) -> list[Event]:
+    """Return the allocations of the step that was planned, all layers traced, for pictures."""
+    config = model if isinstance(model, PreTrainedConfig) else model_config(model, trust_remote_code=trust_remote_code)
+    traced = TracedModel(config, storage_of(config, found.rank), found.options, full_depth=True)
+    return traced.events(found.batch)
 
 
 def storage_of(config: PreTrainedConfig, rank: int | None) -> QosoraConfig:

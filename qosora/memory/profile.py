@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from qosora.memory.step import (
     training_step,
 )
 from qosora.memory.traced import DTYPES, StepOptions, TracedModel, meta_model, prediction, quantize_linears
-from qosora.memory.tracer import Tracer
+from qosora.memory.tracer import Event, Tracer
 from qosora.models import load_base, load_tokenizer
 from qosora.optim import create_optimizer
 from qosora.tokens import IGNORED, tokenize
@@ -62,6 +62,7 @@ class Measurement:
         rss_bytes: By phase, the process's resident memory at its end.
         step_seconds: Median of the timed steps.
         tokens_per_second: Of these steps.
+        events: Allocations of the traced step, for pictures.
     """
 
     model: str
@@ -76,6 +77,7 @@ class Measurement:
     rss_bytes: dict[str, int]
     step_seconds: float
     tokens_per_second: float
+    events: list[Event] = field(repr=False)
 
     @property
     def measured_bytes(self) -> int:
@@ -89,7 +91,9 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        return {**asdict(self), "measured_bytes": self.measured_bytes, "difference": self.difference}
+        found = asdict(replace(self, events=[]))
+        del found["events"]
+        return {**found, "measured_bytes": self.measured_bytes, "difference": self.difference}
 
 
 def profile(
@@ -256,7 +260,8 @@ def measure(
         if step.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    tracer = Tracer(workspaces=CUDA_WORKSPACES if step.device == "cuda" else CPU_WORKSPACES)
+    events: list[Event] = []
+    tracer = Tracer(workspaces=CUDA_WORKSPACES if step.device == "cuda" else CPU_WORKSPACES, log=events)
     counters = _Counters(step.device == "cuda")
     backbone, layers = decoder_layers(model.get_base_model())
     with tracer, tracer.following(model, backbone, layers):
@@ -268,7 +273,12 @@ def measure(
         run(tracer)
         counters.begin("")
     live = usage_of(prediction(tracer.sites, 0), the_card(), "cpu")
-    return {"live": live, "step_seconds": statistics.median(seconds[1:] or seconds), **counters.found()}
+    return {
+        "live": live,
+        "events": events,
+        "step_seconds": statistics.median(seconds[1:] or seconds),
+        **counters.found(),
+    }
 
 
 def _offloading(model: Any) -> Callable[[], Any]:

@@ -36,7 +36,7 @@ from qosora.memory.standins import (
     state_shapes,
 )
 from qosora.memory.step import Batch, decoder_layers, prepare_model, register_model, training_step
-from qosora.memory.tracer import Peak, Site, Tracer
+from qosora.memory.tracer import Event, Peak, Site, Tracer
 from qosora.pack import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
 from qosora.quantizer import QosoraHfQuantizer
 
@@ -198,16 +198,24 @@ class TracedModel:
             sites = {site._replace(layer=self._layer(site.layer)): peak for site, peak in sites.items()}
         return prediction(sites, self.paged_bytes)
 
+    def events(self, batch: Batch) -> list[Event]:
+        """Return the allocations of a step, of the layers that are traced: all, with `full_depth`."""
+        log: list[Event] = []
+        self._trace(batch, self.depths[-1], MetaKernels(answer=not (batch.padding or batch.packing)), log)
+        return log
+
     def _layer(self, position: int) -> int:
         return {_OUTSIDE: -1, _FIRST: 0}.get(position, self.count + position)
 
-    def _trace(self, batch: Batch, depth: int, kernels: MetaKernels) -> dict[Site, Peak]:
+    def _trace(
+        self, batch: Batch, depth: int, kernels: MetaKernels, log: list[Event] | None = None
+    ) -> dict[Site, Peak]:
         layers = self._cut(depth)
         options, trained = self.options, self._trained()
         for p in trained:
             p.data, p.grad = torch.empty_like(p, memory_format=torch.contiguous_format), None
         workspaces = CUDA_WORKSPACES if options.device == "cuda" else CPU_WORKSPACES
-        tracer = Tracer(granularity=_GRANULARITY[options.device], workspaces=workspaces, run=kernels)
+        tracer = Tracer(granularity=_GRANULARITY[options.device], workspaces=workspaces, run=kernels, log=log)
         with computing_as(options.device), tracer, tracer.following(self.model, self.stack, layers):
             register_model(tracer, self.model)
             optimizer = self._optimizer(tracer, trained)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-__all__ = ["CATEGORIES", "PHASES", "Peak", "Site", "Tracer", "Workspace"]
+__all__ = ["CATEGORIES", "PHASES", "Event", "Peak", "Site", "Tracer", "Workspace", "category_of"]
 
 #: What memory is for; the first six live as long as the model and the optimizer.
 CATEGORIES = (
@@ -95,7 +95,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         granularity: What an allocation is rounded up to, bytes; the rest is counted as "rounding".
         workspaces: Bytes inside an operation, by its name such as "aten::mm".
         run: Runs an operation, given with its arguments.
-        log: Whether to keep all events.
+        log: Where to put all events, if anywhere.
     """
 
     def __init__(
@@ -104,13 +104,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         granularity: int = 1,
         workspaces: Mapping[str, Workspace] | None = None,
         run: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs),
-        log: bool = False,
+        log: list[Event] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.granularity, self.workspaces, self.run = granularity, workspaces or {}, run
         self.sites: dict[Site, Peak] = {}
         self.total = 0
-        self.events: list[Event] | None = [] if log else None
+        self.events = log
         self.on_phase: Callable[[str], None] = lambda phase: None
         self.phase = "setup"
         self._live: Counter[_Key] = Counter()
@@ -214,8 +214,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (known := self._blocks.get(identity)) is not None:
             if key.category is not None and known.key.category != key.category:
                 self._count_block(known, -1)
+                self._record(known, "", sign=-1)
                 known.key = key
                 self._count_block(known, 1)
+                self._record(known, op)
             return
         nbytes, start = storage.nbytes(), None
         if not tensor.is_meta and nbytes:
@@ -276,7 +278,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found: Counter[str] = Counter()
         for key, nbytes in self._live.items():
             if nbytes:
-                found[key.category or _category(key, site)] += nbytes
+                found[category_of(key, site)] += nbytes
         return dict(found)
 
     def peak(self) -> tuple[Site, Peak]:
@@ -288,7 +290,10 @@ _ROUNDING = _Key("rounding", "", -1)
 _OUTSIDE = ("", -1)
 
 
-def _category(key: _Key, site: Site) -> str:
+def category_of(key: Any, site: Site) -> str:
+    """Return what the memory behind an event's key is for, as seen from a site."""
+    if key.category is not None:
+        return str(key.category)
     if key.phase == "loss":
         return "logits and loss"
     if key.phase == "forward" and not (site.phase == "forward" and site.layer == key.layer):
