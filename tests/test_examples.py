@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiny_bases import make_base
+
 from qosora.demo import assets
 from qosora.models import adapter_config
 
@@ -21,3 +23,12 @@ def test_the_qlora_shaped_script(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     assert "trainable params: 5,568" in run.stdout, run.stdout
     assert adapter_config(tmp_path / "adapter").vectors == "both"
+
+
+def test_profile_memory(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    command = [sys.executable, ROOT / "examples" / "profile_memory.py", base, "--seq-len", "16"]
+    run = subprocess.run([*map(str, command), "--output-dir", "out"], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "+0.00%" in run.stdout, run.stdout
+    assert (tmp_path / "out" / "measured" / "memory.html").is_file()

@@ -158,7 +158,9 @@ def _steps(found: Plan | Measurement, line: Timeline) -> bytes:
     ends = [start for _, start in line.phases[1:]] + [len(steps)]
     for (name, start), end in zip(line.phases, ends, strict=True):
         axes.axvline(start, color="#333333", lw=0.7, ls=":")
-        axes.text((start + end) / 2, 1.14 * top / factor, name, ha="center", va="bottom", fontsize=9)
+        axes.text(
+            (start + end) / 2, 1.14 * top / factor, name, ha="center", va="bottom", fontsize=9, backgroundcolor="white"
+        )
     axes.set_xticks([])
     axes.set_xlabel("one training step, allocation by allocation")
     axes.set_ylabel(f"live tensors, {unit}")
