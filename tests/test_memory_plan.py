@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from tiny_bases import make_base
+from transformers import Gemma2Config, MixtralConfig
 
 from qosora.cli import main
 from qosora.config import QosoraConfig
-from qosora.errors import CheckpointError, ConfigError
+from qosora.errors import CheckpointError, ConfigError, QosoraError
 from qosora.memory.devices import GIB, parse_bytes, the_card
 from qosora.memory.plan import _Planner, plan
 from qosora.memory.shapes import SHAPES, model_config
@@ -192,6 +193,16 @@ def test_errors_are_one_line_each(
     empty.mkdir()
     with pytest.raises(CheckpointError, match=r"has no config.json"):
         plan(empty)
+
+
+def test_mixtures_of_experts_are_refused():
+    with pytest.raises(QosoraError, match="mixtral is a mixture of experts"):
+        plan(MixtralConfig(num_local_experts=4), seq_len=64)
+
+
+def test_a_model_without_sdpa_is_planned_with_what_it_has():
+    sizes = {k: v for k, v in TINY.items() if k != "model_type"}
+    assert plan(Gemma2Config(head_dim=16, **sizes), seq_len=64, grid=False, compare=False).usage.total_bytes > 0
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,6 @@ def add_step(parser: argparse.ArgumentParser, precision: str | None = "bf16") ->
     parser.add_argument(
         "--attn-implementation",
         choices=("sdpa", "eager"),
-        default="sdpa",
         help="flash_attention_2 needs as much as sdpa",
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0], help=f"[{OPTIMIZERS[0]}]")

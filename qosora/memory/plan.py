@@ -194,7 +194,7 @@ def plan(
         )
     qlora = _Planner(config, storage, replace(step, method="qlora"), card, packing, padding) if compare else None
     return Plan(
-        model=str(getattr(model, "name_or_path", model)),
+        model=str(model) if isinstance(model, (str, Path)) else config.name_or_path or config.model_type,
         rank=storage.rank,
         trained_parameters=planner.traced.trained_parameters,
         batch=batch,
@@ -288,7 +288,7 @@ class _Planner:
         limit = self.positions if slides or self.window > self.positions else self.window - 1
         unit = min(max(self.window, 1024) if slides and not like.packing else 1024, limit // 2)
         size = max(1, 2048 // unit)
-        squares = like.padding or like.packing or slides or self.step.attn_implementation == "eager"
+        squares = like.padding or like.packing or slides or self.traced.attention == "eager"
         shapes = [(size, unit), (size, 2 * unit), (4 * size, 2 * unit)] + [(4 * size, unit)] * squares
         batches = [replace(like, size=size, length=length) for size, length in shapes]
         found = [self._predict(batch).sites for batch in batches]
@@ -348,7 +348,8 @@ class _Planner:
     def _changes(self, batch: Batch) -> Iterator[tuple[str, StepOptions, QosoraConfig, Batch]]:
         step, storage = self.step, self.storage
         for name, value, text in _CHEAPER:
-            if getattr(step, name) != value and not (name == "precision" and step.precision == "fp16"):
+            same = getattr(step, name) == value or (name, step.precision) == ("precision", "fp16")
+            if not same and (name != "attn_implementation" or self.step.attn_implementation == "eager"):
                 yield text, replace(step, **{name: value}), storage, batch  # type: ignore[arg-type]
         if batch.size > 1:
             yield "--batch-size 1, with --gradient-accumulation in training", step, storage, self.batch(1, batch.length)

@@ -36,7 +36,7 @@ from qosora.memory.step import (
     register_optimizer,
     training_step,
 )
-from qosora.memory.traced import DTYPES, StepOptions, TracedModel, meta_model, prediction, quantize_linears
+from qosora.memory.traced import DTYPES, StepOptions, TracedModel, has_experts, meta_model, prediction, quantize_linears
 from qosora.memory.tracer import Event, Tracer
 from qosora.models import load_base, load_tokenizer
 from qosora.optim import create_optimizer
@@ -124,7 +124,7 @@ def profile(
         columns: Of `data`.
         padding: Whether random examples differ in length; by default where there are several.
         packing: Whether several are packed into each sequence.
-        compare: Whether to plan the same step.
+        compare: Whether to plan the same step; mixtures of experts cannot be planned.
         trust_remote_code: Whether to run model code that the checkpoint brings.
         **options: Fields of `StepOptions` but `device`, which is the GPU where there is one, and `method`. The default
             precision is that of `qosora train` on the device.
@@ -145,7 +145,7 @@ def profile(
     if data is not None:
         batch, inputs = _longest(load_records(data, columns=columns or Columns()), str(model), batch)
     planned = None
-    if compare:
+    if compare and not has_experts(loaded.config):
         planned = usage_of(TracedModel(loaded.config, storage, step).predict(batch), the_card(), device)
     measured = _measure(loaded, inputs, step, steps)
     return Measurement(
@@ -172,7 +172,7 @@ def _load(
     return load_base(
         model,
         dtype=DTYPES[step.precision],
-        attn_implementation=step.attn_implementation,
+        **({"attn_implementation": step.attn_implementation} if step.attn_implementation else {}),
         trust_remote_code=trust_remote_code,
     ), storage_of(config, rank)
 

@@ -40,7 +40,16 @@ from qosora.memory.tracer import Event, Peak, Site, Tracer
 from qosora.pack import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
 from qosora.quantizer import QosoraHfQuantizer
 
-__all__ = ["DTYPES", "Prediction", "StepOptions", "TracedModel", "meta_model", "prediction", "quantize_linears"]
+__all__ = [
+    "DTYPES",
+    "Prediction",
+    "StepOptions",
+    "TracedModel",
+    "has_experts",
+    "meta_model",
+    "prediction",
+    "quantize_linears",
+]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GRANULARITY = {"cuda": 512, "cpu": 1}  # bytes; what PyTorch's CUDA allocator rounds to
@@ -57,7 +66,7 @@ class StepOptions:
         gradient_checkpointing: Whether layers are computed again in backward.
         chunked_loss: Whether the loss never builds all logits, as TRL's does.
         activation_offloading: Whether saved activations lie in host memory.
-        attn_implementation: "sdpa" or "eager".
+        attn_implementation: "sdpa" or "eager"; by default the first of them that the model has.
         optimizer: One of `qosora.pack.OPTIMIZERS`.
         precision: "bf16", "fp16" or "fp32": of activations, and of what is not in 4 bits.
         device: "cuda" or "cpu": whose kernels and allocator.
@@ -69,7 +78,7 @@ class StepOptions:
     gradient_checkpointing: bool = True
     chunked_loss: bool = True
     activation_offloading: bool = False
-    attn_implementation: str = "sdpa"
+    attn_implementation: str | None = None
     optimizer: str = "paged_adamw_32bit"
     precision: str = "bf16"
     device: str = "cuda"
@@ -77,11 +86,11 @@ class StepOptions:
     def problems(self) -> list[str]:
         """Return a sentence for every value that there is not."""
         choices = {
-            "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"), "attn_implementation": ("sdpa", "eager"),
-            "optimizer": tuple(OPTIMIZERS), "precision": tuple(DTYPES), "device": tuple(_GRANULARITY),
+            "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"),
+            "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS), "precision": tuple(DTYPES), "device": tuple(_GRANULARITY),
         }  # fmt: skip
         return [
-            f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+            f"{name} must be one of {', '.join(filter(None, known))}, got {getattr(self, name)!r}"
             for name, known in choices.items()
             if getattr(self, name) not in known
         ]
@@ -129,6 +138,11 @@ class TracedModel:
         self, config: PreTrainedConfig, storage: QosoraConfig, options: StepOptions, *, full_depth: bool = False
     ) -> None:
         self.options = options
+        if has_experts(config):
+            raise QosoraError(
+                f"{config.model_type} is a mixture of experts: how many tokens each expert gets depends on the data, so "
+                "its memory cannot be planned from the config. Measure it with `qosora profile` and a base"
+            )
         model = meta_model(config, options)
         quantize_linears(model, storage, options)
         self.stack, layers = decoder_layers(model)
@@ -140,6 +154,7 @@ class TracedModel:
         self.layers = layers[: self.depths[-1]]
         setattr(self.stack, self.attribute, self.layers)
         self.vocab: int = model.config.get_text_config().vocab_size
+        self.attention: str = model.config._attn_implementation
         model.requires_grad_(False)
         adapter = OsoraConfig(vectors=options.vectors) if options.method == "qosora" else _lora(options)
         with torch.device("meta"):
@@ -248,6 +263,13 @@ def prediction(sites: dict[Site, Peak], paged_bytes: int) -> Prediction:
     for place, found in sites.items():
         phases[place.phase] = max(found.total, phases.get(place.phase, 0))
     return Prediction(peak.total, peak.live, site, peak.op, phases, paged_bytes, sites)
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Say whether a model is a mixture of experts, whose memory depends on the data."""
+    text = config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return any((getattr(text, name, None) or 0) > 1 for name in names)
 
 
 def meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:
