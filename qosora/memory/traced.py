@@ -41,15 +41,8 @@ from qosora.pack import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
 from qosora.quantizer import QosoraHfQuantizer
 
 __all__ = [
-    "DTYPES",
-    "Prediction",
-    "StepOptions",
-    "TracedModel",
-    "has_experts",
-    "meta_model",
-    "prediction",
-    "quantize_linears",
-]
+    "DTYPES", "Prediction", "StepOptions", "TracedModel", "has_experts", "meta_model", "prediction", "quantize_linears",
+]  # fmt: skip
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GRANULARITY = {"cuda": 512, "cpu": 1}  # bytes; what PyTorch's CUDA allocator rounds to
@@ -87,7 +80,8 @@ class StepOptions:
         """Return a sentence for every value that there is not."""
         choices = {
             "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"),
-            "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS), "precision": tuple(DTYPES), "device": tuple(_GRANULARITY),
+            "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS),
+            "precision": tuple(DTYPES), "device": tuple(_GRANULARITY),
         }  # fmt: skip
         return [
             f"{name} must be one of {', '.join(filter(None, known))}, got {getattr(self, name)!r}"
@@ -140,8 +134,8 @@ class TracedModel:
         self.options = options
         if has_experts(config):
             raise QosoraError(
-                f"{config.model_type} is a mixture of experts: how many tokens each expert gets depends on the data, so "
-                "its memory cannot be planned from the config. Measure it with `qosora profile` and a base"
+                f"{config.model_type} is a mixture of experts: how many tokens each expert gets depends on the data, "
+                "so its memory cannot be planned from the config. Measure it with `qosora profile` and a base"
             )
         model = meta_model(config, options)
         quantize_linears(model, storage, options)
