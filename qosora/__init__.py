@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from qosora.export import export_merged as export_merged
     from qosora.generation import generate as generate
     from qosora.linear import QosoraLinear as QosoraLinear
+    from qosora.memory.plan import plan as plan
+    from qosora.memory.profile import profile as profile
     from qosora.models import load_base as load_base
     from qosora.models import load_model as load_model
     from qosora.models import load_tokenizer as load_tokenizer
@@ -51,6 +53,8 @@ _EXPORTS = {
     "load_base": "models",
     "load_model": "models",
     "load_tokenizer": "models",
+    "plan": "memory.plan",
+    "profile": "memory.profile",
     "quantize": "convert",
     "train": "training",
 }

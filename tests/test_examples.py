@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiny_bases import make_base
 from tiny_checkpoints import perturbed
 from tiny_models import make_llama
 
@@ -36,3 +37,12 @@ def test_the_ways_out(tmp_path: Path) -> None:
     lines = run.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["out/merged", "out/lora", "LlamaForCausalLM", "PeftModelForCausalLM"]  # fmt: skip  # noqa: E501
     assert "reference='original model with the adapter'" in lines[1]
+
+
+def test_profile_memory(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    command = [sys.executable, ROOT / "examples" / "profile_memory.py", base, "--seq-len", "16"]
+    run = subprocess.run([*map(str, command), "--output-dir", "out"], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "+0.00%" in run.stdout, run.stdout
+    assert (tmp_path / "out" / "measured" / "memory.html").is_file()

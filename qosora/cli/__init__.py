@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Sequence
 
 import qosora
-from qosora.cli import demo, evaluate, export, generate, inspect, quantize, train
+from qosora.cli import demo, evaluate, export, generate, inspect, plan, profile, quantize, train
 from qosora.errors import ConfigError, QosoraError
 
 __all__ = ["main"]
 
-_COMMANDS = (quantize, train, evaluate, generate, export, inspect, demo)
+_COMMANDS = (plan, quantize, train, profile, evaluate, generate, export, inspect, demo)
 
 _DESCRIPTION = """\
 Quantized OSoRA: fine-tune large language models on one consumer GPU.

@@ -1,0 +1,191 @@
+"""Peak memory of the real training step: qosora against PEFT QLoRA at the same settings, and both against the plan.
+
+QLoRA is PEFT's LoRA, r=16, on all linear layers, in bitsandbytes' NF4 with double quantization. Both train in bfloat16
+with TRL's chunked loss, transformers' checkpointing and PyTorch's attention. The weights are random: memory does not
+depend on them. Without a GPU what is measured are live tensor bytes on the CPU, for a shape's first layers only where
+all would take too long; with one, CUDA's own count.
+
+    python benchmarks/memory.py --output benchmarks/results/memory_cpu.json --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from functools import partial
+from typing import Any
+
+import bitsandbytes
+import torch
+from common import Record
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from qosora.config import OsoraConfig, QosoraConfig
+from qosora.memory.devices import the_card
+from qosora.memory.plan import LASTING, plan, usage_of
+from qosora.memory.profile import fill_at_random, measure, random_model
+from qosora.memory.shapes import model_config
+from qosora.memory.step import Batch, prepare_model
+from qosora.memory.traced import StepOptions, TracedModel, meta_model
+from qosora.optim import create_optimizer
+
+QUESTION = "How much memory does a training step take at its peak, against PEFT QLoRA, and is it what was planned?"
+LORA_RANK = 16
+OPTIMIZER = "paged_adamw_32bit"
+
+
+def qlora_model(config: Any, step: StepOptions) -> PreTrainedModel:
+    """Return a model with random weights, its linear layers but the head in bitsandbytes' 4 bits."""
+    model: PreTrainedModel = meta_model(config, step)
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not head:
+            model.set_submodule(name, _four_bit(module, step))
+    fill_at_random(model, step.device)
+    model.is_loaded_in_4bit = True
+    return model.requires_grad_(False)
+
+
+def _four_bit(linear: nn.Linear, step: StepOptions) -> nn.Module:
+    bias = linear.bias is not None
+    new = bitsandbytes.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias, linear.weight.dtype, True, "nf4", device="meta"
+    )
+    weight = torch.randn(linear.weight.shape, dtype=linear.weight.dtype) * 0.02
+    new.weight = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
+    ).to(step.device)
+    if bias:
+        new.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=step.device))
+    return new
+
+
+def trainable(config: Any, step: StepOptions, rank: int) -> tuple[Any, Any]:
+    """Return the PEFT model and its optimizer, as TRL's trainer has them."""
+    if step.method == "qosora":
+        model = get_peft_model(random_model(config, QosoraConfig(rank=rank), step), OsoraConfig())
+        prepare_model(model, gradient_checkpointing=step.gradient_checkpointing)
+        return model, create_optimizer(model, lr=1e-6, optimizer=OPTIMIZER)
+    lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(qlora_model(config, step), lora)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.to(torch.bfloat16)
+    prepare_model(model, gradient_checkpointing=step.gradient_checkpointing)
+    return model, bitsandbytes.optim.AdamW(trained, lr=1e-6, optim_bits=32, is_paged=step.device == "cuda")
+
+
+def run(args: argparse.Namespace, shape: str, layers: int | None, tokens: int, checkpointing: bool) -> dict[str, Any]:
+    """Measure both methods at one setting."""
+    config = model_config(shape)
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    batch, found = Batch(1, tokens), {}
+    for method in ("qosora", "qlora"):
+        step = StepOptions(
+            method=method,
+            gradient_checkpointing=checkpointing,
+            optimizer=OPTIMIZER,
+            device=args.device,
+            precision=args.precision,
+        )  # fmt: skip
+        model, optimizer = trainable(config, step, args.rank)
+        measured = measure(model, batch.tensors(config.vocab_size, "cpu"), optimizer, step, steps=args.steps)
+        del model, optimizer
+        gc.collect()
+        live, allocated = measured["live"], measured["allocated_bytes"]
+        peak = max(allocated.values()) if allocated else live.allocated_bytes
+        planned = usage_of(
+            TracedModel(config, QosoraConfig(rank=args.rank), step).predict(batch), the_card(), args.device
+        )
+        found[method] = {
+            "peak_bytes": peak,
+            "planned_bytes": planned.allocated_bytes,
+            "planned_over_measured": round(planned.allocated_bytes / peak, 5),
+            "live_by_category": live.rows,
+            "live_by_phase": live.phases,
+            "allocated_by_phase": allocated,
+            "reserved_bytes": measured["reserved_bytes"],
+            "step_seconds": round(measured["step_seconds"], 3),
+        }
+    ratio = found["qosora"]["peak_bytes"] / found["qlora"]["peak_bytes"]
+    step_bytes = {
+        method: result["peak_bytes"] - sum(v for k, v in result["live_by_category"].items() if k in LASTING)
+        for method, result in found.items()
+    }
+    return {
+        "layers": config.num_hidden_layers,
+        "tokens": tokens,
+        **found,
+        "qosora_over_qlora": round(ratio, 4),
+        "qosora_over_qlora_without_what_lasts": round(step_bytes["qosora"] / step_bytes["qlora"], 4),
+    }
+
+
+def predicted(args: argparse.Namespace, shape: str, tokens: int, checkpointing: bool) -> dict[str, Any]:
+    """Plan the whole model for a GPU."""
+    found = plan(
+        shape, batch_size=1, seq_len=tokens, rank=args.rank, gradient_checkpointing=checkpointing, grid=False,
+        gpu="RTX 4090",
+    )  # fmt: skip
+    assert found.qlora is not None
+    return {
+        "tokens": tokens,
+        "qosora_allocated_bytes": found.usage.allocated_bytes,
+        "qlora_allocated_bytes": found.qlora.allocated_bytes,
+        "qosora_over_qlora": round(found.usage.allocated_bytes / found.qlora.allocated_bytes, 4),
+    }
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=QUESTION)
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="NAME[:LAYERS]", help="shapes, whole or their first layers",
+        default=["tinyllama-1.1b", "llama-2-7b:2", "llama-3.1-8b:2"],
+    )  # fmt: skip
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512])
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--steps", type=int, default=0, help="steps to time, after the first")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--resume", action="store_true", help="keep the stages that the output holds")
+    args = parser.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
+
+
+def main() -> None:
+    """Run the benchmark."""
+    args = parse()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config = {
+        "rank": args.rank,
+        "lora_rank": LORA_RANK,
+        "optimizer": OPTIMIZER,
+        "precision": args.precision,
+        "batch_size": 1,
+    }
+    record = Record(args.output, "memory", QUESTION, config, args.resume)
+    for checkpointing in (True, False):
+        how = "checkpointed" if checkpointing else "kept"
+        for item in args.shapes:
+            shape, _, layers = item.partition(":")
+            for tokens in args.tokens:
+                name = f"measured_{item}_{tokens}_{how}"
+                record.stage(name, partial(run, args, shape, int(layers or 0) or None, tokens, checkpointing))
+        for shape in ("llama-2-7b", "llama-3.1-8b"):
+            for tokens in (2048, 8192):
+                if tokens <= model_config(shape).max_position_embeddings:
+                    record.stage(
+                        f"planned_{shape}_{tokens}_{how}", partial(predicted, args, shape, tokens, checkpointing)
+                    )
+
+
+if __name__ == "__main__":
+    main()

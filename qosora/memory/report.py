@@ -1,0 +1,242 @@
+"""Pictures of a step's memory, from a plan or a measurement: PNG files, one HTML file, a snapshot for memory_viz.
+
+    steps      live bytes over the step's allocations, stacked by category, phases marked
+    peak       the categories at the peak; qosora and QLoRA, planned and measured, as far as they are known
+
+The HTML file holds the pictures and needs no network. The snapshot opens in https://pytorch.org/memory_viz, "Active
+Memory Timeline"; it is a pickle, as that page wants it, of lists, dicts, numbers and texts.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import pickle
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qosora.errors import ConfigError
+from qosora.memory.plan import Plan, Usage
+from qosora.memory.profile import Measurement
+from qosora.memory.tracer import CATEGORIES, Event, category_of
+
+__all__ = ["Timeline", "report", "snapshot", "timeline"]
+
+#: In the order of stacking: what lasts in blues and greys, what a step makes in warm colours.
+_COLOURS = {
+    "base residual": "#1f4e79", "embeddings and head": "#4a7fb0", "factors": "#8db4d6",
+    "norms, biases, buffers": "#c9d9e8", "adapter": "#2f7d5b", "gradients": "#6fb08f", "optimizer state": "#b5d8c4",
+    "batch": "#999999", "saved activations": "#e08e2b", "layer temporaries": "#c8442f", "logits and loss": "#8e44ad",
+    "workspace": "#f2c14e", "rounding": "#dddddd", "cuBLAS workspaces": "#f7dc9b", "optimizer state, paged": "#d5e8d4",
+    "allocator overhead": "#bbbbbb", "CUDA context": "#777777",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Live bytes after each allocation of a step.
+
+    Attributes:
+        live: Bytes at each point, by category.
+        phases: Name and first point of each phase.
+    """
+
+    live: dict[str, list[int]]
+    phases: list[tuple[str, int]]
+
+    @property
+    def totals(self) -> list[int]:
+        """Bytes at each point."""
+        return [sum(column) for column in zip(*self.live.values(), strict=True)]
+
+
+def timeline(events: Sequence[Event], points: int = 2000) -> Timeline:
+    """Return the live bytes over a step, with the highest of each stretch where there are more than `points`."""
+    live: Counter[Any] = Counter()
+    rows: list[tuple[str, dict[str, int], int]] = []
+    for event in events:
+        live[event.key] += event.nbytes
+        found: Counter[str] = Counter()
+        for key, nbytes in live.items():
+            if nbytes:
+                found[category_of(key, event.site)] += nbytes
+        rows.append((event.site.phase, dict(found), sum(live.values())))
+    stretch = max(1, -(-len(rows) // points))
+    chosen = [max(rows[i : i + stretch], key=lambda row: row[2]) for i in range(0, len(rows), stretch)]
+    chosen = [row for row in chosen if row[0] != "setup"]
+    phases = [(row[0], i) for i, row in enumerate(chosen) if i == 0 or row[0] != chosen[i - 1][0]]
+    present = [name for name in CATEGORIES if any(name in row[1] for row in chosen)]
+    return Timeline({name: [row[1].get(name, 0) for row in chosen] for name in present}, phases)
+
+
+def snapshot(events: Sequence[Event], path: str | Path) -> None:
+    """Write a step's allocations as a snapshot that PyTorch's memory_viz opens."""
+    trace, addresses, top = [], {}, 0
+    for time, event in enumerate(events):
+        if event.nbytes > 0:
+            addresses[event.number] = top
+            top += event.nbytes
+        names = (event.op or "free", f"{event.site.module or 'step'} {max(event.site.layer, 0)}", event.site.phase)
+        frames = [{"filename": category_of(event.key, event.site), "line": 0, "name": name} for name in names]
+        entry = {"addr": addresses[event.number], "size": abs(event.nbytes), "stream": 0, "time_us": time}
+        actions = ["alloc"] if event.nbytes > 0 else ["free_requested", "free_completed"]
+        trace += [{**entry, "action": action, "frames": frames} for action in actions]
+    with open(path, "wb") as file:
+        pickle.dump({"segments": [], "device_traces": [trace]}, file)
+
+
+def report(found: Plan | Measurement, events: Sequence[Event], folder: str | Path) -> list[Path]:
+    """Draw a plan or a measurement.
+
+    Args:
+        found: What to draw.
+        events: Of the step: `Measurement.events`, or those of `qosora.memory.plan.events`.
+        folder: For `steps.png`, `peak.png`, `memory.html` and `snapshot.pickle`; made if need be.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("pictures need matplotlib: pip install 'qosora[plots]'") from None
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = _columns(found)
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        pictures = {"steps": _steps(found, timeline(events)), "peak": _peak(found, columns)}
+    files = []
+    for name, data in pictures.items():
+        files.append(folder / f"{name}.png")
+        files[-1].write_bytes(data)
+    files.append(folder / "memory.html")
+    files[-1].write_text(_page(found, pictures, columns), encoding="utf-8")
+    files.append(folder / "snapshot.pickle")
+    snapshot(events, files[-1])
+    return files
+
+
+def _columns(found: Plan | Measurement) -> dict[str, Usage]:
+    if isinstance(found, Plan):
+        return {"qosora, planned": found.usage} | ({"QLoRA r=16, planned": found.qlora} if found.qlora else {})
+    planned = {"planned": found.planned} if found.planned else {}
+    return {"measured": found.live, **planned}
+
+
+def _title(found: Plan | Measurement) -> str:
+    batch, options = found.batch, found.options
+    how = "planned for " + found.card.name if isinstance(found, Plan) else "measured on " + found.device
+    return (
+        f"{Path(found.model).name}, {batch.size} × {batch.length} tokens, {options.precision}, "
+        f"checkpointing {'on' if options.gradient_checkpointing else 'off'}, {how}"
+    )
+
+
+def _steps(found: Plan | Measurement, line: Timeline) -> bytes:
+    """Live bytes over a step, stacked."""
+    figure, axes = _figure(10.5, 5.2)
+    unit, factor = _unit(max(line.totals))
+    steps = range(len(line.totals))
+    order = [name for name in _COLOURS if name in line.live and max(line.live[name]) >= 1e-3 * max(line.totals)]
+    bands = [[value / factor for value in line.live[name]] for name in order]
+    axes.stackplot(steps, *bands, labels=order, colors=[_COLOURS[name] for name in order], step="post")
+    top = max(line.totals)
+    at = line.totals.index(top)
+    axes.annotate(
+        f"peak {top / factor:.2f} {unit}", (at, top / factor), (at + 0.04 * len(steps), 1.06 * top / factor),
+        arrowprops={"arrowstyle": "-", "color": "#333333"},
+    )  # fmt: skip
+    axes.set_ylim(0, 1.2 * top / factor)
+    axes.set_xlim(0, len(steps))
+    ends = [start for _, start in line.phases[1:]] + [len(steps)]
+    for (name, start), end in zip(line.phases, ends, strict=True):
+        axes.axvline(start, color="#333333", lw=0.7, ls=":")
+        axes.text(
+            (start + end) / 2, 1.14 * top / factor, name, ha="center", va="bottom", fontsize=9, backgroundcolor="white"
+        )
+    axes.set_xticks([])
+    axes.set_xlabel("one training step, allocation by allocation")
+    axes.set_ylabel(f"live tensors, {unit}")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    axes.set_title(_title(found), loc="left", fontsize=11)
+    return _png(figure)
+
+
+def _peak(found: Plan | Measurement, columns: Mapping[str, Usage]) -> bytes:
+    """The categories at the peak, a bar for each method or source."""
+    figure, axes = _figure(10.5, 1.9 + 0.9 * len(columns))
+    top = max(usage.total_bytes for usage in columns.values())
+    unit, factor = _unit(top)
+    named = {name for usage in columns.values() for name, value in usage.rows.items() if value >= 2e-3 * top}
+    order = [name for name in _COLOURS if name in named]
+    for row, usage in enumerate(columns.values()):
+        left = 0.0
+        for name in order:
+            width = usage.rows.get(name, 0) / factor
+            axes.barh(row, width, left=left, color=_COLOURS[name], label=name if row == 0 else None, height=0.6)
+            if width > 0.06 * top / factor:
+                axes.text(left + width / 2, row, f"{width:.2f}", ha="center", va="center", color="white", fontsize=9)
+            left += width
+        axes.text(left + 0.01 * top / factor, row, f"{usage.total_bytes / factor:.2f} {unit}", va="center")
+    axes.set_yticks(range(len(columns)), list(columns))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.13 * top / factor)
+    axes.set_xlabel(f"at the peak, {unit}")
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.45, -0.75 / (1.9 + 0.9 * len(columns)) - 0.12), ncol=4, frameon=False
+    )
+    axes.set_title(_title(found), loc="left", fontsize=11)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def _unit(top: int) -> tuple[str, int]:
+    return ("GiB", 2**30) if top >= 2**29 else ("MiB", 2**20)
+
+
+def _page(found: Plan | Measurement, pictures: Mapping[str, bytes], columns: Mapping[str, Usage]) -> str:
+    """One HTML file with everything in it."""
+    names = list(dict.fromkeys(name for usage in columns.values() for name in usage.rows))
+    rows = {name: [usage.rows.get(name, 0) for usage in columns.values()] for name in names}
+    rows["in all"] = [usage.total_bytes for usage in columns.values()]
+    cells = "".join(
+        f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{v / 2**20:,.1f}</td>" for v in values) + "</tr>"
+        for name, values in rows.items()
+    )
+    head = "".join(f"<th>{html.escape(name)}, MiB</th>" for name in columns)
+    images = "".join(
+        f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></p>'
+        for name, data in pictures.items()
+    )
+    notes = found.assumptions if isinstance(found, Plan) else ()
+    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    style = (
+        "body{font:15px system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}img{max-width:100%}"
+        "td,th{padding:2px 14px;text-align:right}td:first-child{text-align:left}tr:last-child{font-weight:bold}"
+    )
+    title = html.escape(_title(found))
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
+        f"<h1>Memory of a training step</h1><p>{title}</p>{images}<table><tr><th></th>{head}</tr>{cells}</table>"
+        f"<ul>{listed}</ul></html>\n"
+    )

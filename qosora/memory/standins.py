@@ -1,0 +1,163 @@
+"""What stands on the meta device for parts that need real memory: optimizers, QLoRA's 4-bit layer, offloading.
+
+Each allocates what the real part does; tests compare them with it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import bitsandbytes
+import torch
+from bitsandbytes.functional import QuantState
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from qosora import nf4
+from qosora.memory.tracer import Tracer
+from qosora.pack import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
+
+__all__ = ["STASH", "FourBitLinear", "OffloadingStandIn", "PackedStandIn", "PerTensorStandIn", "state_shapes"]
+
+STASH = 5  # TRL's max_fwd_stash_size: offloaded tensors that are still on their way
+_SMALL = 4096  # elements; below, bitsandbytes keeps 32-bit states
+
+
+def state_shapes(numel: int, optimizer: str, in_all: int | None = None) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return shapes and dtypes of what bitsandbytes keeps for `numel` elements of a parameter.
+
+    Args:
+        numel: Elements.
+        optimizer: One of `OPTIMIZERS`.
+        in_all: Elements of the whole parameter, whose size decides about 8 bits; `numel` by default.
+    """
+    moments = 2 if "adam" in optimizer else 1
+    if OPTIMIZERS[optimizer].bits == 32 or (in_all or numel) < _SMALL:
+        return [((numel,), torch.float32)] * moments
+    return [((numel,), torch.uint8), ((-(-numel // 256),), torch.float32)] * moments
+
+
+class _StandIn:
+    """Keeps the states that lie in ordinary memory; paged ones are managed memory, outside of CUDA's allocator."""
+
+    def __init__(self, tracer: Tracer, optimizer: str, paged: bool) -> None:
+        self.tracer, self.optimizer, self.paged = tracer, optimizer, paged
+        self.states: list[torch.Tensor] = []
+
+    def allocate_states(self, numel: int, in_all: int) -> None:
+        """Allocate the states of `numel` elements of a parameter of `in_all`."""
+        if self.paged and in_all >= PAGED_NUMEL:
+            return
+        shapes = state_shapes(numel, self.optimizer, in_all)
+        with self.tracer.allocating("optimizer state"):
+            tables = len(shapes) // 2 if shapes[0][1] == torch.uint8 and not self.states else 0
+            self.states += [torch.zeros(256, device="meta") for _ in range(tables)]  # of the 8-bit values
+            self.states += [torch.zeros(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
+
+
+class PackedStandIn(_StandIn):
+    """As `PackedPagedOptimizer`: parameters become windows of one buffer, gradients are gathered into another.
+
+    Args:
+        params: Vectors.
+        tracer: Entered.
+        optimizer: One of `OPTIMIZERS`.
+        paged: Whether the device is one where bitsandbytes pages.
+        in_all: Elements of the pack in the whole model, of which this may be the first layers.
+    """
+
+    def __init__(
+        self, params: Sequence[nn.Parameter], tracer: Tracer, optimizer: str, paged: bool, in_all: int
+    ) -> None:
+        super().__init__(tracer, optimizer, paged)
+        self.params = params
+        lengths = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in params]
+        with tracer.allocating("adapter"):
+            flat = torch.zeros(sum(lengths), device="meta")
+        with tracer.allocating("gradients"):
+            self.grad = torch.zeros_like(flat)
+        self.views = []
+        for p, window, grad in zip(params, torch.split(flat, lengths), torch.split(self.grad, lengths), strict=True):
+            p.data = window[: p.numel()].view(p.shape)
+            self.views.append(grad[: p.numel()].view(p.shape))
+        self.allocate_states(flat.numel(), in_all)
+
+    def step(self) -> None:
+        """Gather the gradients."""
+        torch._foreach_copy_(self.views, [p.grad for p in self.params if p.grad is not None])
+        for p, view in zip(self.params, self.views, strict=True):
+            p.grad = view
+
+
+class PerTensorStandIn(_StandIn):
+    """As bitsandbytes' own optimizers: states for each parameter.
+
+    Args:
+        params: Parameters.
+        tracer: Entered.
+        optimizer: One of `OPTIMIZERS`.
+        paged: Whether the device is one where bitsandbytes pages.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], tracer: Tracer, optimizer: str, paged: bool) -> None:
+        super().__init__(tracer, optimizer, paged)
+        for p in params:
+            self.allocate_states(p.numel(), p.numel())
+
+    def step(self) -> None:
+        """Do nothing: the updates are in place."""
+
+
+class FourBitLinear(bitsandbytes.nn.Linear4bit):
+    """bitsandbytes' 4-bit layer on the meta device, where its own `Params4bit` cannot be: forward and backward are its.
+
+    Args:
+        linear: The layer it replaces.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.compute_dtype, self.compute_type_is_set = None, False
+        self.quant_storage, self.support_avx512bf16_for_cpu = torch.uint8, False
+        stored = nf4.stored_shapes(linear.weight.numel(), 64, True)
+        parts = {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in stored.items()}
+        code = torch.empty(256, device="meta")
+        nested = QuantState(
+            absmax=parts["absmax_scale"], code=code, blocksize=nf4.ABSMAX_BLOCKSIZE, dtype=torch.float32
+        )
+        state = QuantState(
+            absmax=parts["absmax"], shape=linear.weight.shape, code=torch.empty(16, device="meta"), blocksize=64,
+            quant_type="nf4", dtype=linear.weight.dtype, offset=parts["absmax_offset"], state2=nested,
+        )  # fmt: skip
+        weight: Any = nn.Parameter(parts["packed"].view(-1, 1), requires_grad=False)
+        weight.quant_state, weight.quant_type, weight.compress_statistics = state, "nf4", True
+        weight.bnb_quantized, weight.blocksize = True, 64
+        self.weight, self.bias, self.quant_state = weight, linear.bias, state
+
+
+class OffloadingStandIn(saved_tensors_hooks):
+    """As TRL's `OffloadActivations`: saved tensors go to host memory, but the last few, and come back in backward."""
+
+    def __init__(self, params: Sequence[torch.Tensor]) -> None:
+        kept = {p.untyped_storage()._cdata for p in params}
+        stash: deque[torch.Tensor] = deque(maxlen=STASH)
+
+        def pack(tensor: torch.Tensor) -> Any:
+            storage = tensor.untyped_storage()
+            moved = any(tensor.untyped_storage()._cdata == t.untyped_storage()._cdata for t in stash)
+            if tensor.nbytes < 1024 or storage._cdata in kept or moved:
+                return tensor
+            stash.append(tensor)
+            return (tensor.shape, tensor.stride(), tensor.dtype)
+
+        def unpack(saved: Any) -> torch.Tensor:
+            if isinstance(saved, torch.Tensor):
+                return saved
+            stash.clear()
+            shape, stride, dtype = saved
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+        super().__init__(pack, unpack)

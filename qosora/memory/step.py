@@ -1,0 +1,207 @@
+"""One training step as `qosora train` makes it, for a tracer to look at: on the meta device or on a real one.
+
+What decides about memory is the trainer's own: TRL's fused head and loss, transformers' checkpointing, the packed
+optimizer, gradients that are dropped after each step. A test compares it with the trainer's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
+
+from qosora import nf4
+from qosora.errors import QosoraError
+from qosora.linear import qosora_modules
+from qosora.memory.tracer import Tracer
+from qosora.tiling import apply_tiling
+
+__all__ = ["Batch", "decoder_layers", "prepare_model", "register_model", "register_optimizer", "training_step"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The shape of a batch.
+
+    Attributes:
+        size: Examples.
+        length: Tokens of each.
+        padding: Whether some are shorter and filled up, so that attention needs a mask.
+        packing: Whether all lie in one row, several to an example.
+    """
+
+    size: int
+    length: int
+    padding: bool = False
+    packing: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding included."""
+        return self.size * self.length
+
+    @property
+    def columns(self) -> int:
+        """Length of a row."""
+        return self.tokens if self.packing else self.length
+
+    def tensors(self, vocab: int, device: torch.device | str) -> dict[str, torch.Tensor]:
+        """Return what the trainer's collator makes, with random tokens."""
+        shape = (self.tokens // self.columns, self.columns)
+        if torch.device(device).type == "meta":
+            ids = torch.empty(shape, dtype=torch.int64, device=device)
+        else:
+            ids = torch.randint(0, vocab, shape, device=device)
+        made = {"input_ids": ids, "labels": ids.clone()}
+        if self.packing:
+            half = -(-self.length // 2)
+            positions = torch.cat([torch.arange(half), torch.arange(self.length - half)]).repeat(self.size)
+            return made | {"position_ids": positions[None].to(device)}
+        mask = torch.ones_like(ids)
+        if self.padding and not mask.is_meta:
+            mask[-1, -1:] = 0
+            made["labels"][-1, -1:] = -100
+        return made | {"attention_mask": mask}
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """Return the module that holds the decoder's layers, and the list of them.
+
+    Raises:
+        QosoraError: There is none.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count and _is_layer(child[0]):
+                return module, child
+    raise QosoraError(f"{type(model).__name__} has no list of {count} decoder layers, as config.json says it has")
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return hasattr(module, "gradient_checkpointing") or sum(1 for _ in module.children()) > 1
+
+
+def prepare_model(
+    model: Any, *, gradient_checkpointing: bool, fused_head: bool = True, tile_length: int | None = None
+) -> None:
+    """Do to a PEFT model what `train` and TRL's trainer do to it before it trains; other methods have no tiles."""
+    base: PreTrainedModel = model.get_base_model()
+    if fused_head:
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    if gradient_checkpointing:
+        base.enable_input_require_grads()
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if qosora_modules(model):
+        apply_tiling(model, tile_length, mlps=gradient_checkpointing or tile_length is not None)
+    model.train()
+
+
+def register_model(tracer: Tracer, model: Any) -> None:
+    """Count a model's parameters and buffers, each in its category."""
+    base = model.get_base_model()
+    ends = [module for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None]
+    tracer.register((p for module in ends for p in module.parameters()), "embeddings and head")
+    for layer in qosora_modules(model).values():
+        for name, p in layer.named_parameters(recurse=False):
+            if name != "bias":
+                tracer.register([p], "base residual" if name.startswith("weight") else "factors")
+        tracer.register([nf4._absmax_code(layer.s.device)], "base residual")
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)  # of bitsandbytes' own 4-bit layers
+        if state is not None:
+            tracer.register([p, *_tensors_of(state)], "base residual")
+    tracer.register((p for p in model.parameters() if p.requires_grad), "adapter")
+    tracer.register(_new(tracer, model.parameters()), "norms, biases, buffers")
+    tracer.register(_new(tracer, model.buffers()), "norms, biases, buffers")
+
+
+def _tensors_of(state: Any) -> list[torch.Tensor]:
+    nested = [] if state.state2 is None else [state.offset, state.state2.absmax, state.state2.code]
+    return [state.absmax, state.code, *nested]
+
+
+def _new(tracer: Tracer, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor for tensor in tensors if not tracer.knows(tensor)]
+
+
+def register_optimizer(tracer: Tracer, optimizer: Any) -> None:
+    """Count an optimizer's states, and the buffers that the packed one keeps parameters and gradients in."""
+    for pack in getattr(optimizer, "_packs", []):
+        tracer.register([pack.flat], "adapter")
+        if pack.grad is not None:
+            tracer.register([pack.grad], "gradients")
+        tracer.register(_unpaged(pack.tensors()), "optimizer state")
+    for state in optimizer.state.values():
+        tracer.register(_unpaged(state), "optimizer state")
+
+
+def _unpaged(state: dict[str, Any]) -> list[torch.Tensor]:
+    """Tensors but those in managed memory, which CUDA's allocator does not count either."""
+    return [t for t in state.values() if isinstance(t, torch.Tensor) and not getattr(t, "is_paged", False)]
+
+
+def training_step(
+    model: Any,
+    batch: dict[str, torch.Tensor],
+    optimizer: Any,
+    tracer: Tracer,
+    *,
+    fused_head: bool = True,
+    max_grad_norm: float = 1.0,
+    saving: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> torch.Tensor:
+    """Run one step of `QosoraTrainer`, telling the tracer where it is; return the loss.
+
+    Args:
+        model: A PEFT model that `prepare_model` has prepared.
+        batch: What `Batch.tensors` makes.
+        optimizer: With `step()`.
+        tracer: Entered, and following the model.
+        fused_head: Whether the loss is computed in chunks, never building all logits.
+        max_grad_norm: To clip to; 0 does not clip.
+        saving: Context of forward and backward, where activations are offloaded.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with _gradients_counted(trained, tracer), saving():
+        tracer.enter_phase("forward")
+        loss = _loss(model, batch, fused_head)
+        tracer.enter_phase("loss")  # also where the backbone is not told apart
+        loss.backward()  # type: ignore[no-untyped-call]
+    tracer.enter_phase("optimizer")
+    if max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    model.zero_grad()
+    return loss.detach()
+
+
+def _loss(model: Any, batch: dict[str, torch.Tensor], fused_head: bool) -> torch.Tensor:
+    """As `SFTTrainer.compute_loss`."""
+    items = (batch["labels"] != -100).sum()
+    if not fused_head:
+        loss: torch.Tensor = model(**batch, use_cache=False, num_items_in_batch=items).loss
+        return loss
+    outputs = model(**batch, use_cache=False, fused_lm_head=True)
+    per_token_loss = -outputs.log_probs
+    return per_token_loss.sum() / torch.as_tensor(items).clamp(min=1)
+
+
+@contextmanager
+def _gradients_counted(params: Iterable[nn.Parameter], tracer: Tracer) -> Iterator[None]:
+    def hook(p: torch.Tensor) -> None:
+        if p.grad is not None:
+            tracer.register([p.grad], "gradients")
+
+    handles = [p.register_post_accumulate_grad_hook(hook) for p in params]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

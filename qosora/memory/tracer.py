@@ -1,0 +1,301 @@
+"""Live tensor bytes of a step by category, phase and module: a dispatch mode that follows storages by weak reference.
+
+It sees every tensor that an operation returns, and learns by a weak reference when its storage goes: on the meta device
+just as on a real one. What it cannot see is memory that an operation allocates and frees inside; `workspaces` gives the
+bytes of operations where that matters.
+
+A storage counts once, however many tensors view it. On a real device also where several storage objects lie in the
+same memory, as DLPack makes them of the packed optimizer's flat buffer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right, insort
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+__all__ = ["CATEGORIES", "PHASES", "Event", "Peak", "Site", "Tracer", "Workspace", "category_of"]
+
+#: What memory is for; the first six live as long as the model and the optimizer.
+CATEGORIES = (
+    "base residual", "factors", "adapter", "embeddings and head", "norms, biases, buffers", "gradients",
+    "optimizer state", "batch", "saved activations", "layer temporaries", "logits and loss", "workspace", "rounding",
+)  # fmt: skip
+PHASES = ("forward", "loss", "backward", "optimizer")
+
+#: Bytes that an operation allocates inside and frees before it returns, from its arguments.
+Workspace = Callable[..., int]
+
+
+class Site(NamedTuple):
+    """A place in a step: phase, module (`layers.*` stands for any layer) and the layer's index, -1 outside layers."""
+
+    phase: str
+    module: str
+    layer: int
+
+
+class _Key(NamedTuple):
+    """What a storage was made for: a category, if that was known at once, else the phase and layer that made it."""
+
+    category: str | None
+    phase: str
+    layer: int
+
+
+@dataclass
+class Peak:
+    """The most that was live at one site.
+
+    Attributes:
+        total: Bytes.
+        live: Bytes by category.
+        op: The operation after (or in) which it was so.
+    """
+
+    total: int
+    live: dict[str, int]
+    op: str
+
+
+@dataclass
+class Event:
+    """An allocation (bytes above zero) or the end of one, for pictures over time."""
+
+    number: int
+    nbytes: int
+    key: Any
+    site: Site
+    op: str
+
+
+@dataclass
+class _Block:
+    number: int
+    nbytes: int
+    padding: int
+    key: _Key
+    start: int | None = None
+    reference: Any = field(default=None, repr=False)
+
+
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows live bytes while it is entered.
+
+    Args:
+        granularity: What an allocation is rounded up to, bytes; the rest is counted as "rounding".
+        workspaces: Bytes inside an operation, by its name such as "aten::mm".
+        run: Runs an operation, given with its arguments.
+        log: Where to put all events, if anywhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        granularity: int = 1,
+        workspaces: Mapping[str, Workspace] | None = None,
+        run: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs),
+        log: list[Event] | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.granularity, self.workspaces, self.run = granularity, workspaces or {}, run
+        self.sites: dict[Site, Peak] = {}
+        self.total = 0
+        self.events = log
+        self.on_phase: Callable[[str], None] = lambda phase: None
+        self.phase = "setup"
+        self._live: Counter[_Key] = Counter()
+        self._blocks: dict[int, _Block] = {}  # by the storage's identity
+        self._starts: list[tuple[int, int, int]] = []  # address, end and identity of real storages, in order
+        self._modules: list[tuple[str, int]] = [_OUTSIDE]  # the running ones, with layers' indices
+        self._category: str | None = None
+        self._count = 0
+
+    # ---- what the step tells -------------------------------------------------------------------------------------
+
+    def register(self, tensors: Iterable[torch.Tensor], category: str) -> None:
+        """Count tensors that exist already, such as parameters, or move them to a category."""
+        for tensor in tensors:
+            self._add(tensor, _Key(category, "", -1), "")
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Say whether a tensor's memory is counted."""
+        return tensor.untyped_storage()._cdata in self._blocks
+
+    @contextmanager
+    def allocating(self, category: str) -> Iterator[None]:
+        """Count what is made inside as of a category."""
+        before, self._category = self._category, category
+        yield
+        self._category = before
+
+    def enter_phase(self, phase: str) -> None:
+        """Begin a phase, if it is another than the present one."""
+        if phase != self.phase:
+            self.phase = phase
+            self.on_phase(phase)
+            self._modules = [_OUTSIDE]
+
+    @contextmanager
+    def following(self, model: nn.Module, backbone: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
+        """Hook a model's modules, to know which one runs, also in backward.
+
+        The loss begins where `backbone` ends, and ends where the gradient comes back to it.
+        """
+        names = {module: name for name, module in model.named_modules()}
+        start = names[layers]
+        handles: list[Any] = []
+        for module, name in names.items():
+            index, _, rest = name.removeprefix(f"{start}.").partition(".")
+            inside = name.startswith(f"{start}.")
+            place = (f"layers.*.{rest}".rstrip("."), int(index)) if inside else (name, -1)
+            handles.append(module.register_forward_pre_hook(self._begin(place)))
+            handles.append(module.register_forward_hook(self._end(place, module is backbone)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, place: tuple[str, int]) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self._modules.append(place)
+
+        return hook
+
+    def _end(self, place: tuple[str, int], is_backbone: bool) -> Callable[..., None]:
+        def backward(_: torch.Tensor) -> None:
+            if self.phase == "loss":
+                self.enter_phase("backward")
+            self._modules = [place]
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            while len(self._modules) > 1 and self._modules.pop() != place:
+                pass
+            first = next(iter(tree_iter(output)), None)
+            if self.phase == "forward":
+                if isinstance(first, torch.Tensor) and first.requires_grad:
+                    first.register_hook(backward)  # type: ignore[no-untyped-call]
+                if is_backbone:
+                    self.enter_phase("loss")
+
+        return hook
+
+    # ---- what the dispatcher tells -------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        out = self.run(func, args, kwargs)
+        if (extra := self.workspaces.get(name)) is not None:
+            self._peak(name, extra(*args, **kwargs))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor, _Key(self._category, self.phase, self._modules[-1][1]), name)
+        return out
+
+    # ---- counting ------------------------------------------------------------------------------------------------
+
+    def _rounded(self, nbytes: int) -> int:
+        return -(-nbytes // self.granularity) * self.granularity
+
+    def _add(self, tensor: torch.Tensor, key: _Key, op: str) -> None:
+        storage = tensor.untyped_storage()
+        identity = storage._cdata
+        if (known := self._blocks.get(identity)) is not None:
+            if key.category is not None and known.key.category != key.category:
+                self._count_block(known, -1)
+                self._record(known, "", sign=-1)
+                known.key = key
+                self._count_block(known, 1)
+                self._record(known, op)
+            return
+        nbytes, start = storage.nbytes(), None
+        if not tensor.is_meta and nbytes:
+            start = storage.data_ptr()
+            if self._inside_another(start):
+                nbytes = 0
+            else:
+                insort(self._starts, (start, start + nbytes, identity))
+        self._count += 1
+        block = _Block(self._count, nbytes, self._rounded(nbytes) - nbytes, key, start)
+        block.reference = weakref.ref(storage, lambda _: self._remove(identity))
+        self._blocks[identity] = block
+        self._count_block(block, 1)
+        if nbytes:
+            self._record(block, op)
+            self._peak(op)
+
+    def _inside_another(self, start: int) -> bool:
+        at = bisect_right(self._starts, (start, 1 << 62, 0)) - 1
+        return at >= 0 and start < self._starts[at][1]
+
+    def _remove(self, identity: int) -> None:
+        block = self._blocks.pop(identity)
+        self._count_block(block, -1)
+        if block.nbytes:
+            if block.start is not None:
+                del self._starts[bisect_right(self._starts, (block.start, 0, 0))]
+            self._record(block, "", sign=-1)
+
+    def _count_block(self, block: _Block, sign: int) -> None:
+        self._live[block.key] += sign * block.nbytes
+        if block.padding:
+            self._live[_ROUNDING] += sign * block.padding
+        self.total += sign * (block.nbytes + block.padding)
+
+    def _record(self, block: _Block, op: str, sign: int = 1) -> None:
+        if self.events is not None:
+            self.events.append(Event(block.number, sign * block.nbytes, block.key, self._site(), op))
+
+    def _site(self) -> Site:
+        return Site(self.phase, *self._modules[-1])
+
+    def _peak(self, op: str, extra: int = 0) -> None:
+        site = self._site()
+        known = self.sites.get(site)
+        if known is None or self.total + extra > known.total:
+            live = self.live(site)
+            if extra:
+                live["workspace"] = live.get("workspace", 0) + extra
+            self.sites[site] = Peak(self.total + extra, live, op)
+
+    def live(self, site: Site | None = None) -> dict[str, int]:
+        """Return what is live by category, as seen from a site (the present one by default).
+
+        What the forward pass made is saved for backward once its layer has ended; before, it is the layer's own.
+        """
+        site = site or self._site()
+        found: Counter[str] = Counter()
+        for key, nbytes in self._live.items():
+            if nbytes:
+                found[category_of(key, site)] += nbytes
+        return dict(found)
+
+    def peak(self) -> tuple[Site, Peak]:
+        """Return where the most was live."""
+        return max(self.sites.items(), key=lambda item: item[1].total)
+
+
+_ROUNDING = _Key("rounding", "", -1)
+_OUTSIDE = ("", -1)
+
+
+def category_of(key: Any, site: Site) -> str:
+    """Return what the memory behind an event's key is for, as seen from a site."""
+    if key.category is not None:
+        return str(key.category)
+    if key.phase == "loss":
+        return "logits and loss"
+    if key.phase == "forward" and not (site.phase == "forward" and site.layer == key.layer):
+        return "saved activations"
+    return "layer temporaries"

@@ -1,0 +1,155 @@
+"""What is measured on the CPU is what was planned, and what the trainer does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_bases import load, make_base
+from tiny_models import make_base as make_base_with_tokenizer
+from tiny_models import make_llama, write_jsonl
+
+import qosora
+from qosora.cli import main
+from qosora.config import QosoraConfig
+from qosora.errors import ConfigError, DataError
+from qosora.memory.profile import profile, random_model
+from qosora.memory.shapes import model_config
+from qosora.memory.step import decoder_layers, register_model, register_optimizer
+from qosora.memory.traced import StepOptions
+from qosora.memory.tracer import Tracer
+from qosora.trainer import QosoraTrainer
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: make_base(folder / name, name) for name in ("llama", "qwen3", "gemma3", "gpt2")}
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the CPU")
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
+def test_planned_equals_measured(bases: dict[str, Path], name: str, batch_size: int, checkpointing: bool):
+    found = profile(
+        bases[name], batch_size=batch_size, seq_len=48, steps=1, gradient_checkpointing=checkpointing, precision="bf16"
+    )
+    assert found.planned is not None
+    assert found.difference == pytest.approx(0, abs=0.01)
+    for phase, measured in found.live.phases.items():
+        assert found.planned.phases[phase] == pytest.approx(measured, rel=0.01), phase
+    for name, measured in found.live.rows.items():
+        assert found.planned.rows[name] == pytest.approx(measured, abs=0.01 * found.measured_bytes), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunked_loss": False, "vectors": "o", "optimizer": "paged_lion_8bit"},
+        {"attn_implementation": "eager", "optimizer": "paged_adamw_8bit", "padding": False},
+        {"packing": True, "seq_len": 24},
+        {"tile_length": 16},
+        {"tile_length": 0},
+    ],
+)
+def test_planned_equals_measured_with_options(bases: dict[str, Path], options: dict[str, Any]):
+    found = profile(bases["llama"], **{"batch_size": 2, "seq_len": 48, "steps": 1, **options})
+    assert found.planned is not None
+    assert found.planned.phases == pytest.approx(found.live.phases, rel=0.01)
+
+
+def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = make_base_with_tokenizer(make_llama(tmp_path / "llama", intermediate_size=512), tmp_path / "base")
+    rows = [{"prompt": "a" * 20, "completion": "b" * 20} for _ in range(8)]
+    data = str(write_jsonl(tmp_path / "data.jsonl", rows))
+    peaks = []
+    step = QosoraTrainer.training_step
+
+    def traced(self: QosoraTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        tracer = Tracer()
+        backbone, layers = decoder_layers(self.model.get_base_model())
+        with tracer, tracer.following(self.model, backbone, layers):
+            register_optimizer(tracer, self.optimizer.optimizer)
+            register_model(tracer, self.model)
+            tracer.register(inputs.values(), "batch")
+            tracer.enter_phase("forward")
+            loss = step(self, model, inputs, *args, **kwargs)
+        peaks.append({site.phase: 0 for site in tracer.sites})
+        for site, peak in tracer.sites.items():
+            peaks[-1][site.phase] = max(peaks[-1][site.phase], peak.total)
+        return loss
+
+    monkeypatch.setattr(QosoraTrainer, "training_step", traced)
+    for checkpointing in (True, False):
+        options = {"batch_size": 2, "gradient_checkpointing": checkpointing}
+        qosora.train(
+            qosora.TrainConfig(
+                model=str(base),
+                data=data,
+                output_dir=str(tmp_path / f"run-{checkpointing}"),
+                max_steps=3,
+                save_steps=0,
+                progress=False,
+                **options,
+            )
+        )
+        measured = profile(base, data=data, steps=1, padding=False, **options).live.phases
+        for phase in ("forward", "loss", "backward"):
+            assert measured[phase] == pytest.approx(peaks[-1][phase], rel=0.005), phase
+
+
+def test_data_gives_the_longest_examples(tmp_path: Path):
+    base = make_base_with_tokenizer(make_llama(tmp_path / "llama"), tmp_path / "base")
+    rows = [{"prompt": "a" * n, "completion": "b"} for n in (3, 30, 10, 20)]
+    data = str(write_jsonl(tmp_path / "data.jsonl", rows))
+    found = profile(base, data=data, batch_size=2, steps=1, compare=False)
+    assert (found.batch.size, found.batch.length, found.batch.padding) == (2, 33, True)
+    with pytest.raises(DataError, match="has 4 examples, fewer than the batch size 5"):
+        profile(base, data=data, batch_size=5)
+
+
+def test_a_loaded_base_and_random_weights(bases: dict[str, Path]):
+    model = load(bases["llama"], dtype=torch.float32)
+    found = profile(model, batch_size=1, seq_len=16, steps=1)
+    assert found.difference == pytest.approx(0, abs=0.01)
+    assert found.measured_bytes == found.live.allocated_bytes
+    config = model_config(bases["llama"])
+    shape = random_model(config, QosoraConfig(rank=8), StepOptions(precision="fp32", device="cpu"))
+    assert {n: p.shape for n, p in shape.named_parameters()} == {
+        n: p.shape for n, p in load(bases["llama"]).named_parameters()
+    }
+
+
+def test_random_weights_keep_ties(tmp_path: Path):
+    config = model_config("qwen3-0.6b")
+    config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64})
+    model = random_model(config, QosoraConfig(rank=8), StepOptions(precision="fp32", device="cpu"))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_options_that_cannot_be(bases: dict[str, Path]):
+    with pytest.raises(ConfigError, match="steps must be at least 1"):
+        profile(bases["llama"], steps=0)
+    with pytest.raises(ConfigError, match="precision must be one of"):
+        profile(bases["llama"], precision="fp8")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="there is no GPU"):
+            profile(bases["llama"], activation_offloading=True, seq_len=16)
+
+
+def test_command(bases: dict[str, Path], capsys: pytest.CaptureFixture[str]):
+    args = ["profile", str(bases["llama"]), "--seq-len", "16", "--batch-size", "1", "--steps", "1"]
+    assert main(args) == 0
+    text = capsys.readouterr().out
+    for part in ("base residual", "planned", "tokens/s", "resident memory"):
+        assert part in text
+    assert main([*args, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert abs(found["difference"]) < 0.01
+    assert found["tokens_per_second"] > 0
