@@ -73,8 +73,8 @@ def convert(found: dict[str, Any]) -> str:
     """Return the table of conversion times and memory, with its conditions."""
     one, full, config = found["results"]["one_layer"], found["results"]["conversion"], found["config"]
     names = {
-        "qosora": f"qosora, r = {config['rank']}",
-        "pissa_niter_4": f"PEFT `pissa_niter_4`, r = {config['rank']}",
+        "qosora": f"qosora, r = {config['rank']}: decomposed, quantized, errors measured",
+        "pissa_niter_4": f"PEFT `pissa_niter_4`, r = {config['rank']}: decomposed, not quantized",
         "nf4": "bitsandbytes NF4 alone",
         "theory": "the SVD's matrix products and the quantization alone",
     }
@@ -94,6 +94,40 @@ def convert(found: dict[str, Any]) -> str:
         "[all figures](benchmarks/results/convert_llama2_7b.json)."
     )
     return "\n".join([_row(["", "time", "memory"]), _row(["---", "---:", "---:"]), *map(_row, rows), "", note, ""])
+
+
+def memory(found: dict[str, Any]) -> str:
+    """Return the table of peaks of a training step, measured and planned, with its conditions."""
+    rows = []
+    for name, result in found["results"].items():
+        kind, shape, tokens, mode = name.split("_")
+        if kind == "measured":
+            model, _, layers = shape.partition(":")
+            what = f"measured on a CPU: {model}, {layers} layers, {tokens} tokens, {mode}"
+            peaks = [result[method]["peak_bytes"] for method in ("qosora", "qlora")]
+        else:
+            what = f"planned for a GPU: {shape}, {tokens} tokens, {mode}"
+            peaks = [result[f"{method}_allocated_bytes"] for method in ("qosora", "qlora")]
+        rows.append([what, *(f"{peak / 2**30:.2f} GiB" for peak in peaks), f"{peaks[0] / peaks[1]:.3f}"])
+    config, versions = found["config"], found["versions"]
+    note = (
+        f"Peak of live tensor bytes of a training step, batch size {config['batch_size']}, {config['precision']}, "
+        f"qosora at r = {config['rank']} against PEFT's LoRA at r = {config['lora_rank']} on bitsandbytes NF4, with "
+        "the same loss and attention; layers checkpointed, or all activations kept. Measured and planned peaks of the CPU "
+        f"agree within {_worst_plan(found['results']):.1%}. {found['device']['cpu']}, torch {versions['torch']}, peft "
+        f"{versions['peft']}, bitsandbytes {versions['bitsandbytes']}, {found['date']}; "
+        "[all figures](benchmarks/results/memory_cpu.json)."
+    )
+    head = ["", "qosora", "QLoRA", "ratio"]
+    return "\n".join([_row(head), _row(["---", *["---:"] * 3]), *map(_row, rows), "", note, ""])
+
+
+def _worst_plan(results: dict[str, Any]) -> float:
+    """Return the largest relative difference of plan and measurement."""
+    measured = [result for name, result in results.items() if name.startswith("measured")]
+    return max(
+        abs(result[method]["planned_over_measured"] - 1) for result in measured for method in ("qosora", "qlora")
+    )
 
 
 def _best(results: dict[str, Any], method: str) -> dict[str, Any]:
@@ -122,6 +156,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gsm8k": ("gsm8k_gemma3_270m.json", gsm8k),
     "export": ("export_gemma3_270m.json", export),
     "convert": ("convert_llama2_7b.json", convert),
+    "memory": ("memory_cpu.json", memory),
 }
 
 
