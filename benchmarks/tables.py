@@ -113,7 +113,7 @@ def memory(found: dict[str, Any]) -> str:
     note = (
         f"Peak of live tensor bytes of a training step, batch size {config['batch_size']}, {config['precision']}, "
         f"qosora at r = {config['rank']} against PEFT's LoRA at r = {config['lora_rank']} on bitsandbytes NF4, with "
-        "the same loss and attention; layers checkpointed, or all activations kept. Measured and planned peaks of the CPU "
+        "the same loss and attention; layers checkpointed, or all activations kept. Measured and planned CPU peaks "
         f"agree within {_worst_plan(found['results']):.1%}. {found['device']['cpu']}, torch {versions['torch']}, peft "
         f"{versions['peft']}, bitsandbytes {versions['bitsandbytes']}, {found['date']}; "
         "[all figures](benchmarks/results/memory_cpu.json)."
