@@ -96,7 +96,13 @@ class PartialFolder:
             ConfigError: If it was begun with another job.
             OSError: If the disk is full.
         """
-        self._recover()
+        if self.path.exists():
+            lock = lock_folder(self.path)  # not while another process puts it into its place
+            try:
+                self._recover()
+            finally:
+                if lock is not None:
+                    os.close(lock)
         check_target(self.target, overwrite)
         self._open(restart)
         self._take_over(stamps)
