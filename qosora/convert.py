@@ -76,9 +76,13 @@ class ConversionReport:
     base_bytes: int
     seconds: float
 
+    def by_kind(self) -> dict[str, dict[str, float]]:
+        """Return means and sums by kind of layer, as the function of that name does."""
+        return by_kind(map(asdict, self.layers))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        return {**asdict(self), "by_kind": by_kind(map(asdict, self.layers))}
+        return {**asdict(self), "by_kind": self.by_kind()}
 
 
 def by_kind(layers: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

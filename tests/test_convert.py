@@ -98,7 +98,7 @@ def test_the_report_tells_the_errors(tmp_path: Path) -> None:
         assert layer.nf4_error == expected.nf4_error
         assert layer.bits_per_parameter == expected.bits_per_parameter
         assert layer.shape == (base.get_submodule(layer.name).out_features, base.get_submodule(layer.name).in_features)
-    kinds = report.to_dict()["by_kind"]
+    kinds = report.by_kind()
     assert kinds["down_proj"]["layers"] == 2
     down = [layer for layer in report.layers if layer.name.endswith("down_proj")]
     assert kinds["down_proj"]["error"] == pytest.approx(sum(layer.error for layer in down) / 2)
@@ -113,7 +113,7 @@ def test_the_manifest_says_what_the_base_is(tmp_path: Path) -> None:
     assert manifest["source_files"] == {"model.safetensors": (source / "model.safetensors").stat().st_size}
     assert (manifest["made_with"]["rank"], manifest["made_with"]["seed"]) == (8, 3)
     assert manifest["made_with"]["torch"] == torch.__version__
-    kinds = report.to_dict()["by_kind"]
+    kinds = report.by_kind()
     assert by_kind(manifest["layers"]) == {
         kind: {key: value for key, value in row.items() if key != "seconds"} for kind, row in kinds.items()
     }

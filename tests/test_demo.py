@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qosora import cli
+from qosora import cli, demo
 from qosora.config import QosoraConfig
 from qosora.demo import CONFIG, assets
 from qosora.factorize import factorize, measure_error
@@ -31,9 +32,20 @@ def test_error_is_below_nf4_on_every_matrix() -> None:
     assert len(replace_linears(model, config, ["lm_head"])) == 28
 
 
-def test_the_whole_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--output-dir", str(tmp_path), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+def test_the_whole_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[demo.DemoResult] = []
+    run = demo.run_demo
+
+    def run_demo(*args: Any, **options: Any) -> demo.DemoResult:
+        results.append(run(*args, **options))
+        return results[0]
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    assert cli.main(["demo", "--output-dir", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "down_proj" in text
+    assert f"{tmp_path}/adapter" in text
+    found = json.loads(json.dumps(results[0].to_dict()))
     # measured over three seeds: loss 7.7 -> 0.016, exact match 0 -> 99 to 100 %
     assert found["before"]["exact_match"] < 0.1
     assert found["after"]["exact_match"] > 0.9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from qosora.config import QosoraConfig
-    from qosora.convert import by_kind, quantize
+    from qosora.convert import quantize
     from qosora.streaming import Processes, Progress
 
     config = QosoraConfig(
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json(report.to_dict())
         return
-    print(kinds_table(by_kind(map(asdict, report.layers)), config.quant_type))
+    print(kinds_table(report.by_kind(), config.quant_type))
     print(f"\n{args.output}: {size(report.base_bytes)}, {len(report.layers)} layers, {report.seconds:.0f} s")
     print(f"next: qosora train --model {args.output} --data DATA.jsonl --output-dir ADAPTER")
 
