@@ -75,6 +75,7 @@ class PartialFolder:
         self._data, self._replaced = self.path / "model", self.path / "replaced"
         self.shards = Shards(self._data, specs, max_shard_bytes, stem)
         self.finished: dict[str, dict[str, Any]] = {}
+        self._seen: dict[Path, int] = {}  # bytes of each process's journal that `finished` has
         self._lock: int | None = None
         self._held = False
         self._new_parents: list[Path] = []
@@ -195,8 +196,13 @@ class PartialFolder:
                 self._synced = time.monotonic()
 
     def refresh(self) -> None:
-        """See what all processes have finished."""
-        self.finished = {name: entry["report"] for name, entry in _entries(self.path).items()}
+        """See what all processes have finished since this was last asked."""
+        for file in self.path.glob("journal-*.jsonl"):
+            with file.open("rb") as journal:
+                journal.seek(self._seen.get(file, 0))
+                whole, newline, _ = journal.read().rpartition(b"\n")  # the last line may still be being written
+            self._seen[file] = self._seen.get(file, 0) + len(whole) + len(newline)
+            self.finished.update((name, entry["report"]) for name, entry in _parsed(whole.decode(errors="replace")))
 
     # After the work, in one process.
 
@@ -263,10 +269,14 @@ def _entries(folder: Path) -> dict[str, dict[str, Any]]:
 def _read_journal(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """Give the entries of a journal, whose last line may be torn."""
     with suppress(FileNotFoundError):
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(json.JSONDecodeError, KeyError, TypeError):
-                entry = json.loads(line)
-                yield entry["unit"], {key: entry[key] for key in ("unit", "stamp", "sha256", "report")}
+        yield from _parsed(file.read_text(encoding="utf-8", errors="replace"))
+
+
+def _parsed(text: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    for line in text.splitlines():
+        with suppress(json.JSONDecodeError, KeyError, TypeError):
+            entry = json.loads(line)
+            yield entry["unit"], {key: entry[key] for key in ("unit", "stamp", "sha256", "report")}
 
 
 def _file_digest(path: Path) -> str:

@@ -200,6 +200,7 @@ def _work(
     left = [unit for unit in units if unit.name not in folder.finished]
     share = _share(left, processes.index, processes.count)
     left_cost, start = sum(unit.cost for unit in left), time.monotonic()
+    sizes = {unit.name: sum(spec.nbytes for spec in unit.specs.values()) for unit in units}
 
     def write(unit: Unit, tensors: Mapping[str, torch.Tensor], report: dict[str, Any]) -> None:
         if unit.stamp() != stamps[unit.name]:
@@ -212,10 +213,9 @@ def _work(
             done = [unit for unit in units if unit.name in folder.finished]
             made_cost = left_cost - sum(unit.cost for unit in left if unit.name not in folder.finished)
             rate = made_cost / (time.monotonic() - start)
-            sizes = {unit.name: sum(spec.nbytes for spec in unit.specs.values()) for unit in units}
             progress(
                 Progress(
-                    folder.finished,
+                    dict(folder.finished),
                     len(units),
                     sum(sizes[unit.name] for unit in done),
                     sum(sizes.values()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 from qosora.cli.output import add_json, add_overwrite, add_shards, print_json, progress_bar, size, table
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
         def progress(state: Progress) -> None:
             layers = [report for report in state.reports.values() if report]
-            error, plain = (mean(layer[key] for layer in layers) if layers else 0.0 for key in ("error", "nf4_error"))
+            error, plain = (fmean(layer[key] for layer in layers) if layers else 0.0 for key in ("error", "nf4_error"))
             show(state, f", error {error:.4f} (plain {config.quant_type} {plain:.4f})" if layers else "")
 
         report = quantize(
