@@ -261,7 +261,7 @@ def _explained(error: Exception, folder: PartialFolder) -> CheckpointError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         text = f"{error.filename or folder.target}: {error.strerror}{'; make room and run again' if full else ''}"
     folder.refresh()
-    if folder.finished:
+    if folder.finished and folder.path.exists():
         text += (
             f" [{len(folder.finished)} of {len(folder.units)} units of the work are finished and kept in {folder.path}:"
             " the same command goes on from there]"
