@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+#: By action, then "seconds" and "ratio": quantiles.
+Timings = dict[str, dict[str, dict[str, float]]]
 _PACKAGES = ("qosora", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
@@ -108,15 +110,53 @@ def commit() -> str | None:
     return run.stdout.strip()
 
 
-def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Return count, median and the 10th and 90th percentile."""
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
+def in_turns(actions: Mapping[str, Callable[[], object]], rounds: int, *, against: str, warmup: int = 1) -> Timings:
+    """Time actions one after the other, round after round, so that what slows the machine down falls on all alike.
+
+    Args:
+        actions: What to time, by name. A GPU's work is waited for.
+        rounds: How often, at least twice.
+        against: Name of the action that the others are compared with.
+        warmup: Rounds before these that do not count.
+
+    Returns:
+        For each action its seconds, and their ratio to those of `against` in the same round: quantiles of both.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for count in range(warmup + rounds):
+        for name, action in actions.items():
+            taken = seconds_of(action)
+            if count >= warmup:
+                seconds[name].append(taken)
     return {
-        "count": len(values),
-        "median": round(statistics.median(values), 4),
-        "p10": round(tenths[0], 4),
-        "p90": round(tenths[-1], 4),
+        name: {
+            "seconds": quantiles(found),
+            "ratio": quantiles([a / b for a, b in zip(found, seconds[against], strict=True)]),
+        }
+        for name, found in seconds.items()
     }
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    """Return how long an action takes, a GPU's work included."""
+    synchronize()
+    start = time.perf_counter()
+    action()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Return count, median and the 10th and 90th percentile, to four digits."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    found = {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1]}
+    return {"count": len(values), **{name: float(f"{value:.4g}") for name, value in found.items()}}
 
 
 def _cpu_name() -> str:

@@ -15,66 +15,19 @@ import gc
 from functools import partial
 from typing import Any
 
-import bitsandbytes
 import torch
 from common import Record
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import PreTrainedModel
+from methods import LORA_RANK, OPTIMIZER, trainable
 
-from qosora.config import OsoraConfig, QosoraConfig
+from qosora.config import QosoraConfig
 from qosora.memory.devices import the_card
 from qosora.memory.plan import LASTING, plan, usage_of
-from qosora.memory.profile import fill_at_random, measure, random_model
+from qosora.memory.profile import measure
 from qosora.memory.shapes import model_config
-from qosora.memory.step import Batch, prepare_model
-from qosora.memory.traced import StepOptions, TracedModel, meta_model
-from qosora.optim import create_optimizer
+from qosora.memory.step import Batch
+from qosora.memory.traced import StepOptions, TracedModel
 
 QUESTION = "How much memory does a training step take at its peak, against PEFT QLoRA, and is it what was planned?"
-LORA_RANK = 16
-OPTIMIZER = "paged_adamw_32bit"
-
-
-def qlora_model(config: Any, step: StepOptions) -> PreTrainedModel:
-    """Return a model with random weights, its linear layers but the head in bitsandbytes' 4 bits."""
-    model: PreTrainedModel = meta_model(config, step)
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not head:
-            model.set_submodule(name, _four_bit(module, step))
-    fill_at_random(model, step.device)
-    model.is_loaded_in_4bit = True
-    return model.requires_grad_(False)
-
-
-def _four_bit(linear: nn.Linear, step: StepOptions) -> nn.Module:
-    bias = linear.bias is not None
-    new = bitsandbytes.nn.Linear4bit(
-        linear.in_features, linear.out_features, bias, linear.weight.dtype, True, "nf4", device="meta"
-    )
-    weight = torch.randn(linear.weight.shape, dtype=linear.weight.dtype) * 0.02
-    new.weight = bitsandbytes.nn.Params4bit(
-        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
-    ).to(step.device)
-    if bias:
-        new.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=step.device))
-    return new
-
-
-def trainable(config: Any, step: StepOptions, rank: int) -> tuple[Any, Any]:
-    """Return the PEFT model and its optimizer, as TRL's trainer has them."""
-    if step.method == "qosora":
-        model = get_peft_model(random_model(config, QosoraConfig(rank=rank), step), OsoraConfig())
-        prepare_model(model, gradient_checkpointing=step.gradient_checkpointing)
-        return model, create_optimizer(model, lr=1e-6, optimizer=OPTIMIZER)
-    lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(qlora_model(config, step), lora)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        p.data = p.data.to(torch.bfloat16)
-    prepare_model(model, gradient_checkpointing=step.gradient_checkpointing)
-    return model, bitsandbytes.optim.AdamW(trained, lr=1e-6, optim_bits=32, is_paged=step.device == "cuda")
 
 
 def run(args: argparse.Namespace, shape: str, layers: int | None, tokens: int, checkpointing: bool) -> dict[str, Any]:

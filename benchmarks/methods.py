@@ -1,0 +1,129 @@
+"""qosora and its rivals, ready to train, with random weights: single linear layers and whole models.
+
+All stand on bitsandbytes' NF4 with double quantization, but qosora's, and are made by PEFT as a user would make them.
+Trained LoRA weights are in bfloat16, as TRL has them for a 4-bit model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes
+import torch
+from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from qosora.config import OsoraConfig, QosoraConfig
+from qosora.factorize import Factors
+from qosora.linear import QosoraLinear
+from qosora.memory.profile import fill_at_random, random_model
+from qosora.memory.step import prepare_model
+from qosora.memory.traced import StepOptions, meta_model
+from qosora.nf4 import quantize
+from qosora.optim import create_optimizer
+
+LORA_RANK = 16
+VERA_RANK = 256
+OPTIMIZER = "paged_adamw_32bit"
+#: PEFT's rivals on a frozen NF4 layer called `proj`.
+ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
+    "lora": lambda: LoraConfig(r=LORA_RANK, target_modules=["proj"]),
+    "dora": lambda: LoraConfig(r=LORA_RANK, target_modules=["proj"], use_dora=True),
+    "vera": lambda: VeraConfig(r=VERA_RANK, target_modules=["proj"]),
+}
+
+
+class OneLayer(nn.Module):
+    """A model of one linear layer, for PEFT to work on."""
+
+    def __init__(self, proj: nn.Module) -> None:
+        super().__init__()
+        self.proj = proj
+        self.is_loaded_in_4bit = isinstance(proj, bitsandbytes.nn.Linear4bit)  # else PEFT takes it for a plain layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., in_features)."""
+        out: torch.Tensor = self.proj(x)
+        return out
+
+
+def layer(method: str, out_features: int, in_features: int, dtype: torch.dtype, device: str) -> nn.Module:
+    """Return a layer with random weights.
+
+    Args:
+        method: "plain" (16-bit weight), "nf4" (frozen 4-bit weight), one of `ADAPTERS` on it, or "qosora-RANK".
+        out_features: m.
+        in_features: n.
+        dtype: Of the products.
+        device: Where.
+    """
+    kind, _, rank = method.partition("-")
+    if kind == "qosora":
+        return get_peft_model(
+            OneLayer(_qosora(out_features, in_features, int(rank), device)), OsoraConfig(task_type=None)
+        )
+    plain = nn.Linear(in_features, out_features, False, device="meta", dtype=dtype)
+    if kind == "plain":
+        plain.weight = nn.Parameter(torch.randn(plain.weight.shape, dtype=dtype, device=device) * 0.02, False)
+        return OneLayer(plain)
+    model = OneLayer(_four_bit(plain, device))
+    if kind == "nf4":
+        return model
+    return _trained_as(dtype, get_peft_model(model, ADAPTERS[kind]()).to(device))
+
+
+def qlora_model(config: Any, step: StepOptions) -> PreTrainedModel:
+    """Return a model with random weights, its linear layers but the head in bitsandbytes' 4 bits."""
+    model: PreTrainedModel = meta_model(config, step)
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not head:
+            model.set_submodule(name, _four_bit(module, step.device))
+    fill_at_random(model, step.device)
+    model.is_loaded_in_4bit = True
+    return model.requires_grad_(False)
+
+
+def trainable(config: Any, step: StepOptions, rank: int) -> tuple[Any, Any]:
+    """Return the PEFT model and its optimizer, as TRL's trainer has them."""
+    if step.method == "qosora":
+        model = get_peft_model(random_model(config, QosoraConfig(rank=rank), step), OsoraConfig())
+        prepare_model(model, gradient_checkpointing=step.gradient_checkpointing)
+        return model, create_optimizer(model, lr=1e-6, optimizer=OPTIMIZER)
+    lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = _trained_as(torch.bfloat16, get_peft_model(qlora_model(config, step), lora))
+    prepare_model(model, gradient_checkpointing=step.gradient_checkpointing)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, bitsandbytes.optim.AdamW(trained, lr=1e-6, optim_bits=32, is_paged=step.device == "cuda")
+
+
+def _four_bit(linear: nn.Linear, device: str) -> nn.Module:
+    """Return bitsandbytes' layer of the same shape."""
+    bias = linear.bias is not None
+    new = bitsandbytes.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias, linear.weight.dtype, True, "nf4", device="meta"
+    )
+    weight = torch.randn(linear.weight.shape, dtype=linear.weight.dtype, device=device) * 0.02
+    new.weight = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
+    ).to(device)
+    if bias:
+        new.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=linear.weight.dtype, device=device))
+    return new
+
+
+def _qosora(out_features: int, in_features: int, rank: int, device: str) -> QosoraLinear:
+    new = QosoraLinear(in_features, out_features, False, rank=rank, device=device)
+    random = (quantize(torch.randn(shape, device=device) * 0.02) for shape in (
+        (out_features, in_features), (new.rank, out_features), (new.rank, in_features)))  # fmt: skip
+    new.set_factors(Factors(*random, torch.rand(new.rank, device=device) + 1))
+    return new
+
+
+def _trained_as(dtype: torch.dtype, model: Any) -> Any:
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(dtype)
+    return model
