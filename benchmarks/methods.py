@@ -71,7 +71,10 @@ def layer(method: str, out_features: int, in_features: int, dtype: torch.dtype, 
     model = OneLayer(_four_bit(plain, device))
     if kind == "nf4":
         return model
-    return _trained_as(dtype, get_peft_model(model, ADAPTERS[kind]()).to(device))
+    adapted: nn.Module = _trained_as(dtype, get_peft_model(model, ADAPTERS[kind]()).to(device))
+    for projection in adapted.buffers():  # VeRA's, which must have its vectors' dtype
+        projection.data = projection.data.to(dtype)
+    return adapted
 
 
 def qlora_model(config: Any, step: StepOptions) -> PreTrainedModel:
