@@ -169,7 +169,10 @@ class QosoraLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         factors = self.factors
         if torch.is_grad_enabled() and (x.requires_grad or s.requires_grad or o.requires_grad):
-            y: torch.Tensor = _OsoraFunction.apply(rows, s, o, factors, bias)  # type: ignore[no-untyped-call]
+            if torch.compiler.is_compiling():
+                y, _ = _product_op(rows, s, o, bias, _stored(factors), self.quant_type, self.blocksize)
+            else:
+                y = _OsoraFunction.apply(rows, s, o, factors, bias)  # type: ignore[no-untyped-call]
         else:
             h = nf4.matmul(rows, factors.V)
             y = nf4.matmul(rows, factors.residual)
@@ -199,21 +202,49 @@ class QosoraLinear(nn.Module):
         )
 
 
+def _product(
+    x: torch.Tensor,  # (T, n), compute dtype
+    s: torch.Tensor,  # (r,), float32
+    o: torch.Tensor,  # (m,), float32
+    factors: Factors,
+    bias: torch.Tensor | None,  # (m,), compute dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y = x Rᵀ + (x V ⊙ s) Uᵀ ⊙ o + b, (T, m), and h = x V, (T, r)."""
+    y = F.linear(x, nf4.dequantize(factors.residual, x.dtype), bias)
+    h = x @ nf4.dequantize(factors.V, x.dtype).T
+    y.addmm_(h, _scaled_U(factors.U, s, o, x.dtype))
+    return y, h
+
+
+def _gradients(
+    g: torch.Tensor,  # (T, m), compute dtype
+    h: torch.Tensor | None,  # (T, r), or None if neither s nor o is trained
+    s: torch.Tensor,
+    o: torch.Tensor,
+    factors: Factors,
+    of_x: bool,
+) -> list[torch.Tensor]:
+    """Return those of dL/ds (r,) and dL/do (m,), and of dL/dx (T, n), that are wanted."""
+    found = []
+    with _no_autocast(g.device.type):
+        if h is not None:
+            P = _product_float32(h.T, g).mul_(nf4.dequantize(factors.U))
+            found += [P @ o, s @ P]
+        if of_x:
+            dx = g @ nf4.dequantize(factors.residual, g.dtype)
+            dh = g @ _scaled_U(factors.U, s, o, g.dtype).T
+            found.append(dx.addmm_(dh, nf4.dequantize(factors.V, g.dtype)))
+    return found
+
+
 class _OsoraFunction(torch.autograd.Function):
-    """y = x Rᵀ + (x V ⊙ s) Uᵀ ⊙ o + b with the backward of the module docstring."""
+    """`_product`, differentiable."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,  # (T, n), compute dtype
-        s: torch.Tensor,  # (r,), float32
-        o: torch.Tensor,  # (m,), float32
-        factors: Factors,
-        bias: torch.Tensor | None,  # (m,), compute dtype
+        ctx: Any, x: torch.Tensor, s: torch.Tensor, o: torch.Tensor, factors: Factors, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        y = F.linear(x, nf4.dequantize(factors.residual, x.dtype), bias)
-        h = x @ nf4.dequantize(factors.V, x.dtype).T
-        y.addmm_(h, _scaled_U(factors.U, s, o, x.dtype))
+        y, h = _product(x, s, o, factors, bias)
         trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(h if trained else None, s, o)
         ctx.factors = factors
@@ -223,20 +254,110 @@ class _OsoraFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         h, s, o = ctx.saved_tensors
-        factors: Factors = ctx.factors
-        dx = ds = do = None
-        with _no_autocast(g.device.type):
-            if h is not None:
-                P = _product_float32(h.T, g).mul_(nf4.dequantize(factors.U))
-                if ctx.needs_input_grad[1]:
-                    ds = P @ o
-                if ctx.needs_input_grad[2]:
-                    do = s @ P
-            if ctx.needs_input_grad[0]:
-                dx = g @ nf4.dequantize(factors.residual, g.dtype)
-                dh = g @ _scaled_U(factors.U, s, o, g.dtype).T
-                dx.addmm_(dh, nf4.dequantize(factors.V, g.dtype))
+        found = _gradients(g, h, s, o, ctx.factors, ctx.needs_input_grad[0])
+        dx = found.pop() if ctx.needs_input_grad[0] else None
+        ds, do = found or (None, None)
         return dx, ds, do, None, None
+
+
+# The same for torch.compile, as operators that it does not look into: what it sees inside, it would share between
+# forward and backward and so keep every layer's weight, dequantized, from the one to the other.
+
+_STORED = "Tensor[] stored, str quant_type, int blocksize"
+
+
+@torch.library.custom_op(
+    "qosora::product",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor s, Tensor o, Tensor? bias, {_STORED}) -> (Tensor, Tensor)",
+)
+def _product_op(
+    x: torch.Tensor,
+    s: torch.Tensor,
+    o: torch.Tensor,
+    bias: torch.Tensor | None,
+    stored: list[torch.Tensor],
+    quant_type: str,
+    blocksize: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    factors = _factors(stored, x.shape[1], s, o, quant_type, blocksize)
+    return _product(x, s, o, factors, bias)
+
+
+@_product_op.register_fake
+def _(x: torch.Tensor, s: torch.Tensor, o: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape[0], o.shape[0]), x.new_empty(x.shape[0], s.shape[0])
+
+
+@torch.library.custom_op(
+    "qosora::gradients",
+    mutates_args=(),
+    schema=f"(Tensor g, Tensor? h, Tensor s, Tensor o, bool of_x, int in_features, {_STORED}) -> Tensor[]",
+)
+def _gradients_op(
+    g: torch.Tensor,
+    h: torch.Tensor | None,
+    s: torch.Tensor,
+    o: torch.Tensor,
+    of_x: bool,
+    in_features: int,
+    stored: list[torch.Tensor],
+    quant_type: str,
+    blocksize: int,
+) -> list[torch.Tensor]:
+    return _gradients(g, h, s, o, _factors(stored, in_features, s, o, quant_type, blocksize), of_x)
+
+
+@_gradients_op.register_fake
+def _(
+    g: torch.Tensor,
+    h: torch.Tensor | None,
+    s: torch.Tensor,
+    o: torch.Tensor,
+    of_x: bool,
+    in_features: int,
+    *_: Any,
+) -> list[torch.Tensor]:
+    vectors = [] if h is None else [torch.empty_like(s), torch.empty_like(o)]
+    return vectors + [g.new_empty(g.shape[0], in_features)] * of_x
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, s, o, _, stored, *ctx.storage = inputs
+    trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(output[1] if trained else None, s, o, *stored)
+    ctx.in_features = x.shape[1]
+
+
+def _go_back(ctx: Any, g: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+    h, s, o, *stored = ctx.saved_tensors
+    of_x = ctx.needs_input_grad[0]
+    found = _gradients_op(g.contiguous(), h, s, o, of_x, ctx.in_features, stored, *ctx.storage)
+    dx = found.pop() if of_x else None
+    ds, do = found or (None, None)
+    return dx, ds, do, None, [None] * len(stored), None, None
+
+
+_product_op.register_autograd(_go_back, setup_context=_keep)
+
+
+def _factors(
+    stored: list[torch.Tensor], in_features: int, s: torch.Tensor, o: torch.Tensor, quant_type: str, blocksize: int
+) -> Factors:
+    """Return the decomposition of the tensors that `_stored` lists."""
+    shapes = {"residual": (len(o), in_features), "U": (len(s), len(o)), "V": (len(s), in_features)}
+    fields = iter(stored)
+    doubled = len(stored) > 2 * len(shapes)  # with double quantization
+    parts = {}
+    for part, shape in shapes.items():
+        packed, absmax = next(fields), next(fields)
+        scale, offset = (next(fields), next(fields)) if doubled else (None, None)
+        parts[part] = FourBitTensor(packed, absmax, scale, offset, shape, quant_type, blocksize)
+    return Factors(**parts, sigma=s)
+
+
+def _stored(factors: Factors) -> list[torch.Tensor]:
+    return [t for part in (factors.residual, factors.U, factors.V) for t in part.tensors().values()]
 
 
 def _no_autocast(device: str) -> AbstractContextManager[None]:
@@ -255,7 +376,7 @@ def _product_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a @ b
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()  # CPU products accumulate in float32, too, but come out rounded
+    return (a.contiguous() @ b).float()  # CPU products accumulate in float32, too, but come out rounded
 
 
 @contextmanager

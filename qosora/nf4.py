@@ -289,8 +289,13 @@ def _absmax(q: FourBitTensor) -> torch.Tensor:
     return absmax.add_(q.absmax_offset)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _absmax_code(device: torch.device) -> torch.Tensor:
-    """The 256-entry table of the 8-bit absmax values, made once per device."""
+    """The 256-entry table of the 8-bit absmax values."""
+    return _made_absmax_code(device)
+
+
+@cache
+def _made_absmax_code(device: torch.device) -> torch.Tensor:
     code: torch.Tensor = create_dynamic_map().to(device)
     return code

@@ -96,6 +96,9 @@ class TrainConfig:
         "[4096 with gradient_checkpointing; without it, norms only]",
         least=0,
     )
+    compile: bool = _option(
+        False, "compile the decoder's layers with torch.compile, without tiles; `plan` knows nothing of it"
+    )
     use_liger: bool = _option(False, "use Liger kernels in the layers; needs the package liger-kernel")
     attn_implementation: str | None = _option(None, "attention: sdpa, eager, flash_attention_2, ... [transformers']")
     trust_remote_code: bool = _option(False, "run Python code that comes with the checkpoint")
@@ -232,6 +235,8 @@ def _conflicts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     if get("resume") and get("overwrite"):
         problems.append(("resume", "resume keeps an earlier run and overwrite removes it; give one"))
+    if get("compile") and get("tile_length"):
+        problems.append(("compile", "compiled layers are not computed in tiles; give compile or tile_length"))
     needs = [n for n in ("eval_steps", "eval_split", "eval_limit") if get(n) is not None and not get("eval_data")]
     problems += [(name, f"{name} needs eval_data") for name in needs]
     return problems

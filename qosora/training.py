@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from qosora.data import no_progress_bars
 from qosora.errors import ConfigError, QosoraError
 from qosora.evaluation import perplexity
+from qosora.memory.step import decoder_layers
 from qosora.models import load_base
 from qosora.optim import trainer_optimizer
 from qosora.prepare import Prepared, prepare
@@ -141,11 +142,22 @@ def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
         if isinstance(error, (ValueError, ImportError)) and not isinstance(error, QosoraError):
             raise ConfigError(f"the trainer refuses the options: {error}") from error
         raise
-    apply_tiling(  # after the trainer has put in Liger's kernels
-        trainer.model, config.tile_length, mlps=config.gradient_checkpointing or config.tile_length is not None
-    )
+    # After the trainer has put in Liger's kernels
+    if config.compile:
+        _compile_layers(trainer.model)
+    else:
+        mlps = config.gradient_checkpointing or config.tile_length is not None
+        apply_tiling(trainer.model, config.tile_length, mlps=mlps)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; the bar shows them
     return trainer, recorder
+
+
+def _compile_layers(model: Any) -> None:
+    """Compile each decoder layer: one graph does for all, where the whole model would make a long one."""
+    # With and without padding, gradients, evaluation; a last batch that is smaller: each is a graph of its own
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    for layer in decoder_layers(model.get_base_model())[1]:
+        layer.compile()
 
 
 def _run(trainer: QosoraTrainer, folder: RunFolder) -> tuple[tuple[float | None, ...], int | None]:
