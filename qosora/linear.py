@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qosora import nf4
+from qosora import kernels, nf4
 from qosora.errors import QosoraError
 from qosora.factorize import Factors, reconstruct
 from qosora.nf4 import FourBitTensor
@@ -176,9 +176,7 @@ class QosoraLinear(nn.Module):
         else:
             h = nf4.matmul(rows, factors.V)
             y = nf4.matmul(rows, factors.residual)
-            y.addmm_(h, _scaled_U(factors.U, s, o, dtype))
-            if bias is not None:
-                y += bias
+            kernels.add_low_rank_(y, h, factors.U, s, o, bias)
         return y.to(out_dtype).view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QosoraLinear:
@@ -210,9 +208,9 @@ def _product(
     bias: torch.Tensor | None,  # (m,), compute dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y = x Rᵀ + (x V ⊙ s) Uᵀ ⊙ o + b, (T, m), and h = x V, (T, r)."""
-    y = F.linear(x, nf4.dequantize(factors.residual, x.dtype), bias)
-    h = x @ nf4.dequantize(factors.V, x.dtype).T
-    y.addmm_(h, _scaled_U(factors.U, s, o, x.dtype))
+    y = F.linear(x, kernels.dequantize(factors.residual, x.dtype), bias)
+    h = x @ kernels.dequantize(factors.V, x.dtype).T
+    kernels.add_low_rank_(y, h, factors.U, s, o)
     return y, h
 
 
@@ -225,15 +223,14 @@ def _gradients(
     of_x: bool,
 ) -> list[torch.Tensor]:
     """Return those of dL/ds (r,) and dL/do (m,), and of dL/dx (T, n), that are wanted."""
-    found = []
+    found: list[torch.Tensor] = []
     with _no_autocast(g.device.type):
         if h is not None:
-            P = _product_float32(h.T, g).mul_(nf4.dequantize(factors.U))
-            found += [P @ o, s @ P]
+            found += kernels.vector_gradients(_product_float32(h.T, g), factors.U, s, o)
         if of_x:
-            dx = g @ nf4.dequantize(factors.residual, g.dtype)
-            dh = g @ _scaled_U(factors.U, s, o, g.dtype).T
-            found.append(dx.addmm_(dh, nf4.dequantize(factors.V, g.dtype)))
+            dx = g @ kernels.dequantize(factors.residual, g.dtype)
+            dh = g @ kernels.scaled_U(factors.U, s, o, g.dtype).T
+            found.append(dx.addmm_(dh, kernels.dequantize(factors.V, g.dtype)))
     return found
 
 
@@ -363,11 +360,6 @@ def _stored(factors: Factors) -> list[torch.Tensor]:
 def _no_autocast(device: str) -> AbstractContextManager[None]:
     """For a backward that is called under autocast, which would round the products with s and o to 16 bits."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def _scaled_U(U: FourBitTensor, s: torch.Tensor, o: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """B = diag(s) Uᵀ diag(o), (rank, out_features), scaled in float32 and rounded once."""
-    return nf4.dequantize(U).mul_(s[:, None]).mul_(o).to(dtype)
 
 
 def _product_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -186,7 +186,7 @@ def _code_cells(quant_type: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
     A value's code is that of its cell unless a midpoint lies in the same cell, which is marked with `SPLIT`.
     """
-    table = get_4bit_type(quant_type, device="cpu")
+    table = _table(quant_type, torch.device("cpu"))
     order = table.argsort()
     bounds = (table[order[:-1]] + table[order[1:]]) / 2
     order = order.to(torch.uint8)
@@ -287,6 +287,13 @@ def _absmax(q: FourBitTensor) -> torch.Tensor:
         q.absmax, q.absmax_scale, _absmax_code(q.absmax.device), ABSMAX_BLOCKSIZE, torch.float32
     )
     return absmax.add_(q.absmax_offset)
+
+
+@cache
+def _table(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The 16-entry table of a type, float32, made once per device."""
+    table: torch.Tensor = get_4bit_type(quant_type, device=device)
+    return table
 
 
 @torch.compiler.assume_constant_result

@@ -57,6 +57,23 @@ def _seeded(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@pytest.fixture
+def float32_sums() -> Iterator[None]:
+    """cuBLAS adds in float32, which by default it may split and round."""
+    matmul = torch.backends.cuda.matmul
+    options = {
+        "allow_bf16_reduced_precision_reduction": False,
+        "allow_fp16_reduced_precision_reduction": False,
+        "fp32_precision": "ieee",
+    }
+    before = {name: getattr(matmul, name) for name in options}
+    for name, value in options.items():
+        setattr(matmul, name, value)
+    yield
+    for name, value in before.items():
+        setattr(matmul, name, value)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _process_as_it_was() -> Iterator[None]:
     """Undo what the command line does to its process: messages, and variables that child processes would inherit."""

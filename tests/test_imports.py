@@ -18,9 +18,9 @@ PACKAGE = Path(qosora.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("_plugin", "errors", "parallel"),
     ("folders", "svd", "nf4", "pack", "experts", "run_config"),
-    ("plain",),
+    ("plain", "triton_kernels"),
     ("checkpoint",),
-    ("config", "factorize", "partial", "tiling"),
+    ("config", "factorize", "kernels", "partial", "tiling"),
     ("linear",),
     ("quantizer", "adapter", "optim", "data", "streaming"),
     ("models", "run_folder", "sft_options", "tokens", "generation"),

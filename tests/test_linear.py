@@ -296,12 +296,10 @@ class TestAgainstTheReference:
             assert torch.linalg.norm(got.grad - expected.grad) < 1e-6 * torch.linalg.norm(expected.grad)
 
     @pytest.mark.gpu
+    @pytest.mark.usefixtures("float32_sums")
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("n", [128, 90])
-    def test_cuda(self, n: int, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch):
-        # The bounds assume sums in float32, which cuBLAS may split and round where this is allowed.
-        for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_tf32"):
-            monkeypatch.setattr(torch.backends.cuda.matmul, name, False)
+    def test_cuda(self, n: int, dtype: torch.dtype, seed: int):
         layer = build(n, 96, 24, seed=seed, device="cuda")
         for rows in (1, 4, 64):
             check(layer, rows, dtype, seed)
