@@ -138,7 +138,7 @@ def add_low_rank_(
     (rows, m), r = y.shape, len(s)
     rank = 1 << (r - 1).bit_length()
     operands = (h.contiguous(), s.contiguous(), o.contiguous(), None if bias is None else bias.contiguous())
-    warps = min(max(rank // 32, 1), 8)  # 32 values to a thread, so to a register, up to a rank of 256
+    warps = min(max(rank // 16, 1), 8)  # 16 values of U to a thread, so to a register, up to a rank of 128
     _launch(_kernels.add_low_rank, m // _kernels.RUN.value, U, y, *operands, rows, r, m, RANK=rank, warps=warps)
 
 
