@@ -57,6 +57,7 @@ def measure(args: argparse.Namespace, shape: str, batch: int) -> dict[str, Any]:
     writing = {name: partial(decode, model, starts[name], args.new_tokens) for name, model in made.items()}
     decoded = in_turns(writing, args.rounds, against="lora")
     return {
+        "shape": shape.partition(":")[0],
         "layers": config.num_hidden_layers,
         "batch_size": batch,
         "prefill": prefilled,
