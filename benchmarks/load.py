@@ -57,12 +57,12 @@ def affordable_layers(shape: str, folder: Path) -> int:
     return max(1, min(config.num_hidden_layers, int((room - 3 * ends) / per_layer)))
 
 
-def make(folder: Path, shape: str, rank: int) -> dict[str, Any]:
+def make(folder: Path, shape: str, rank: int, device: str) -> dict[str, Any]:
     """Write the three checkpoints, of as many layers as there is room for."""
     name = shape.partition(":")[0]
     config = shape_config(f"{name}:{affordable_layers(shape, folder)}")
     model = meta_model(config, StepOptions())
-    fill_at_random(model, "cpu")
+    fill_at_random(model, device)
     model.save_pretrained(folder / "16-bit", max_shard_size=_SHARD)
     del model
     quantize(folder / "16-bit", folder / "qosora", QosoraConfig(rank=rank), max_shard_bytes=_SHARD)
@@ -80,6 +80,7 @@ def load(way: str, folder: Path, threads: int, output: Path) -> None:
     """Load a base and give it an adapter; write what that took. Runs in a process of its own."""
     torch.set_num_threads(threads)
     options = {"quantization_config": nf4_config()} if way == "nf4-on-the-fly" else {}
+    synchronize()  # CUDA's own start is no part of it
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
     for p in model.parameters():
@@ -98,7 +99,7 @@ def load(way: str, folder: Path, threads: int, output: Path) -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Make the checkpoints and load in all ways, in turns."""
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        made = make(Path(name), args.shape, args.rank)
+        made = make(Path(name), args.shape, args.rank, args.device)
         return {**made, "ways": compare(Path(name), args.rounds, torch.get_num_threads())}
 
 

@@ -13,6 +13,11 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
+def milliseconds(seconds: float) -> str:
+    """Return a time in ms, to three digits."""
+    return f"{seconds * 1e3:{'.3g' if seconds < 0.1 else ',.0f'}} ms"
+
+
 def mib(count: int) -> str:
     """Return bytes in MiB."""
     return f"{count / 2**20:.1f} MiB"
@@ -21,7 +26,8 @@ def mib(count: int) -> str:
 def conditions(found: dict[str, Any], file: str, *packages: str, threads: bool = False) -> str:
     """Return on what and when it was measured, and where the figures are."""
     device = found["device"]["gpu"] or found["device"]["cpu"]
-    cores = [f"{found['device']['threads']} threads"] if threads and not found["device"]["gpu"] else []
+    count = found["device"]["threads"]
+    cores = [f"{count} thread{'s' * (count > 1)}"] if threads and not found["device"]["gpu"] else []
     versions = [f"{name} {found['versions'][name]}" for name in packages]
     return f"{', '.join([device, *cores, *versions, found['date']])}; [all figures](benchmarks/results/{file})."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from page import QLORA, conditions, gib, mib, table
+from page import QLORA, conditions, gib, mib, milliseconds, table
 
 _OPTIMIZERS = {
     "packed-32bit": "qosora, packed, 32 bits",
@@ -28,7 +28,7 @@ def layer_step(found: dict[str, Any], file: str) -> str:
     rows = [
         [
             f"{model}, {tokens:,} tokens",
-            f"{times['nf4'] * 1e3:.1f} ms",
+            milliseconds(times["nf4"]),
             *(f"{times[m] / times['nf4']:.2f}" for m in methods),
         ]
         for model in config["layers"]
@@ -77,7 +77,8 @@ def optimizer_step(found: dict[str, Any], file: str) -> str:
         f"What trains in {config['shape']}: qosora's vectors at r = {config['rank']} and LoRA's matrices at r = "
         f"{config['lora_rank']}, {numbers}. The update alone, and with what comes before and after it (gradients "
         "brought to where the optimizer wants them, `zero_grad`); in brackets relative to bitsandbytes' 32-bit AdamW; "
-        f"medians of {rounds} rounds in turns. {conditions(found, file, 'torch', 'bitsandbytes', threads=True)}"
+        f"medians of {rounds} rounds in turns. LoRA's matrices are in bfloat16, and so are torch's states of them. "
+        f"{conditions(found, file, 'torch', 'bitsandbytes', threads=True)}"
     )
     return table(head, rows, note)
 
@@ -87,7 +88,7 @@ def _cells(stage: dict[str, Any], name: str) -> list[str]:
     timings, memory = [stage[part][name] for part in ("step", "all")], stage["memory"][name]
     kernels = f", {memory['kernels']} kernels" if "kernels" in memory else ""
     return [
-        *(f"{timing['seconds']['median'] * 1e3:.3g} ms ({timing['ratio']['median']:.2f})" for timing in timings),
+        *(f"{milliseconds(timing['seconds']['median'])} ({timing['ratio']['median']:.2f})" for timing in timings),
         f"{mib(memory['state_bytes'])}{', paged' if memory['paged_bytes'] else ''}{kernels}",
     ]
 
