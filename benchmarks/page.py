@@ -8,9 +8,14 @@ from typing import Any
 QLORA = ("torch", "peft", "bitsandbytes")
 
 
-def gib(count: int) -> str:
+def gib(size: int) -> str:
     """Return bytes in GiB."""
-    return f"{count / 2**30:.2f} GiB"
+    return f"{size / 2**30:.2f} GiB"
+
+
+def count(number: int, noun: str) -> str:
+    """Return "1 layer", "2 layers"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -18,16 +23,15 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:{'.3g' if seconds < 0.1 else ',.0f'}} ms"
 
 
-def mib(count: int) -> str:
+def mib(size: int) -> str:
     """Return bytes in MiB."""
-    return f"{count / 2**20:.1f} MiB"
+    return f"{size / 2**20:.1f} MiB"
 
 
 def conditions(found: dict[str, Any], file: str, *packages: str, threads: bool = False) -> str:
     """Return on what and when it was measured, and where the figures are."""
     device = found["device"]["gpu"] or found["device"]["cpu"]
-    count = found["device"]["threads"]
-    cores = [f"{count} thread{'s' * (count > 1)}"] if threads and not found["device"]["gpu"] else []
+    cores = [count(found["device"]["threads"], "thread")] if threads and not found["device"]["gpu"] else []
     versions = [f"{name} {found['versions'][name]}" for name in packages]
     return f"{', '.join([device, *cores, *versions, found['date']])}; [all figures](benchmarks/results/{file})."
 

@@ -23,29 +23,34 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoRA", {"color": "#d1495b", "marker": "s"}),
     "dora": ("DoRA", {"color": "#edae49", "marker": "^"}),
     "vera": ("VeRA", {"color": "#6a994e", "marker": "v"}),
-    "plain": ("16-bit weight", {"color": "#999999", "marker": ".", "linestyle": "--"}),
 }
+#: The ratio at which the pictures end; a method that is always above is named with its range.
+TOP = 2.0
 
 
 def layer_step(found: dict[str, Any]) -> Figure:
     """Return the picture, with a panel for each model whose shapes were measured."""
     times = {model: by_tokens for model in found["config"]["layers"] if (by_tokens := layer_times(found, model))}
-    figure = Figure(figsize=(5.2 * len(times), 4.2), layout="constrained")
+    ratios = {
+        method: {model: [t[method] / t["nf4"] for t in by_tokens.values()] for model, by_tokens in times.items()}
+        for method in METHODS
+    }
+    figure = Figure(figsize=(4.4 * len(times) + 2.2, 4), layout="constrained")
     panels = figure.subplots(1, len(times), sharey=True, squeeze=False)[0]
     for axes, (model, by_tokens) in zip(panels, times.items(), strict=True):
         for method, (label, look) in METHODS.items():
-            if all(method in found_here for found_here in by_tokens.values()):
-                ratios = [found_here[method] / found_here["nf4"] for found_here in by_tokens.values()]
-                axes.plot(list(by_tokens), ratios, label=label, markersize=5, **look)
+            every = [ratio for of_model in ratios[method].values() for ratio in of_model]
+            above = f"\n({min(every):.1f} to {max(every):.1f}: above)" if min(every) > TOP else ""
+            axes.plot(list(by_tokens), ratios[method][model], label=label + above, markersize=5, **look)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
         axes.set_xticks(list(by_tokens), [f"{tokens:,}" for tokens in by_tokens])
         axes.set_xlabel("tokens")
-        axes.set_title(model)
-        axes.yaxis.set_major_formatter("{x:.2g}")
+        axes.set_title(model, fontsize=10)
+    drawn = [r for of_method in ratios.values() for of_model in of_method.values() for r in of_model if r <= TOP]
+    panels[0].set_ylim(min([0.95, *(r - 0.05 for r in drawn)]), max([1.05, *(r + 0.05 for r in drawn)]))
     panels[0].set_ylabel("time, frozen NF4 = 1")
-    panels[-1].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     where = conditions(found, "", "torch", "bitsandbytes", threads=True).partition(";")[0]
     figure.suptitle(f"Forward and backward of a decoder layer's linear layers\n{where}", fontsize=9)
     return figure

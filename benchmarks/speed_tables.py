@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from page import QLORA, conditions, gib, mib, milliseconds, table
+from page import QLORA, conditions, count, gib, mib, milliseconds, table
 
 _OPTIMIZERS = {
     "packed-32bit": "qosora, packed, 32 bits",
@@ -27,7 +27,7 @@ def layer_step(found: dict[str, Any], file: str) -> str:
     }
     rows = [
         [
-            f"{model}, {tokens:,} tokens",
+            f"{model}, {count(tokens, 'token')}",
             milliseconds(times["nf4"]),
             *(f"{times[m] / times['nf4']:.2f}" for m in methods),
         ]
@@ -104,7 +104,7 @@ def generate(found: dict[str, Any], file: str) -> str:
     }
     rows = [
         [
-            f"{stage['shape']}, {stage['layers']} layers, batch of {stage['batch_size']}: {label}",
+            f"{stage['shape']}, {count(stage['layers'], 'layer')}, batch of {stage['batch_size']}: {label}",
             *(f"{stage['tokens_per_second'][part][method]:.4g}" for part in ("prefill", "decode")),
         ]
         for stage in found["results"].values()
@@ -136,9 +136,9 @@ def load(found: dict[str, Any], file: str) -> str:
         rows.append([label, *(f"{value:.2f} s" for value in seconds), *map(gib, sizes)])
     head = ["", "load", "and adapter", "file", "peak memory", "without mapped files", *["GPU memory"] * on_gpu]
     note = (
-        f"{stage['shape']}, {stage['layers']} layers, by `from_pretrained` in a fresh process, files in page cache; "
-        f"every weight is read once. Medians of {config['rounds']} rounds in turns. The adapters are OSoRA and LoRA at "
-        f"r = {config['lora_rank']}. Memory is resident memory of the process, Python and libraries included. "
+        f"{stage['shape']}, {count(stage['layers'], 'layer')}, by `from_pretrained` in a fresh process, with the files "
+        f"in the page cache; all weights are read once. Medians of {config['rounds']} rounds in turns. Adapters are "
+        f"OSoRA and LoRA at r = {config['lora_rank']}. Memory is the process's, Python and libraries included. "
         f"{conditions(found, file, 'torch', 'transformers', 'bitsandbytes', threads=True)}"
     )
     return table(head, rows, note)
