@@ -4,7 +4,7 @@ All keep a KV cache and run in turns. `prefill` reads the prompts and yields the
 after it, one by one. The weights are random: the time does not depend on them. Where all layers would take too long, a
 shape's first ones stand for it.
 
-    python benchmarks/generate.py --output benchmarks/results/generate_cpu.json --threads 2
+    python benchmarks/generate.py --output benchmarks/results/generate_cpu.json --threads 2 --prompt-tokens 128 --rounds 3
 """
 
 from __future__ import annotations
