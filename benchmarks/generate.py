@@ -1,10 +1,11 @@
-"""Speed of greedy decoding from a 4-bit base: qosora, its adapter apart or merged, against PEFT's LoRA on NF4.
+r"""Speed of greedy decoding from a 4-bit base: qosora, its adapter apart or merged, against PEFT's LoRA on NF4.
 
 All keep a KV cache and run in turns. `prefill` reads the prompts and yields the first token; `decode` yields the ones
 after it, one by one. The weights are random: the time does not depend on them. Where all layers would take too long, a
 shape's first ones stand for it.
 
-    python benchmarks/generate.py --output benchmarks/results/generate_cpu.json --threads 2 --prompt-tokens 128 --rounds 3
+    python benchmarks/generate.py --output benchmarks/results/generate_cpu.json --threads 2 \
+        --prompt-tokens 128 --new-tokens 16 --rounds 3
 """
 
 from __future__ import annotations
