@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common import Record
-from methods import LORA_RANK, OPTIMIZER, trainable
+from methods import LORA_RANK, OPTIMIZER, shape_config, trainable
 
 from qosora.config import QosoraConfig
 from qosora.memory.devices import the_card
@@ -30,12 +30,9 @@ from qosora.memory.traced import StepOptions, TracedModel
 QUESTION = "How much memory does a training step take at its peak, against PEFT QLoRA, and is it what was planned?"
 
 
-def run(args: argparse.Namespace, shape: str, layers: int | None, tokens: int, checkpointing: bool) -> dict[str, Any]:
+def run(args: argparse.Namespace, shape: str, tokens: int, checkpointing: bool) -> dict[str, Any]:
     """Measure both methods at one setting."""
-    config = model_config(shape)
-    config.num_hidden_layers = layers or config.num_hidden_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    config = shape_config(shape)
     batch, found = Batch(1, tokens), {}
     for method in ("qosora", "qlora"):
         step = StepOptions(
@@ -128,10 +125,8 @@ def main() -> None:
     for checkpointing in (True, False):
         how = "checkpointed" if checkpointing else "kept"
         for item in args.shapes:
-            shape, _, layers = item.partition(":")
             for tokens in args.tokens:
-                name = f"measured_{item}_{tokens}_{how}"
-                record.stage(name, partial(run, args, shape, int(layers or 0) or None, tokens, checkpointing))
+                record.stage(f"measured_{item}_{tokens}_{how}", partial(run, args, item, tokens, checkpointing))
         for shape in ("llama-2-7b", "llama-3.1-8b"):
             for tokens in (2048, 8192):
                 if tokens <= model_config(shape).max_position_embeddings:

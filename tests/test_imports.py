@@ -21,6 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("plain", "triton_kernels"),
     ("checkpoint",),
     ("config", "factorize", "kernels", "partial", "tiling"),
+    ("product",),
     ("linear",),
     ("quantizer", "adapter", "optim", "data", "streaming"),
     ("models", "run_folder", "sft_options", "tokens", "generation"),

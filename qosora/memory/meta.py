@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import trl.kernels.chunked_logprob as chunked
 import trl.trainer.utils as trl_utils
 
-import qosora.linear
+import qosora.product
 from qosora.memory.tracer import Workspace
 
 __all__ = ["CPU_WORKSPACES", "CUDA_WORKSPACES", "MetaKernels", "computing_as"]
@@ -44,7 +44,7 @@ def computing_as(device: str) -> Iterator[None]:
             (chunked, {"_use_triton": _always, "_forward_kernel": kernel, "_backward_kernel": kernel}),
             (chunked, {"_addmm_fp32": _nothing, "triton": SimpleNamespace(cdiv=lambda a, b: -(-a // b))}),
             (trl_utils, {"_use_triton": _always}),
-            (qosora.linear, {"_product_float32": _product_float32}),
+            (qosora.product, {"_product_float32": _product_float32}),
         ]
     with ExitStack() as stack:
         for module, names in changes:
