@@ -3,7 +3,8 @@
 QLoRA is PEFT's LoRA, r=16, on all linear layers, in bitsandbytes' NF4 with double quantization. Both train in bfloat16
 with TRL's chunked loss, transformers' checkpointing and PyTorch's attention. The weights are random: memory does not
 depend on them. Without a GPU what is measured are live tensor bytes on the CPU, for a shape's first layers only where
-all would take too long; with one, CUDA's own count.
+all would take too long. With one, it is `torch.cuda.max_memory_allocated` of steps as they are, beside that of each
+phase of a traced step, and what lies outside of it: reserved memory, cuBLAS' workspaces, the context.
 
     python benchmarks/memory.py --output benchmarks/results/memory_cpu.json --threads 2
 """
@@ -11,18 +12,16 @@ all would take too long; with one, CUDA's own count.
 from __future__ import annotations
 
 import argparse
-import gc
 from functools import partial
 from typing import Any
 
 import torch
 from common import Record
-from methods import LORA_RANK, OPTIMIZER, trainable
+from methods import LORA_RANK, OPTIMIZER, Training, release, shape_config
 
 from qosora.config import QosoraConfig
 from qosora.memory.devices import the_card
 from qosora.memory.plan import LASTING, plan, usage_of
-from qosora.memory.profile import measure
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch
 from qosora.memory.traced import StepOptions, TracedModel
@@ -30,13 +29,9 @@ from qosora.memory.traced import StepOptions, TracedModel
 QUESTION = "How much memory does a training step take at its peak, against PEFT QLoRA, and is it what was planned?"
 
 
-def run(args: argparse.Namespace, shape: str, layers: int | None, tokens: int, checkpointing: bool) -> dict[str, Any]:
-    """Measure both methods at one setting."""
-    config = model_config(shape)
-    config.num_hidden_layers = layers or config.num_hidden_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
-    batch, found = Batch(1, tokens), {}
+def run(args: argparse.Namespace, shape: str, tokens: int, checkpointing: bool) -> dict[str, Any]:
+    """Measure both methods at one setting, one model at a time."""
+    config, batch, found = shape_config(shape), Batch(1, tokens), {}
     for method in ("qosora", "qlora"):
         step = StepOptions(
             method=method,
@@ -45,12 +40,13 @@ def run(args: argparse.Namespace, shape: str, layers: int | None, tokens: int, c
             device=args.device,
             precision=args.precision,
         )  # fmt: skip
-        model, optimizer = trainable(config, step, args.rank)
-        measured = measure(model, batch.tensors(config.vocab_size, "cpu"), optimizer, step, steps=args.steps)
-        del model, optimizer
-        gc.collect()
-        live, allocated = measured["live"], measured["allocated_bytes"]
-        peak = max(allocated.values()) if allocated else live.allocated_bytes
+        training = Training(config, step, batch, args.rank)
+        measured = training.measured(args.steps)
+        cuda = training.cuda_memory() if args.device == "cuda" else {}
+        del training
+        release()
+        live = measured["live"]
+        peak = cuda.get("allocated_bytes", live.allocated_bytes)
         planned = usage_of(
             TracedModel(config, QosoraConfig(rank=args.rank), step).predict(batch), the_card(), args.device
         )
@@ -60,8 +56,10 @@ def run(args: argparse.Namespace, shape: str, layers: int | None, tokens: int, c
             "planned_over_measured": round(planned.allocated_bytes / peak, 5),
             "live_by_category": live.rows,
             "live_by_phase": live.phases,
-            "allocated_by_phase": allocated,
-            "reserved_bytes": measured["reserved_bytes"],
+            "planned_by_category": planned.rows,
+            "planned_by_phase": planned.phases,
+            "allocated_by_phase": measured["allocated_bytes"],
+            "cuda": cuda,
             "step_seconds": round(measured["step_seconds"], 3),
         }
     ratio = found["qosora"]["peak_bytes"] / found["qlora"]["peak_bytes"]
@@ -102,13 +100,17 @@ def parse() -> argparse.Namespace:
         default=["tinyllama-1.1b", "llama-2-7b:2", "llama-3.1-8b:2"],
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])
+    parser.add_argument("--checkpointing", nargs="+", choices=("on", "off"), default=["on", "off"])
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=0, help="steps to time, after the first")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--resume", action="store_true", help="keep the stages that the output holds")
+    parser.add_argument("--miniature", action="store_true", help="tiny shapes, to try the script out")
     args = parser.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.miniature:
+        args.shapes, args.tokens, args.rank = ["miniature"], [32], 8
     return args
 
 
@@ -125,14 +127,12 @@ def main() -> None:
         "batch_size": 1,
     }
     record = Record(args.output, "memory", QUESTION, config, args.resume)
-    for checkpointing in (True, False):
+    for checkpointing in [choice == "on" for choice in args.checkpointing]:
         how = "checkpointed" if checkpointing else "kept"
-        for item in args.shapes:
-            shape, _, layers = item.partition(":")
+        for shape in args.shapes:
             for tokens in args.tokens:
-                name = f"measured_{item}_{tokens}_{how}"
-                record.stage(name, partial(run, args, shape, int(layers or 0) or None, tokens, checkpointing))
-        for shape in ("llama-2-7b", "llama-3.1-8b"):
+                record.stage(f"measured_{shape}_{tokens}_{how}", partial(run, args, shape, tokens, checkpointing))
+        for shape in () if args.miniature or args.device == "cuda" else ("llama-2-7b", "llama-3.1-8b"):
             for tokens in (2048, 8192):
                 if tokens <= model_config(shape).max_position_embeddings:
                     record.stage(

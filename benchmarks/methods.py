@@ -6,7 +6,9 @@ Trained LoRA weights are in bfloat16, as TRL has them for a 4-bit model.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import bitsandbytes
@@ -18,8 +20,8 @@ from transformers import PreTrainedModel
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.factorize import Factors
 from qosora.linear import QosoraLinear
-from qosora.memory.profile import fill_at_random, random_model
-from qosora.memory.step import prepare_model
+from qosora.memory.profile import fill_at_random, measure, offloading, random_model
+from qosora.memory.step import Batch, decoder_layers, prepare_model, training_step
 from qosora.memory.traced import StepOptions, meta_model
 from qosora.nf4 import quantize
 from qosora.optim import create_optimizer
@@ -75,6 +77,77 @@ def layer(method: str, out_features: int, in_features: int, dtype: torch.dtype, 
     for projection in adapted.buffers():  # VeRA's, which must have its vectors' dtype
         projection.data = projection.data.to(dtype)
     return adapted
+
+
+class Training:
+    """A whole model with random weights and a random batch, ready for steps as the trainer makes them.
+
+    Args:
+        config: Of the model.
+        step: The method, and how to train.
+        batch: Its shape.
+        rank: Of qosora's decomposition.
+        compiled: Whether each decoder layer goes through torch.compile.
+    """
+
+    def __init__(self, config: Any, step: StepOptions, batch: Batch, rank: int, *, compiled: bool = False) -> None:
+        self.options = step
+        self.model, self.optimizer = trainable(config, step, rank)
+        self.load(batch)
+        for layer in decoder_layers(self.model.get_base_model())[1] if compiled else ():
+            layer.compile()
+
+    def load(self, batch: Batch) -> None:
+        """Take another batch."""
+        vocab = self.model.config.get_text_config().vocab_size
+        self.inputs = {name: t.to(self.options.device) for name, t in batch.tensors(vocab, "cpu").items()}
+
+    def step(self) -> torch.Tensor:
+        """Run a step; return the loss."""
+        saving = offloading(self.model) if self.options.activation_offloading else nullcontext
+        return training_step(self.model, self.inputs, self.optimizer, saving=saving)
+
+    def measured(self, steps: int = 0) -> dict[str, Any]:
+        """Time some steps, then trace one: what `qosora.memory.profile.measure` returns."""
+        return measure(self.model, self.inputs, self.optimizer, self.options, steps)
+
+    def peak_bytes(self) -> int:
+        """Return the peak of a step: CUDA's own count, or live tensor bytes on a CPU."""
+        if self.options.device == "cuda":
+            return self.cuda_memory()["allocated_bytes"]
+        peak: int = self.measured()["live"].allocated_bytes
+        return peak
+
+    def cuda_memory(self) -> dict[str, int]:
+        """Return what CUDA counts over two steps as they are, after one that does not count.
+
+        `allocated_bytes` and `reserved_bytes` are peaks of PyTorch's allocator; `workspace_bytes` of the allocated
+        ones are cuBLAS'. `context_bytes` is what the GPU has given away besides: the context, managed memory that
+        lies there, other processes.
+        """
+        self.step()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            self.step()
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        found = {
+            "allocated_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "context_bytes": total - free - torch.cuda.memory_reserved(),
+        }
+        before = torch.cuda.memory_allocated()
+        torch._C._cuda_clearCublasWorkspaces()
+        return {**found, "workspace_bytes": before - torch.cuda.memory_allocated()}
+
+
+def release() -> None:
+    """Give memory back that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def qlora_model(config: Any, step: StepOptions) -> PreTrainedModel:

@@ -1,0 +1,134 @@
+"""Time and peak memory of a whole model's training step: qosora against PEFT QLoRA, in turns.
+
+The step is the trainer's: forward, TRL's chunked loss, backward, clipping, optimizer. QLoRA is PEFT's LoRA, r=16, on
+all linear layers, in bitsandbytes' NF4 with double quantization. Weights and tokens are random. Each model's peak is
+measured while it is alone, by CUDA's own count or as live tensor bytes on a CPU; then all stand side by side for the
+turns, so that the device must hold them all.
+
+    python benchmarks/train_step.py --output benchmarks/results/train_step_cpu.json --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from common import Record, in_turns
+from methods import LORA_RANK, OPTIMIZER, Training, release, shape_config
+
+from qosora.memory.step import Batch
+from qosora.memory.traced import StepOptions
+
+QUESTION = "How long does a training step take, and how much memory, against PEFT QLoRA?"
+METHODS = ("qosora", "qlora")
+COMPILED = "qosora-compiled"
+
+
+def run(
+    args: argparse.Namespace, shape: str, batch: Batch, checkpointing: bool, methods: Sequence[str]
+) -> dict[str, Any]:
+    """Measure methods at one setting. A compiled one comes first: its peak is measured where it is timed."""
+    config = shape_config(shape)
+
+    def build(method: str) -> Training:
+        step = StepOptions(
+            method=method.removesuffix("-compiled"),
+            gradient_checkpointing=checkpointing,
+            optimizer=OPTIMIZER,
+            device=args.device,
+            precision=args.precision,
+        )
+        torch.manual_seed(0)
+        return Training(config, step, batch, args.rank, compiled=method == COMPILED)
+
+    peaks: dict[str, int | None] = {}
+    for method in methods:
+        if method != COMPILED:
+            peaks[method] = build(method).peak_bytes()
+            release()
+    trainings = {}
+    for method in methods:
+        trainings[method] = build(method)
+        if method == COMPILED:  # the tracer that counts on a CPU would see no compiled kernel
+            peaks[method] = trainings[method].peak_bytes() if args.device == "cuda" else None
+    timings = in_turns({m: t.step for m, t in trainings.items()}, args.rounds, against="qlora", warmup=args.warmup)
+    trainings.clear()
+    release()
+    found = {
+        method: {
+            **timings[method],
+            "tokens_per_second": round(batch.tokens / timings[method]["seconds"]["median"], 1),
+            "peak_bytes": peaks[method],
+        }
+        for method in methods
+    }
+    rival = found["qlora"]
+    return {
+        "batch_size": batch.size,
+        "tokens": batch.length,
+        **found,
+        "over_qlora": {
+            method: {
+                "tokens_per_second": round(1 / result["ratio"]["median"], 4),
+                "peak_bytes": result["peak_bytes"] and round(result["peak_bytes"] / rival["peak_bytes"], 4),
+            }
+            for method, result in found.items()
+            if method != "qlora"
+        },
+    }
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=QUESTION)
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="NAME[:LAYERS]", help="shapes, whole or their first layers",
+        default=["llama-2-7b:2", "llama-3.1-8b:1"],
+    )  # fmt: skip
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--checkpointing", nargs="+", choices=("on", "off"), default=["on", "off"])
+    parser.add_argument("--compile", action="store_true", help="afterwards also with qosora's layers compiled")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--resume", action="store_true", help="keep the stages that the output holds")
+    parser.add_argument("--miniature", action="store_true", help="tiny shapes, to try the script out")
+    args = parser.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.miniature:
+        args.shapes, args.tokens, args.rank, args.rounds = ["miniature"], [32], 8, 2
+    return args
+
+
+def main() -> None:
+    """Run the benchmark."""
+    args = parse()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config = {
+        "rank": args.rank,
+        "lora_rank": LORA_RANK,
+        "optimizer": OPTIMIZER,
+        "precision": args.precision,
+        "rounds": args.rounds,
+    }
+    record = Record(args.output, "train_step", QUESTION, config, args.resume)
+    for methods in (METHODS, (COMPILED, *METHODS))[: 1 + args.compile]:
+        for checkpointing in [choice == "on" for choice in args.checkpointing]:
+            how = "checkpointed" if checkpointing else "kept"
+            for shape in args.shapes:
+                for tokens in args.tokens:
+                    for size in args.batch_sizes:
+                        name = f"{shape}_{size}x{tokens}_{how}{'_compiled' * (COMPILED in methods)}"
+                        record.stage(name, partial(run, args, shape, Batch(size, tokens), checkpointing, methods))
+
+
+if __name__ == "__main__":
+    main()
