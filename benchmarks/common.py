@@ -8,11 +8,13 @@ what another process has added to it in the meantime.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -25,6 +27,29 @@ import torch
 #: By action, then "seconds" and "ratio": quantiles.
 Timings = dict[str, dict[str, dict[str, float]]]
 _PACKAGES = ("qosora", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+
+
+def arguments(parser: argparse.ArgumentParser, **miniature: Any) -> argparse.Namespace:
+    """Parse the options, and set the number of threads.
+
+    Args:
+        parser: With the script's own options; what all have is added.
+        **miniature: The script's defaults under `--miniature`.
+
+    Returns:
+        The options, and `device`: the GPU where there is one.
+    """
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--resume", action="store_true", help="keep the stages that the output holds")
+    parser.add_argument("--miniature", action="store_true", help="tiny and short, to see that the script runs")
+    if "--miniature" in sys.argv:
+        parser.set_defaults(**miniature)
+    args = parser.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
 
 
 class Record:
@@ -115,7 +140,7 @@ def in_turns(actions: Mapping[str, Callable[[], object]], rounds: int, *, agains
 
     Args:
         actions: What to time, by name. A GPU's work is waited for.
-        rounds: How often, at least twice.
+        rounds: How often.
         against: Name of the action that the others are compared with.
         warmup: Rounds before these that do not count.
 
@@ -146,6 +171,34 @@ def seconds_of(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def watched(command: Sequence[str]) -> dict[str, Any]:
+    """Run a command and return its wall time and its peaks of memory.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    start = time.perf_counter()
+    with subprocess.Popen(command) as process:
+        peaks = memory_peaks(process.pid, lambda: process.poll() is None)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return {"seconds": round(time.perf_counter() - start, 1), **peaks}
+
+
+def memory_peaks(pid: int, alive: Callable[[], bool]) -> dict[str, int]:
+    """Sample a process's resident memory 50 times a second while it is alive, and return the most.
+
+    Anonymous memory is what cannot be dropped and read again: a checkpoint's mapped pages are not in it.
+    """
+    status = Path(f"/proc/{pid}/status")
+    peak = 0
+    while alive():
+        lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+        peak = max([peak, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))])
+        time.sleep(0.02)
+    return {"peak_anonymous_bytes": peak}
+
+
 def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
@@ -154,7 +207,7 @@ def synchronize() -> None:
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """Return count, median and the 10th and 90th percentile, to four digits."""
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values
     found = {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1]}
     return {"count": len(values), **{name: float(f"{value:.4g}") for name, value in found.items()}}
 

@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Record
+from common import Record, watched
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qosora.checkpoint import Shards, TensorSpec
@@ -75,23 +74,6 @@ def make_checkpoint(folder: Path, layers: int) -> dict[str, Any]:
         config.architectures = ["LlamaForCausalLM"]
         config.save_pretrained(folder)
     return {"layers": layers, "bytes": shards.total_bytes, "shards": shards.count}
-
-
-def watched(command: list[str]) -> dict[str, Any]:
-    """Run a command and return its wall time and the peak of its anonymous resident memory, sampled 50 times a second.
-
-    Anonymous memory is what cannot be dropped and read again: the checkpoint's mapped pages are not in it.
-    """
-    start, peak = time.perf_counter(), 0
-    with subprocess.Popen(command) as process:
-        status = Path(f"/proc/{process.pid}/status")
-        while process.poll() is None:
-            lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-            peak = max([peak, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))])
-            time.sleep(0.02)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return {"seconds": round(time.perf_counter() - start, 1), "peak_anonymous_bytes": peak}
 
 
 def convert(folder: Path, rank: int) -> dict[str, Any]:

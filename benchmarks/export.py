@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Record
-from convert import make_checkpoint, watched
+from common import Record, watched
+from convert import make_checkpoint
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM

@@ -14,14 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Record, in_turns
-from methods import LORA_RANK, VERA_RANK, layer
+from common import Record, arguments, in_turns
+from methods import LORA_RANK, MINIATURE, VERA_RANK, layer, layer_shapes
 from torch import nn
 
 QUESTION = "How long do forward and backward of a linear layer take, against the frozen NF4 layer alone?"
 METHODS = ("nf4", "plain", "qosora-64", "qosora-128", "qosora-256", "lora", "dora", "vera")
-#: (out_features, in_features) of Llama-2-7B's and Llama-3.1-8B's layers.
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096), (14336, 4096), (4096, 14336))
 
 
 def step(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> Callable[[], None]:
@@ -49,28 +47,31 @@ def measure(args: argparse.Namespace, shape: tuple[int, int], tokens: int) -> di
 def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=QUESTION)
-    parser.add_argument("--output", required=True, help="JSON file to write")
-    parser.add_argument("--shapes", nargs="+", metavar="OUTxIN", default=["x".join(map(str, s)) for s in SHAPES])
+    parser.add_argument(
+        "--models", nargs="+", default=["llama-2-7b", "llama-3.1-8b"], help="whose linear layers are taken"
+    )
+    parser.add_argument("--shapes", nargs="+", metavar="OUTxIN", help="only layers of these shapes (default: all)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 1024, 2048, 8192])
     parser.add_argument("--methods", nargs="+", default=METHODS, help="with nf4, which the others are compared with")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--resume", action="store_true", help="keep the stages that the output holds")
-    args = parser.parse_args()
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    return args
+    return arguments(parser, models=[MINIATURE], tokens=[1, 8], rounds=2)
 
 
 def main() -> None:
     """Run the benchmark."""
     args = parse()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    config = {"dtype": args.dtype, "rounds": args.rounds, "lora_rank": LORA_RANK, "vera_rank": VERA_RANK}
+    models = {name: layer_shapes(name) for name in args.models}
+    config = {
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+        "lora_rank": LORA_RANK,
+        "vera_rank": VERA_RANK,
+        "layers": models,
+    }
     record = Record(args.output, "layer_step", QUESTION, config, args.resume)
-    for shape in args.shapes:
+    for shape in args.shapes or sorted({shape for counts in models.values() for shape in counts}):
         out_features, _, in_features = shape.partition("x")
         for tokens in args.tokens:
             sizes = (int(out_features), int(in_features))

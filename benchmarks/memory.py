@@ -15,9 +15,8 @@ import argparse
 from functools import partial
 from typing import Any
 
-import torch
-from common import Record
-from methods import LORA_RANK, OPTIMIZER, Training, release, shape_config
+from common import Record, arguments
+from methods import LORA_RANK, MINIATURE, OPTIMIZER, Training, release, shape_config
 
 from qosora.config import QosoraConfig
 from qosora.memory.devices import the_card
@@ -94,7 +93,6 @@ def predicted(args: argparse.Namespace, shape: str, tokens: int, checkpointing: 
 def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=QUESTION)
-    parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument(
         "--shapes", nargs="+", metavar="NAME[:LAYERS]", help="shapes, whole or their first layers",
         default=["tinyllama-1.1b", "llama-2-7b:2", "llama-3.1-8b:2"],
@@ -104,21 +102,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=0, help="steps to time, after the first")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--resume", action="store_true", help="keep the stages that the output holds")
-    parser.add_argument("--miniature", action="store_true", help="tiny shapes, to try the script out")
-    args = parser.parse_args()
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.miniature:
-        args.shapes, args.tokens, args.rank = ["miniature"], [32], 8
-    return args
+    return arguments(parser, shapes=[MINIATURE], tokens=[32], rank=8)
 
 
 def main() -> None:
     """Run the benchmark."""
     args = parse()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     config = {
         "rank": args.rank,
         "lora_rank": LORA_RANK,

@@ -7,6 +7,7 @@ Trained LoRA weights are in bfloat16, as TRL has them for a 4-bit model.
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -15,12 +16,13 @@ import bitsandbytes
 import torch
 from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.factorize import Factors
 from qosora.linear import QosoraLinear
 from qosora.memory.profile import fill_at_random, measure, offloading, random_model
+from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch, decoder_layers, prepare_model, training_step
 from qosora.memory.traced import StepOptions, meta_model
 from qosora.nf4 import quantize
@@ -29,12 +31,37 @@ from qosora.optim import create_optimizer
 LORA_RANK = 16
 VERA_RANK = 256
 OPTIMIZER = "paged_adamw_32bit"
+#: The shape that every script takes under --miniature.
+MINIATURE = "miniature"
 #: PEFT's rivals on a frozen NF4 layer called `proj`.
 ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
     "lora": lambda: LoraConfig(r=LORA_RANK, target_modules=["proj"]),
     "dora": lambda: LoraConfig(r=LORA_RANK, target_modules=["proj"], use_dora=True),
     "vera": lambda: VeraConfig(r=VERA_RANK, target_modules=["proj"]),
 }
+
+
+def shape_config(item: str) -> PreTrainedConfig:
+    """Return the config of a shape, whole or its first layers: NAME[:LAYERS]."""
+    name, _, layers = item.partition(":")
+    if name == MINIATURE:
+        config: PreTrainedConfig = LlamaConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=256, max_position_embeddings=512,
+        )  # fmt: skip
+    else:
+        config = model_config(name)
+    config.num_hidden_layers = int(layers or config.num_hidden_layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    return config
+
+
+def layer_shapes(name: str) -> dict[str, int]:
+    """Return how often each OUTxIN occurs among the linear layers of a model's decoder layer."""
+    _, layers = decoder_layers(meta_model(shape_config(f"{name}:1"), StepOptions()))
+    linear = (module for module in layers[0].modules() if isinstance(module, nn.Linear))
+    return dict(Counter(f"{module.out_features}x{module.in_features}" for module in linear))
 
 
 class OneLayer(nn.Module):
@@ -162,17 +189,41 @@ def qlora_model(config: Any, step: StepOptions) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
+def adapted(config: Any, step: StepOptions, rank: int) -> Any:
+    """Return the PEFT model of `step.method`, whose adapter is as it starts."""
+    if step.method == "qosora":
+        return get_peft_model(random_model(config, QosoraConfig(rank=rank), step), OsoraConfig())
+    lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    return _trained_as(torch.bfloat16, get_peft_model(qlora_model(config, step), lora))
+
+
 def trainable(config: Any, step: StepOptions, rank: int) -> tuple[Any, Any]:
     """Return the PEFT model and its optimizer, as TRL's trainer has them."""
-    if step.method == "qosora":
-        model = get_peft_model(random_model(config, QosoraConfig(rank=rank), step), OsoraConfig())
-        prepare_model(model, gradient_checkpointing=step.gradient_checkpointing)
-        return model, create_optimizer(model, lr=1e-6, optimizer=OPTIMIZER)
-    lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = _trained_as(torch.bfloat16, get_peft_model(qlora_model(config, step), lora))
+    model = adapted(config, step, rank)
     prepare_model(model, gradient_checkpointing=step.gradient_checkpointing)
+    if step.method == "qosora":
+        return model, create_optimizer(model, lr=1e-6, optimizer=OPTIMIZER)
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, bitsandbytes.optim.AdamW(trained, lr=1e-6, optim_bits=32, is_paged=step.device == "cuda")
+
+
+def generator(method: str, config: Any, precision: str, device: str, rank: int) -> PreTrainedModel:
+    """Return a model for inference.
+
+    Args:
+        method: "nf4" (no adapter), "lora" (on NF4), "qosora", or "qosora-merged" (the adapter in the base's vectors).
+        config: Of the model.
+        precision: "bf16", "fp16" or "fp32".
+        device: Where.
+        rank: Of qosora's factors.
+    """
+    kind = "qosora" if method.startswith("qosora") else "qlora"
+    step = StepOptions(method=kind, precision=precision, device=device)
+    if method == "nf4":
+        return qlora_model(config, step).eval()
+    model = adapted(config, step, rank).eval()
+    base: PreTrainedModel = model.merge_and_unload() if method == "qosora-merged" else model.get_base_model()
+    return base
 
 
 def _four_bit(linear: nn.Linear, device: str) -> nn.Module:
