@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where there is room for about 18 GB; what is there is used again")
     parser.add_argument("--rank", type=int, default=128, help="(default: 128)")
     parser.add_argument("--layers", type=int, help="decoder layers (default: 32, or what the disk has room for)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the comparison (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="of the comparison (default: 3; 0 for none)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="of the comparison")
     parser.add_argument("--output", type=Path, default=RESULT, help="result file")
     parser.add_argument("--resume", action="store_true", help="keep the stages in the result file")
@@ -199,7 +199,8 @@ def main() -> None:
     question = "How fast, and in how much memory, is a checkpoint converted?"
     record = Record(args.output, "convert", question, config, args.resume)
     threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
-    record.stage("one_layer", lambda: compare(args.methods, args.rank, args.rounds, threads, args.output))
+    if args.rounds:
+        record.stage("one_layer", lambda: compare(args.methods, args.rank, args.rounds, threads, args.output))
     record.stage("checkpoint", lambda: make_checkpoint(args.folder / "model", layers))
     record.stage("conversion", lambda: convert(args.folder, args.rank))
 
