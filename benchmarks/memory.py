@@ -57,6 +57,7 @@ def run(args: argparse.Namespace, shape: str, tokens: int, checkpointing: bool) 
             "live_by_phase": live.phases,
             "planned_by_category": planned.rows,
             "planned_by_phase": planned.phases,
+            "attention": sorted({event.op for event in measured["events"] if "attention" in event.op}),
             "allocated_by_phase": measured["allocated_bytes"],
             "cuda": cuda,
             "step_seconds": round(measured["step_seconds"], 3),

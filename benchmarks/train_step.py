@@ -45,18 +45,26 @@ def run(
         return Training(config, step, batch, args.rank, compiled=method == COMPILED)
 
     peaks: dict[str, int | None] = {}
+    trainings: dict[str, Training] = {}
     for method in methods:
         if method != COMPILED:
-            peaks[method] = build(method).peak_bytes()
+            training = build(method)
+            peaks[method] = training.peak_bytes()
+            if args.device == "cpu":  # where only the tensors of the model that is traced count
+                trainings[method] = training
+            del training
             release()
-    trainings = {}
     for method in methods:
-        trainings[method] = build(method)
+        if method not in trainings:
+            trainings[method] = build(method)
         if method == COMPILED:  # the tracer that counts on a CPU would see no compiled kernel
             peaks[method] = trainings[method].peak_bytes() if args.device == "cuda" else None
     timings = in_turns({m: t.step for m, t in trainings.items()}, args.rounds, against="qlora", warmup=args.warmup)
     trainings.clear()
     release()
+    counters = torch._dynamo.utils.counters
+    breaks = sum(sum(counters[kind].values()) for kind in ("graph_break", "unimplemented"))
+    graphs = {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": breaks}
     found = {
         method: {
             **timings[method],
@@ -69,6 +77,7 @@ def run(
     return {
         "batch_size": batch.size,
         "tokens": batch.length,
+        **(graphs if COMPILED in methods else {}),
         **found,
         "over_qlora": {
             method: {

@@ -117,7 +117,7 @@ def test_failures_and_time_limits_are_survived(
         assert entries[name]["figures"] == [
             {"name": "stage mine", "value": "0.500x", "wanted": "below 1x", "ok": True}
         ], name
-    rows = capsys.readouterr().out.splitlines()[-8:]
+    rows = capsys.readouterr().out.splitlines()[-7:]
     assert rows[0].split() == ["PART", "figure", "measured", "wanted", "seconds"]
     assert [row.split()[0] for row in rows if not row.startswith(" ")] == ["PART", *parts]
     assert sum(" failed" in row for row in rows) == 3
@@ -176,17 +176,24 @@ def test_reports_of_pytest(run_all: Any, tmp_path: Path):
 
 def test_figures_that_only_a_gpu_has(run_all: Any):
     cuda = {"allocated_bytes": 100, "reserved_bytes": 110, "context_bytes": 500 * 2**20, "workspace_bytes": 2**26}
-    found = {"planned_over_measured": 1.04, "planned_bytes": 5 * 2**30, "peak_bytes": 2**32, "cuda": cuda}
+    found = {
+        "planned_over_measured": 1.04,
+        "planned_bytes": 5 * 2**30,
+        "peak_bytes": 2**32,
+        "cuda": cuda,
+        "attention": ["aten::_scaled_dot_product_flash_attention"],
+    }
     figures = list(run_all.memory({"measured_llama-2-7b_2048_checkpointed": {"qosora": found, "qlora": found}}))
-    assert [f.ok for f in figures] == [False, None, False, None, None, None]
-    assert [f.value for f in figures[3:]] == ["10.0% to 10.0%", "500 to 500 MiB", "64 to 64 MiB"]
+    assert [f.ok for f in figures] == [False, None, False, None, None, None, None]
+    assert [f.value for f in figures[3:]] == ["flash_attention", "10.0% to 10.0%", "500 to 500 MiB", "64 to 64 MiB"]
     methods = {"qosora": 1.3, "qosora-compiled": 1.1}
     result = {method: {"tokens_per_second": 9000.0, "peak_bytes": 2**32} for method in methods}
     over = {method: {"tokens_per_second": ratio, "peak_bytes": 0.7} for method, ratio in methods.items()}
-    stage = {"batch_size": 1, "tokens": 2048, **result, "over_qlora": over}
+    stage = {"batch_size": 1, "tokens": 2048, "graphs": 0, "graph_breaks": 1, **result, "over_qlora": over}
     figures = list(run_all.train({"llama-2-7b_1x2048_checkpointed_compiled": stage}))
     assert [(f.value, f.ok) for f in figures] == [
         ("9,000, 1.10x QLoRA's", False),
+        ("0, 1 breaks", False),
         ("4.00 GiB, 0.70x QLoRA's", True),
     ]
 

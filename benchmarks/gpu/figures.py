@@ -36,6 +36,7 @@ def tests(results: Results) -> Iterator[Figure]:
 def memory(results: Results) -> Iterator[Figure]:
     """Planned beside measured, QLoRA beside qosora, and the constants that plans assume."""
     cuda: list[dict[str, int]] = []
+    kernels: set[str] = set()
     for stage, result in results.items():
         if not stage.startswith("measured_"):
             continue
@@ -51,7 +52,9 @@ def memory(results: Results) -> Iterator[Figure]:
         ratio = mine["peak_bytes"] / rival["peak_bytes"]
         yield Figure(f"{name}: peak", f"{_gib(mine['peak_bytes'])}, {ratio:.3f}x QLoRA's", "below 1x", ratio < 1)
         cuda += [mine["cuda"]] if mine["cuda"] else []
+        kernels |= {op.removeprefix("aten::_scaled_dot_product_") for op in mine["attention"]}
     if cuda:
+        yield Figure("attention", ", ".join(sorted(kernels)), "flash is assumed")
         overheads = sorted(found["reserved_bytes"] / found["allocated_bytes"] - 1 for found in cuda)
         yield Figure("reserved over allocated", f"{overheads[0]:.1%} to {overheads[-1]:.1%}", "12% is assumed")
         for key, assumed in (("context_bytes", "450 MiB"), ("workspace_bytes", "64 MiB on Hopper, else 16")):
@@ -72,6 +75,9 @@ def train(results: Results) -> Iterator[Figure]:
             name = f"{stage.split('_')[0]} {result['batch_size']}x{result['tokens']}, {method}"
             value = f"{found['tokens_per_second']:,.0f}, {faster:.2f}x QLoRA's"
             yield Figure(f"{name}: tokens/s", value, "1.2x", faster >= 1.2)
+            if method.endswith("-compiled"):
+                value = f"{result['graphs']}, {result['graph_breaks']} breaks"
+                yield Figure(f"{name}: graphs", value, "no breaks", result["graphs"] > 0 and not result["graph_breaks"])
             if smaller is not None:
                 value = f"{_gib(found['peak_bytes'])}, {smaller:.2f}x QLoRA's"
                 yield Figure(f"{name}: peak", value, "0.8x", smaller <= 0.8)

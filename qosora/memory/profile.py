@@ -266,7 +266,8 @@ def measure(
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     events: list[Event] = []
-    tracer = Tracer(workspaces=CUDA_WORKSPACES if step.device == "cuda" else CPU_WORKSPACES, log=events)
+    workspaces = CUDA_WORKSPACES if step.device == "cuda" else CPU_WORKSPACES
+    tracer = Tracer(workspaces=workspaces, log=events, device=step.device)
     counters = _Counters(step.device == "cuda")
     backbone, layers = decoder_layers(model.get_base_model())
     with tracer, tracer.following(model, backbone, layers):
