@@ -23,7 +23,6 @@ from qosora.memory.step import Batch
 from qosora.memory.traced import StepOptions
 
 QUESTION = "How long does a training step take, and how much memory, against PEFT QLoRA?"
-METHODS = ("qosora", "qlora")
 COMPILED = "qosora-compiled"
 
 
@@ -100,7 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--checkpointing", nargs="+", choices=("on", "off"), default=["on", "off"])
-    parser.add_argument("--compile", action="store_true", help="afterwards also with qosora's layers compiled")
+    parser.add_argument("--compile", action="store_true", help="qosora with its decoder layers compiled")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--rounds", type=int, default=7)
@@ -119,14 +118,14 @@ def main() -> None:
         "rounds": args.rounds,
     }
     record = Record(args.output, "train_step", QUESTION, config, args.resume)
-    for methods in (METHODS, (COMPILED, *METHODS))[: 1 + args.compile]:
-        for checkpointing in [choice == "on" for choice in args.checkpointing]:
-            how = "checkpointed" if checkpointing else "kept"
-            for shape in args.shapes:
-                for tokens in args.tokens:
-                    for size in args.batch_sizes:
-                        name = f"{shape}_{size}x{tokens}_{how}{'_compiled' * (COMPILED in methods)}"
-                        record.stage(name, partial(run, args, shape, Batch(size, tokens), checkpointing, methods))
+    methods = (COMPILED, "qlora") if args.compile else ("qosora", "qlora")
+    for checkpointing in [choice == "on" for choice in args.checkpointing]:
+        how = ("checkpointed" if checkpointing else "kept") + "_compiled" * args.compile
+        for shape in args.shapes:
+            for tokens in args.tokens:
+                for size in args.batch_sizes:
+                    name = f"{shape}_{size}x{tokens}_{how}"
+                    record.stage(name, partial(run, args, shape, Batch(size, tokens), checkpointing, methods))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -47,7 +48,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", names())
 def test_each_part_in_miniature(name: str, run_all: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Scripts run in this process, which has their imports; pytest in one of its own, as on a GPU."""
+    """Scripts run in this process, which has their imports, and compile nothing; pytest runs in one of its own."""
 
     def launch(command: Sequence[str], environment: Mapping[str, str], seconds: float, log: Path) -> int | None:
         if command[1] == "-m":
@@ -57,6 +58,7 @@ def test_each_part_in_miniature(name: str, run_all: Any, tmp_path: Path, capsys:
             log.open("a") as out,
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(out),
+            torch._dynamo.config.patch(disable=True),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
@@ -186,7 +188,7 @@ def test_figures_that_only_a_gpu_has(run_all: Any):
     figures = list(run_all.memory({"measured_llama-2-7b_2048_checkpointed": {"qosora": found, "qlora": found}}))
     assert [f.ok for f in figures] == [False, None, False, None, None, None, None]
     assert [f.value for f in figures[3:]] == ["flash_attention", "10.0% to 10.0%", "500 to 500 MiB", "64 to 64 MiB"]
-    methods = {"qosora": 1.3, "qosora-compiled": 1.1}
+    methods = {"qosora-compiled": 1.1}
     result = {method: {"tokens_per_second": 9000.0, "peak_bytes": 2**32} for method in methods}
     over = {method: {"tokens_per_second": ratio, "peak_bytes": 0.7} for method, ratio in methods.items()}
     stage = {"batch_size": 1, "tokens": 2048, "graphs": 0, "graph_breaks": 1, **result, "over_qlora": over}

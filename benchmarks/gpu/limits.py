@@ -28,7 +28,7 @@ from methods import MINIATURE, OPTIMIZER, Training, release, shape_config
 
 from qosora.config import QosoraConfig
 from qosora.memory.devices import Card
-from qosora.memory.plan import plan, usage_of
+from qosora.memory.plan import usage_of
 from qosora.memory.step import Batch
 from qosora.memory.traced import StepOptions, TracedModel
 
@@ -68,12 +68,14 @@ class Limit:
         except torch.OutOfMemoryError as error:
             training.model.zero_grad()
             return {"fits": False, "error": str(error).partition("\n")[0][:300]}
+        free, total = torch.cuda.mem_get_info()
         return {
             "fits": True,
             "loss": loss,
             "step_seconds": round(time.perf_counter() - start, 3),
             "peak_bytes": torch.cuda.max_memory_allocated(),
             "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "device_used_bytes": total - free,
         }
 
 
@@ -103,7 +105,8 @@ def trains(args: argparse.Namespace, shape: str, batch: Batch, limit_bytes: int)
     return {
         "limit_bytes": limit_bytes,
         "context_bytes": limit.context_bytes,
-        "fits": all(found["fits"] for found in steps) and all(map(math.isfinite, losses)),
+        "fits": all(found["fits"] and found.get("device_used_bytes", 0) <= limit_bytes for found in steps)
+        and all(map(math.isfinite, losses)),
         "planned_bytes": planned.total_bytes,
         "planned_verdict": planned.verdict(limit_bytes),
         "steps": steps,
@@ -179,13 +182,6 @@ def context(args: argparse.Namespace, record: Record) -> None:
             **(planned() if longest else {}),
         },
     )
-    if args.device == "cuda":  # the plan of all lengths takes longest, so it comes last
-        card, away = f"{args.context_bytes / GIB:g}GiB", {"compare": False, "activation_offloading": True}
-        record.stage(
-            f"planned_{shape}",
-            lambda: {"longest": plan(shape, batch_size=1, seq_len=2048, rank=args.rank, gpu_memory=card, **away)
-                     .longest_sequence},
-        )  # fmt: skip
 
 
 def main() -> None:

@@ -54,6 +54,7 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+TRAINING = "--shapes llama-2-7b llama-3.1-8b --tokens 2048 --batch-sizes 1 4 --checkpointing on --rounds 5"
 #: The most important first.
 PARTS = {
     "tests": Part("", "", "tests/test_nf4.py", 90, tests),
@@ -64,17 +65,11 @@ PARTS = {
         130,
         memory,
     ),
-    "train": Part(
-        "benchmarks/train_step.py",
-        "--shapes llama-2-7b llama-3.1-8b --tokens 2048 --batch-sizes 1 4 --checkpointing on --rounds 5 --compile",
-        "--checkpointing on",
-        160,
-        train,
-    ),
+    "train": Part("benchmarks/train_step.py", TRAINING, "--checkpointing on", 150, train),
     "limits": Part("benchmarks/gpu/limits.py", "--only trains", "--only trains", 70, limits),
     "context": Part(
         "benchmarks/gpu/limits.py",
-        "--only context --seconds 75",
+        "--only context --seconds 60",
         "--only context",
         160,
         context,
@@ -89,15 +84,16 @@ PARTS = {
     ),
     "kernels": Part("benchmarks/kernels.py", "", "", 60, ratios),
     "optimizer": Part("benchmarks/optimizer_step.py", "", "", 45, optimizer),
-    "generate": Part("benchmarks/generate.py", "", "", 60, generate),
+    "generate": Part("benchmarks/generate.py", "--rounds 3 --new-tokens 16", "", 60, generate),
     "convert": Part(
         "benchmarks/convert.py",
-        "--folder SCRATCH --layers 4 --rounds 1 --methods qosora",
+        "--folder SCRATCH --layers 2 --rounds 1 --methods qosora",
         "--folder SCRATCH --layers 1 --rounds 0 --rank 8",
         80,
         convert,
     ),
-    "load": Part("benchmarks/load.py", "--rounds 1", "", 90, load),
+    "load": Part("benchmarks/load.py", "--shape llama-2-7b:2 --rounds 1", "", 80, load),
+    "compiled": Part("benchmarks/train_step.py", f"{TRAINING} --compile", "--checkpointing on --compile", 200, train),
 }
 
 
