@@ -191,12 +191,14 @@ def memory_peaks(pid: int, alive: Callable[[], bool]) -> dict[str, int]:
     Anonymous memory is what cannot be dropped and read again: a checkpoint's mapped pages are not in it.
     """
     status = Path(f"/proc/{pid}/status")
-    peak = 0
+    peaks = dict.fromkeys(("RssAnon", "VmHWM"), 0)
     while alive():
         lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-        peak = max([peak, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))])
+        for key, _, value in (line.partition(":") for line in lines):
+            if key in peaks:
+                peaks[key] = max(peaks[key], int(value.split()[0]) * 1024)
         time.sleep(0.02)
-    return {"peak_anonymous_bytes": peak}
+    return {"peak_anonymous_bytes": peaks["RssAnon"], "peak_resident_bytes": peaks["VmHWM"]}
 
 
 def synchronize() -> None:

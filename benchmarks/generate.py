@@ -4,7 +4,7 @@ All keep a KV cache and run in turns. `prefill` reads the prompts and yields the
 after it, one by one. The weights are random: the time does not depend on them. Where all layers would take too long, a
 shape's first ones stand for it.
 
-    python benchmarks/generate.py --output benchmarks/results/generate_cpu.json --threads 2
+    python benchmarks/generate.py --output benchmarks/results/generate_cpu.json --threads 2 --prompt-tokens 128 --rounds 3
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def measure(args: argparse.Namespace, shape: str, batch: int) -> dict[str, Any]:
     writing = {name: partial(decode, model, starts[name], args.new_tokens) for name, model in made.items()}
     decoded = in_turns(writing, args.rounds, against="lora")
     return {
+        "shape": shape.partition(":")[0],
         "layers": config.num_hidden_layers,
         "batch_size": batch,
         "prefill": prefilled,

@@ -1,10 +1,10 @@
 """Time of an optimizer's step: qosora's packed one against bitsandbytes' and torch's AdamW, which go tensor by tensor.
 
-The tensors are those that train in a 7B: qosora's vectors, and the matrices of PEFT's LoRA, in bfloat16 as TRL has them.
-`step` is the update alone, with gradients in place. `all` is what an optimizer's layout costs a training step: gradients
-that arrive as autograd brings them (taken over where there is none, added where the packed buffer has its zeros), the
-update, and `zero_grad`. The ratio is to bitsandbytes' 32-bit AdamW, which QLoRA trains with; on a GPU it is paged, and
-so is the packed one.
+The tensors are those that train in a 7B: qosora's vectors, and PEFT's LoRA matrices, in bfloat16 as TRL has them.
+`step` is the update alone, with gradients in place. `all` is what an optimizer's layout costs a training step:
+gradients that arrive as autograd brings them (taken over where there is none, added where the packed buffer has its
+zeros), the update, and `zero_grad`. The ratio is to bitsandbytes' 32-bit AdamW, which QLoRA trains with; on a GPU it is
+paged, and so is the packed one.
 
     python benchmarks/optimizer_step.py --output benchmarks/results/optimizer_step_cpu.json --threads 2
 """
@@ -101,17 +101,17 @@ def first_step(trainer: Trainer, device: str) -> dict[str, Any]:
     return {**trainer.states(), "allocated_bytes": allocated, "kernels": kernels}
 
 
-def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace, method: str, rounds: int) -> dict[str, Any]:
     """Time all optimizers on what one method trains."""
     torch.manual_seed(0)
     like = trained(args.shape, method, args.rank)
     trainers = {name: Trainer(like, make, args.device) for name, make in optimizers(args.device).items()}
     memory = {name: first_step(trainer, args.device) for name, trainer in trainers.items()}
     actions = {name: trainer.optimizer.step for name, trainer in trainers.items()}
-    step = in_turns(actions, args.rounds, against=AGAINST)
+    step = in_turns(actions, rounds, against=AGAINST)
     for trainer in trainers.values():
         trainer.optimizer.zero_grad()
-    everything = in_turns({name: t.all for name, t in trainers.items()}, args.rounds, against=AGAINST)
+    everything = in_turns({name: t.all for name, t in trainers.items()}, rounds, against=AGAINST)
     return {
         "tensors": len(like),
         "parameters": sum(p.numel() for p in like),
@@ -128,12 +128,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--shape", default="llama-2-7b", metavar="NAME[:LAYERS]", help="of the model")
     parser.add_argument("--rank", type=int, default=128, help="of qosora's factors (default: 128)")
-    parser.add_argument("--rounds", type=int, default=25)
-    args = arguments(parser, shape=MINIATURE, rounds=2)
-    config = {"shape": args.shape, "rank": args.rank, "lora_rank": LORA_RANK, "rounds": args.rounds}
+    parser.add_argument("--rounds", type=int, default=25, help="with qosora's vectors (default: 25)")
+    parser.add_argument("--lora-rounds", type=int, default=5, help="with LoRA's matrices, 29 times as many parameters")
+    args = arguments(parser, shape=MINIATURE, rounds=2, lora_rounds=2)
+    config = {"shape": args.shape, "rank": args.rank, "lora_rank": LORA_RANK}
     record = Record(args.output, "optimizer_step", QUESTION, config, args.resume)
-    for name, method in (("qosora", "qosora"), ("lora", "qlora")):
-        record.stage(name, partial(measure, args, method))
+    record.stage("qosora", partial(measure, args, "qosora", args.rounds))
+    record.stage("lora", partial(measure, args, "qlora", args.lora_rounds))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from page import QLORA, conditions, gib, mib, table
+from speed_tables import generate, layer_step, load, optimizer_step
+
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
-def gsm8k(found: dict[str, Any]) -> str:
+def gsm8k(found: dict[str, Any], file: str) -> str:
     """Return the table of losses before and after training, with its conditions."""
     results, config = found["results"], found["config"]
     before, rank = results["untrained_test_loss"], config["rank"]
@@ -31,45 +34,38 @@ def gsm8k(found: dict[str, Any]) -> str:
     ]
     head = ["", "error of the 4-bit weights", "trained parameters", "adapter", "test loss before", "after"]
     steps = f"{config['steps']} steps of {config['batch_size']} examples"
-    versions = ", ".join(f"{n} {found['versions'][n]}" for n in ("torch", "transformers", "bitsandbytes"))
     rates = " and ".join(f"{r['learning_rate']:g}" for n, r in results.items() if n.startswith("qosora"))
     note = (
         f"{config['model']}, fine-tuned on {config['data']} for {steps}: cross-entropy of the answers to "
         f"{config['limit_test']} test questions. Learning rates {qlora['learning_rate']:g} (QLoRA) and "
         f"{qosora['learning_rate']:g} (of {rates}); one seed. "
-        f"{found['device']['gpu'] or found['device']['cpu']}, {versions}, "
-        f"{found['date']}; [all figures](benchmarks/results/gsm8k_gemma3_270m.json)."
+        f"{conditions(found, file, 'torch', 'transformers', 'bitsandbytes')}"
     )
-    return "\n".join([_row(head), _row(["---", *["---:"] * 5]), *map(_row, rows), "", note, ""])
+    return table(head, rows, note)
 
 
-def export(found: dict[str, Any]) -> str:
+def export(found: dict[str, Any], file: str) -> str:
     """Return the table of losses of one adapter as it leaves in different ways."""
     stage, config = found["results"]["gsm8k"], found["config"]
     loss, sizes, rank = stage["loss"], stage["bytes"], stage["adapter_rank"]
     rows = [
         ["original, untrained", "", f"{loss['original_untrained']:.3f}"],
         ["base and adapter, in qosora", "", f"{loss['adapted']:.3f}"],
-        ["merged onto dequantized", _mib(sizes["dequantized"]), f"{loss['merged_onto_dequantized']:.3f}"],
-        ["merged onto original", _mib(sizes["original"]), f"{loss['merged_onto_original']:.3f}"],
+        ["merged onto dequantized", mib(sizes["dequantized"]), f"{loss['merged_onto_dequantized']:.3f}"],
+        ["merged onto original", mib(sizes["original"]), f"{loss['merged_onto_original']:.3f}"],
     ]
     for name in sorted((n for n in sizes if n.startswith("lora_r")), key=lambda n: -int(n.removeprefix("lora_r"))):
         k = int(name.removeprefix("lora_r"))
         kind = "exact" if k == rank else f"reduced: {stage['rank_error'][name]:.0%} of ΔW lost"
-        rows.append([f"LoRA on original, r = {k} ({kind})", _mib(sizes[name]), f"{loss[f'{name}_on_original']:.3f}"])
+        rows.append([f"LoRA on original, r = {k} ({kind})", mib(sizes[name]), f"{loss[f'{name}_on_original']:.3f}"])
     note = (
         f"{config['model']} fine-tuned on {config['data']} as above, all in bfloat16: cross-entropy of the answers to "
-        f"{stage['questions']} test questions. {found['device']['gpu'] or found['device']['cpu']}, {found['date']}; "
-        "[all figures](benchmarks/results/export_gemma3_270m.json)."
+        f"{stage['questions']} test questions. {conditions(found, file)}"
     )
-    return "\n".join([_row(["", "size", "test loss"]), _row(["---", "---:", "---:"]), *map(_row, rows), "", note, ""])
+    return table(["", "size", "test loss"], rows, note)
 
 
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
-
-
-def convert(found: dict[str, Any]) -> str:
+def convert(found: dict[str, Any], file: str) -> str:
     """Return the table of conversion times and memory, with its conditions."""
     one, full, config = found["results"]["one_layer"], found["results"]["conversion"], found["config"]
     names = {
@@ -79,24 +75,21 @@ def convert(found: dict[str, Any]) -> str:
         "theory": "the SVD's matrix products and the quantization alone",
     }
     rows = [
-        [label, f"{one['median_seconds'][method]:.1f} s", f"{one['peak_anonymous_bytes'][method] / 2**30:.2f} GiB"]
+        [label, f"{one['median_seconds'][method]:.1f} s", gib(one["peak_anonymous_bytes"][method])]
         for method, label in names.items()
     ]
     model = f"{config['shapes']}, {config['layers']} layers: `qosora quantize`"
-    rows.append([model, f"{full['seconds'] / 60:.1f} min", f"{full['peak_anonymous_bytes'] / 2**30:.2f} GiB"])
+    rows.append([model, f"{full['seconds'] / 60:.1f} min", gib(full["peak_anonymous_bytes"])])
     note = (
         f"One decoder layer of {config['shapes']} in bfloat16, median of {config['rounds']} runs in turns, and the "
         f"whole checkpoint ({found['results']['checkpoint']['bytes'] / 1e9:.1f} GB). Memory is the peak of anonymous "
         "resident memory of the process, Python and libraries included. "
-        f"{found['device']['gpu'] or found['device']['cpu']}, {one['threads']} threads, "
-        f"torch {found['versions']['torch']}, peft {found['versions']['peft']}, "
-        f"bitsandbytes {found['versions']['bitsandbytes']}, {found['date']}; "
-        "[all figures](benchmarks/results/convert_llama2_7b.json)."
+        f"{conditions(found, file, *QLORA, threads=True)}"
     )
-    return "\n".join([_row(["", "time", "memory"]), _row(["---", "---:", "---:"]), *map(_row, rows), "", note, ""])
+    return table(["", "time", "memory"], rows, note)
 
 
-def memory(found: dict[str, Any]) -> str:
+def memory(found: dict[str, Any], file: str) -> str:
     """Return the table of peaks of a training step, measured and planned, with its conditions."""
     rows = []
     for name, result in found["results"].items():
@@ -108,18 +101,15 @@ def memory(found: dict[str, Any]) -> str:
         else:
             what = f"planned for a GPU: {shape}, {tokens} tokens, {mode}"
             peaks = [result[f"{method}_allocated_bytes"] for method in ("qosora", "qlora")]
-        rows.append([what, *(f"{peak / 2**30:.2f} GiB" for peak in peaks), f"{peaks[0] / peaks[1]:.3f}"])
-    config, versions = found["config"], found["versions"]
+        rows.append([what, *map(gib, peaks), f"{peaks[0] / peaks[1]:.3f}"])
+    config = found["config"]
     note = (
         f"Peak of live tensor bytes of a training step, batch size {config['batch_size']}, {config['precision']}, "
         f"qosora at r = {config['rank']} against PEFT's LoRA at r = {config['lora_rank']} on bitsandbytes NF4, with "
         "the same loss and attention; layers checkpointed, or all activations kept. Measured and planned CPU peaks "
-        f"agree within {_worst_plan(found['results']):.1%}. {found['device']['cpu']}, torch {versions['torch']}, peft "
-        f"{versions['peft']}, bitsandbytes {versions['bitsandbytes']}, {found['date']}; "
-        "[all figures](benchmarks/results/memory_cpu.json)."
+        f"agree within {_worst_plan(found['results']):.1%}. {conditions(found, file, *QLORA)}"
     )
-    head = ["", "qosora", "QLoRA", "ratio"]
-    return "\n".join([_row(head), _row(["---", *["---:"] * 3]), *map(_row, rows), "", note, ""])
+    return table(["", "qosora", "QLoRA", "ratio"], rows, note)
 
 
 def _worst_plan(results: dict[str, Any]) -> float:
@@ -148,27 +138,27 @@ def _last(losses: dict[str, float]) -> float:
     return losses[max(losses, key=int)]
 
 
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any], str], str]]] = {
     "gsm8k": ("gsm8k_gemma3_270m.json", gsm8k),
     "export": ("export_gemma3_270m.json", export),
     "convert": ("convert_llama2_7b.json", convert),
     "memory": ("memory_cpu.json", memory),
+    "layer_step": ("layer_step_cpu.json", layer_step),
+    "optimizer_step": ("optimizer_step_cpu.json", optimizer_step),
+    "generate": ("generate_cpu.json", generate),
+    "load": ("load_cpu.json", load),
 }
 
 
 def filled(text: str) -> str:
     """Return a page with its tables as the results make them."""
 
-    def table(match: re.Match[str]) -> str:
+    def replaced(match: re.Match[str]) -> str:
         file, make = TABLES[match["name"]]
         found = json.loads((ROOT / "benchmarks" / "results" / file).read_text(encoding="utf-8"))
-        return f"{match[1]}{make(found)}{match[3]}"
+        return f"{match[1]}{make(found, file)}{match[3]}"
 
-    return MARKED.sub(table, text)
+    return MARKED.sub(replaced, text)
 
 
 def main() -> int:
