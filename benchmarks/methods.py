@@ -10,6 +10,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import bitsandbytes
@@ -114,11 +115,11 @@ class Training:
         step: The method, and how to train.
         batch: Its shape.
         rank: Of qosora's decomposition.
-        compiled: Whether each decoder layer goes through torch.compile.
+        compiled: Whether each decoder layer goes through torch.compile, which wants no tiles.
     """
 
     def __init__(self, config: Any, step: StepOptions, batch: Batch, rank: int, *, compiled: bool = False) -> None:
-        self.options = step
+        self.options = step = replace(step, tile_length=0) if compiled else step
         self.model, self.optimizer = trainable(config, step, rank)
         self.load(batch)
         for layer in decoder_layers(self.model.get_base_model())[1] if compiled else ():
@@ -200,7 +201,7 @@ def adapted(config: Any, step: StepOptions, rank: int) -> Any:
 def trainable(config: Any, step: StepOptions, rank: int) -> tuple[Any, Any]:
     """Return the PEFT model and its optimizer, as TRL's trainer has them."""
     model = adapted(config, step, rank)
-    prepare_model(model, gradient_checkpointing=step.gradient_checkpointing)
+    prepare_model(model, gradient_checkpointing=step.gradient_checkpointing, tile_length=step.tile_length)
     if step.method == "qosora":
         return model, create_optimizer(model, lr=1e-6, optimizer=OPTIMIZER)
     trained = [p for p in model.parameters() if p.requires_grad]

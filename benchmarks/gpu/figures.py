@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -158,18 +159,20 @@ def convert(results: Results) -> Iterator[Figure]:
         yield Figure(f"checkpoint of {layers} layers, s", value)
 
 
-def ratios(results: Results) -> Iterator[Figure]:
-    """Every ratio of two times in the results, wherever it stands, but of what is compared with itself."""
-
-    def walk(value: Any, path: tuple[str, ...]) -> Iterator[Figure]:
-        if isinstance(value, dict):
-            if isinstance(value.get("ratio"), dict) and value["ratio"].get("median") != 1:
-                ratio = value["ratio"]["median"]
-                yield Figure(" ".join(path), f"{ratio:.3f}x", "below 1x", ratio < 1)
-            for key, item in value.items():
-                yield from walk(item, (*path, key))
-
-    yield from walk(results, ())
+def kernels(results: Results) -> Iterator[Figure]:
+    """Speed of each fused kernel against the plain code, over all shapes and ranks."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for stage, result in results.items():
+        groups.setdefault(re.split(r"_\d+x\d+", stage)[0], []).append(result)
+    for name, found in groups.items():
+        speedups = sorted(result["device_speedup"] for result in found if "device_speedup" in result)
+        if speedups:
+            best = max(result["gb_per_second"]["fused"] for result in found)
+            value = f"{speedups[0]:.2f}x to {speedups[-1]:.2f}x, at best {best:,.0f} GB/s"
+            yield Figure(f"{name}: speed of the fused kernel", value, "above 1x", speedups[0] > 1)
+        else:
+            difference = max(result["relative_difference"] for result in found)
+            yield Figure(f"{name}: difference from the plain code", f"{difference:.1e}")
 
 
 def _gib(count: int) -> str:

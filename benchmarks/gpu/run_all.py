@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from figures import Figure, context, convert, generate, layer, limits, load, memory, optimizer, ratios, tests, train
+from figures import Figure, context, convert, generate, kernels, layer, limits, load, memory, optimizer, tests, train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LEAST = 20  # seconds; with less left, a part is not begun
@@ -82,7 +82,7 @@ PARTS = {
         50,
         layer,
     ),
-    "kernels": Part("benchmarks/kernels.py", "", "", 60, ratios),
+    "kernels": Part("benchmarks/kernels.py", "", "", 60, kernels),
     "optimizer": Part("benchmarks/optimizer_step.py", "", "", 45, optimizer),
     "generate": Part("benchmarks/generate.py", "--rounds 3 --new-tokens 16", "", 60, generate),
     "convert": Part(
