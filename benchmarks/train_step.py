@@ -30,7 +30,8 @@ def run(
     args: argparse.Namespace, shape: str, batch: Batch, checkpointing: bool, methods: Sequence[str]
 ) -> dict[str, Any]:
     """Measure methods at one setting. A compiled one comes first: its peak is measured where it is timed."""
-    config = shape_config(shape)
+    config, counters = shape_config(shape), torch._dynamo.utils.counters
+    counters.clear()
 
     def build(method: str) -> Training:
         step = StepOptions(
@@ -61,7 +62,6 @@ def run(
     timings = in_turns({m: t.step for m, t in trainings.items()}, args.rounds, against="qlora", warmup=args.warmup)
     trainings.clear()
     release()
-    counters = torch._dynamo.utils.counters
     breaks = sum(sum(counters[kind].values()) for kind in ("graph_break", "unimplemented"))
     graphs = {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": breaks}
     found = {
