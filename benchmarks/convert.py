@@ -7,7 +7,8 @@ randomized SVD's floating-point operations as matrix products of the same shapes
 
     python benchmarks/convert.py --folder /big/disk
 
-Where the disk is too small, layers are left out, and the result says how many there were.
+Where the disk is too small, layers are left out, and the result says how many there were. With a GPU all is computed
+there.
 """
 
 from __future__ import annotations
@@ -18,25 +19,26 @@ import os
 import shutil
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Record, watched
+from common import Record, seconds_of, watched
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qosora.checkpoint import Shards, TensorSpec
 
 RESULT = Path(__file__).parent / "results" / "convert_llama2_7b.json"
-HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 4096, 11008, 32000, 32
+MINIATURE = "--miniature" in sys.argv
+HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = (64, 128, 128, 2) if MINIATURE else (4096, 11008, 32000, 32)
 #: Of one decoder layer: (out_features, in_features).
 SHAPES = {
     **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in ("q", "k", "v", "o")},
     **{f"mlp.{name}_proj": (INTERMEDIATE, HIDDEN) for name in ("gate", "up")},
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METHODS = ("qosora", "pissa_niter_4", "nf4", "theory")
 
 
@@ -52,7 +54,10 @@ def weight(out_features: int, in_features: int, seed: int) -> torch.Tensor:
 
 def make_checkpoint(folder: Path, layers: int) -> dict[str, Any]:
     """Write the checkpoint, unless it is there; weights of later layers are the first's with rows' signs changed."""
-    config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=4096, dtype="bfloat16")
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, vocab_size=VOCABULARY, num_hidden_layers=layers,
+        max_position_embeddings=4096, dtype="bfloat16",
+    )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     specs = {name: TensorSpec.of(tensor) for name, tensor in model.state_dict().items()}
@@ -92,11 +97,10 @@ def convert(folder: Path, rank: int) -> dict[str, Any]:
 
 def layer_seconds(method: str, rank: int) -> float:
     """Return the time that one method needs for one decoder layer's weights."""
-    weights = {name: weight(*shape, seed) for seed, (name, shape) in enumerate(SHAPES.items())}
-    action = _action(method, weights, rank)
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+    weights = {name: weight(*shape, seed).to(DEVICE) for seed, (name, shape) in enumerate(SHAPES.items())}
+    if DEVICE == "cuda":  # whose libraries load with their first use
+        _action(method, dict([next(iter(weights.items()))]), rank)()
+    return seconds_of(_action(method, weights, rank))
 
 
 def _action(method: str, weights: dict[str, torch.Tensor], rank: int) -> Callable[[], Any]:
@@ -126,7 +130,7 @@ def _action(method: str, weights: dict[str, torch.Tensor], rank: int) -> Callabl
 def _theory(W: torch.Tensor, rank: int, quantize: Callable[[torch.Tensor], Any]) -> None:
     """Do the products of a randomized SVD with 4 iterations and 16 more columns, and quantize W, U, V."""
     m, n = W.shape
-    right, left = torch.randn(n, rank + 16), torch.randn(m, rank + 16)
+    right, left = (torch.randn(size, rank + 16, device=W.device) for size in (n, m))
     for _ in range(5):
         W @ right
         W.T @ left
@@ -134,14 +138,15 @@ def _theory(W: torch.Tensor, rank: int, quantize: Callable[[torch.Tensor], Any])
         quantize(tensor.T.contiguous() if tensor is not W else tensor)
 
 
-def compare(rank: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Time one decoder layer's weights by all methods in turns, each time in a process of its own."""
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    peaks = dict.fromkeys(METHODS, 0)
+def compare(methods: Sequence[str], rank: int, rounds: int, threads: int, output: Path) -> dict[str, Any]:
+    """Time one decoder layer's weights by some methods in turns, each time in a process of its own."""
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    peaks = dict.fromkeys(methods, 0)
     for _ in range(rounds):
-        for method in METHODS:
-            file = RESULT.with_suffix(".tmp")
+        for method in methods:
+            file = output.with_suffix(".tmp")
             command = [sys.executable, __file__, "--method", method, "--rank", str(rank), "--output", str(file)]
+            command += ["--miniature"] * MINIATURE
             peaks[method] = max(peaks[method], watched(command)["peak_anonymous_bytes"])
             seconds[method].append(json.loads(file.read_text(encoding="utf-8")))
             file.unlink()
@@ -151,8 +156,11 @@ def compare(rank: int, rounds: int, threads: int) -> dict[str, Any]:
         "seconds": {method: [round(value, 2) for value in values] for method, values in seconds.items()},
         "median_seconds": {method: round(value, 2) for method, value in medians.items()},
         "peak_anonymous_bytes": peaks,
-        "ratio_to_theory": round(medians["qosora"] / medians["theory"], 3),
-        "ratio_to_pissa": round(medians["qosora"] / medians["pissa_niter_4"], 3),
+        **{
+            key: round(medians["qosora"] / medians[method], 3)
+            for key, method in (("ratio_to_theory", "theory"), ("ratio_to_pissa", "pissa_niter_4"))
+            if method in medians
+        },
     }
 
 
@@ -173,9 +181,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where there is room for about 18 GB; what is there is used again")
     parser.add_argument("--rank", type=int, default=128, help="(default: 128)")
     parser.add_argument("--layers", type=int, help="decoder layers (default: 32, or what the disk has room for)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the comparison (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="of the comparison (default: 3; 0 for none)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="of the comparison")
     parser.add_argument("--output", type=Path, default=RESULT, help="result file")
     parser.add_argument("--resume", action="store_true", help="keep the stages in the result file")
+    parser.add_argument("--miniature", action="store_true", help="tiny and short, to see that the script runs")
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)  # one measurement, in a process of its own
     args = parser.parse_args()
     if args.method:
@@ -184,11 +194,13 @@ def main() -> None:
     if args.folder is None:
         parser.error("--folder is required")
     layers = args.layers or affordable_layers(args.folder)
-    config = {"shapes": "Llama-2-7B", "layers": layers, "rank": args.rank, "rounds": args.rounds}
+    shapes = "miniature" if MINIATURE else "Llama-2-7B"
+    config = {"shapes": shapes, "layers": layers, "rank": args.rank, "rounds": args.rounds}
     question = "How fast, and in how much memory, is a checkpoint converted?"
     record = Record(args.output, "convert", question, config, args.resume)
     threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
-    record.stage("one_layer", lambda: compare(args.rank, args.rounds, threads))
+    if args.rounds:
+        record.stage("one_layer", lambda: compare(args.methods, args.rank, args.rounds, threads, args.output))
     record.stage("checkpoint", lambda: make_checkpoint(args.folder / "model", layers))
     record.stage("conversion", lambda: convert(args.folder, args.rank))
 

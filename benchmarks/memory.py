@@ -3,7 +3,8 @@
 QLoRA is PEFT's LoRA, r=16, on all linear layers, in bitsandbytes' NF4 with double quantization. Both train in bfloat16
 with TRL's chunked loss, transformers' checkpointing and PyTorch's attention. The weights are random: memory does not
 depend on them. Without a GPU what is measured are live tensor bytes on the CPU, for a shape's first layers only where
-all would take too long; with one, CUDA's own count.
+all would take too long. With one, it is `torch.cuda.max_memory_allocated` of steps as they are, beside that of each
+phase of a traced step, and what lies outside of it: reserved memory, cuBLAS' workspaces, the context.
 
     python benchmarks/memory.py --output benchmarks/results/memory_cpu.json --threads 2
 """
@@ -11,18 +12,15 @@ all would take too long; with one, CUDA's own count.
 from __future__ import annotations
 
 import argparse
-import gc
 from functools import partial
 from typing import Any
 
-import torch
-from common import Record
-from methods import LORA_RANK, OPTIMIZER, shape_config, trainable
+from common import Record, arguments
+from methods import LORA_RANK, MINIATURE, OPTIMIZER, Training, release, shape_config
 
 from qosora.config import QosoraConfig
 from qosora.memory.devices import the_card
 from qosora.memory.plan import LASTING, plan, usage_of
-from qosora.memory.profile import measure
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch
 from qosora.memory.traced import StepOptions, TracedModel
@@ -31,9 +29,8 @@ QUESTION = "How much memory does a training step take at its peak, against PEFT 
 
 
 def run(args: argparse.Namespace, shape: str, tokens: int, checkpointing: bool) -> dict[str, Any]:
-    """Measure both methods at one setting."""
-    config = shape_config(shape)
-    batch, found = Batch(1, tokens), {}
+    """Measure both methods at one setting, one model at a time."""
+    config, batch, found = shape_config(shape), Batch(1, tokens), {}
     for method in ("qosora", "qlora"):
         step = StepOptions(
             method=method,
@@ -42,12 +39,13 @@ def run(args: argparse.Namespace, shape: str, tokens: int, checkpointing: bool) 
             device=args.device,
             precision=args.precision,
         )  # fmt: skip
-        model, optimizer = trainable(config, step, args.rank)
-        measured = measure(model, batch.tensors(config.vocab_size, "cpu"), optimizer, step, steps=args.steps)
-        del model, optimizer
-        gc.collect()
-        live, allocated = measured["live"], measured["allocated_bytes"]
-        peak = max(allocated.values()) if allocated else live.allocated_bytes
+        training = Training(config, step, batch, args.rank)
+        measured = training.measured(args.steps)
+        cuda = training.cuda_memory() if args.device == "cuda" else {}
+        del training
+        release()
+        live = measured["live"]
+        peak = cuda.get("allocated_bytes", live.allocated_bytes)
         planned = usage_of(
             TracedModel(config, QosoraConfig(rank=args.rank), step).predict(batch), the_card(), args.device
         )
@@ -57,8 +55,11 @@ def run(args: argparse.Namespace, shape: str, tokens: int, checkpointing: bool) 
             "planned_over_measured": round(planned.allocated_bytes / peak, 5),
             "live_by_category": live.rows,
             "live_by_phase": live.phases,
-            "allocated_by_phase": allocated,
-            "reserved_bytes": measured["reserved_bytes"],
+            "planned_by_category": planned.rows,
+            "planned_by_phase": planned.phases,
+            "attention": sorted({event.op for event in measured["events"] if "attention" in event.op}),
+            "allocated_by_phase": measured["allocated_bytes"],
+            "cuda": cuda,
             "step_seconds": round(measured["step_seconds"], 3),
         }
     ratio = found["qosora"]["peak_bytes"] / found["qlora"]["peak_bytes"]
@@ -93,27 +94,21 @@ def predicted(args: argparse.Namespace, shape: str, tokens: int, checkpointing: 
 def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=QUESTION)
-    parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument(
         "--shapes", nargs="+", metavar="NAME[:LAYERS]", help="shapes, whole or their first layers",
         default=["tinyllama-1.1b", "llama-2-7b:2", "llama-3.1-8b:2"],
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])
+    parser.add_argument("--checkpointing", nargs="+", choices=("on", "off"), default=["on", "off"])
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=0, help="steps to time, after the first")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--resume", action="store_true", help="keep the stages that the output holds")
-    args = parser.parse_args()
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    return args
+    return arguments(parser, shapes=[MINIATURE], tokens=[32], rank=8)
 
 
 def main() -> None:
     """Run the benchmark."""
     args = parse()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     config = {
         "rank": args.rank,
         "lora_rank": LORA_RANK,
@@ -122,12 +117,12 @@ def main() -> None:
         "batch_size": 1,
     }
     record = Record(args.output, "memory", QUESTION, config, args.resume)
-    for checkpointing in (True, False):
+    for checkpointing in [choice == "on" for choice in args.checkpointing]:
         how = "checkpointed" if checkpointing else "kept"
-        for item in args.shapes:
+        for shape in args.shapes:
             for tokens in args.tokens:
-                record.stage(f"measured_{item}_{tokens}_{how}", partial(run, args, item, tokens, checkpointing))
-        for shape in ("llama-2-7b", "llama-3.1-8b"):
+                record.stage(f"measured_{shape}_{tokens}_{how}", partial(run, args, shape, tokens, checkpointing))
+        for shape in () if args.miniature or args.device == "cuda" else ("llama-2-7b", "llama-3.1-8b"):
             for tokens in (2048, 8192):
                 if tokens <= model_config(shape).max_position_embeddings:
                     record.stage(

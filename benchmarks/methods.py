@@ -6,8 +6,11 @@ Trained LoRA weights are in bfloat16, as TRL has them for a 4-bit model.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import bitsandbytes
@@ -19,9 +22,9 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.factorize import Factors
 from qosora.linear import QosoraLinear
-from qosora.memory.profile import fill_at_random, random_model
+from qosora.memory.profile import fill_at_random, measure, offloading, random_model
 from qosora.memory.shapes import model_config
-from qosora.memory.step import decoder_layers, prepare_model
+from qosora.memory.step import Batch, decoder_layers, prepare_model, training_step
 from qosora.memory.traced import StepOptions, meta_model
 from qosora.nf4 import quantize
 from qosora.optim import create_optimizer
@@ -104,6 +107,77 @@ def layer(method: str, out_features: int, in_features: int, dtype: torch.dtype, 
     return adapted
 
 
+class Training:
+    """A whole model with random weights and a random batch, ready for steps as the trainer makes them.
+
+    Args:
+        config: Of the model.
+        step: The method, and how to train.
+        batch: Its shape.
+        rank: Of qosora's decomposition.
+        compiled: Whether each decoder layer goes through torch.compile, which wants no tiles.
+    """
+
+    def __init__(self, config: Any, step: StepOptions, batch: Batch, rank: int, *, compiled: bool = False) -> None:
+        self.options = step = replace(step, tile_length=0) if compiled else step
+        self.model, self.optimizer = trainable(config, step, rank)
+        self.load(batch)
+        for layer in decoder_layers(self.model.get_base_model())[1] if compiled else ():
+            layer.compile()
+
+    def load(self, batch: Batch) -> None:
+        """Take another batch."""
+        vocab = self.model.config.get_text_config().vocab_size
+        self.inputs = {name: t.to(self.options.device) for name, t in batch.tensors(vocab, "cpu").items()}
+
+    def step(self) -> torch.Tensor:
+        """Run a step; return the loss."""
+        saving = offloading(self.model) if self.options.activation_offloading else nullcontext
+        return training_step(self.model, self.inputs, self.optimizer, saving=saving)
+
+    def measured(self, steps: int = 0) -> dict[str, Any]:
+        """Time some steps, then trace one: what `qosora.memory.profile.measure` returns."""
+        return measure(self.model, self.inputs, self.optimizer, self.options, steps)
+
+    def peak_bytes(self) -> int:
+        """Return the peak of a step: CUDA's own count, or live tensor bytes on a CPU."""
+        if self.options.device == "cuda":
+            return self.cuda_memory()["allocated_bytes"]
+        peak: int = self.measured()["live"].allocated_bytes
+        return peak
+
+    def cuda_memory(self) -> dict[str, int]:
+        """Return what CUDA counts over two steps as they are, after one that does not count.
+
+        `allocated_bytes` and `reserved_bytes` are peaks of PyTorch's allocator; `workspace_bytes` of the allocated
+        ones are cuBLAS'. `context_bytes` is what the GPU has given away besides: the context, managed memory that
+        lies there, other processes.
+        """
+        self.step()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            self.step()
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        found = {
+            "allocated_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "context_bytes": total - free - torch.cuda.memory_reserved(),
+        }
+        before = torch.cuda.memory_allocated()
+        torch._C._cuda_clearCublasWorkspaces()
+        return {**found, "workspace_bytes": before - torch.cuda.memory_allocated()}
+
+
+def release() -> None:
+    """Give memory back that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def qlora_model(config: Any, step: StepOptions) -> PreTrainedModel:
     """Return a model with random weights, its linear layers but the head in bitsandbytes' 4 bits."""
     model: PreTrainedModel = meta_model(config, step)
@@ -127,7 +201,7 @@ def adapted(config: Any, step: StepOptions, rank: int) -> Any:
 def trainable(config: Any, step: StepOptions, rank: int) -> tuple[Any, Any]:
     """Return the PEFT model and its optimizer, as TRL's trainer has them."""
     model = adapted(config, step, rank)
-    prepare_model(model, gradient_checkpointing=step.gradient_checkpointing)
+    prepare_model(model, gradient_checkpointing=step.gradient_checkpointing, tile_length=step.tile_length)
     if step.method == "qosora":
         return model, create_optimizer(model, lr=1e-6, optimizer=OPTIMIZER)
     trained = [p for p in model.parameters() if p.requires_grad]

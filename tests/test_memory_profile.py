@@ -143,6 +143,18 @@ def test_options_that_cannot_be(bases: dict[str, Path]):
             profile(bases["llama"], activation_offloading=True, seq_len=16)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("offloading", [False, True])
+def test_on_a_gpu(bases: dict[str, Path], offloading: bool):
+    found = profile(bases["llama"], batch_size=2, seq_len=64, steps=1, activation_offloading=offloading)
+    assert list(found.allocated_bytes) == ["forward", "loss", "backward", "optimizer"]
+    assert found.live.allocated_bytes <= found.measured_bytes <= found.reserved_bytes <= found.device_used_bytes
+    assert found.device == torch.cuda.get_device_name()
+    # What CUDA counts besides live tensors: cuBLAS' workspaces and rounding, with which small tensors differ most
+    assert found.planned is not None
+    assert found.planned.rows["saved activations"] == pytest.approx(found.live.rows["saved activations"], rel=0.2)
+
+
 def test_command(bases: dict[str, Path], capsys: pytest.CaptureFixture[str]):
     args = ["profile", str(bases["llama"]), "--seq-len", "16", "--batch-size", "1", "--steps", "1"]
     assert main(args) == 0

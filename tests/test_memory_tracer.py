@@ -148,3 +148,13 @@ def test_events_add_up():
     del y
     gc.collect()
     assert [event.nbytes for event in events] == [400, 400, -400, -400]
+
+
+def test_tensors_of_other_devices_do_not_count():
+    with Tracer(device="meta") as tracer:
+        there = torch.empty(8, device="meta")
+        here = torch.zeros(4)
+        tracer.register([here], "batch")
+        assert tracer.total == there.nbytes
+        copy = there + 1
+        assert tracer.live() == {"layer temporaries": there.nbytes + copy.nbytes}

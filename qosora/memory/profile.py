@@ -42,7 +42,7 @@ from qosora.models import load_base, load_tokenizer
 from qosora.optim import create_optimizer
 from qosora.tokens import IGNORED, tokenize
 
-__all__ = ["Measurement", "fill_at_random", "measure", "profile", "random_model"]
+__all__ = ["Measurement", "fill_at_random", "measure", "offloading", "profile", "random_model"]
 
 
 @dataclass(frozen=True)
@@ -252,21 +252,22 @@ def measure(
     Returns:
         The fields of `Measurement` that are measured.
     """
-    saving = _offloading(model) if step.activation_offloading else nullcontext
+    saving = offloading(model) if step.activation_offloading else nullcontext
     inputs = {name: tensor.to(step.device) for name, tensor in inputs.items()}
 
-    def run(tracer: Tracer) -> None:
+    def run(tracer: Tracer | None = None) -> None:
         training_step(model, inputs, optimizer, tracer, fused_head=step.chunked_loss, saving=saving)
 
     seconds = []
     for _ in range(steps + 1):  # the first warms up
         start = time.perf_counter()
-        run(Tracer())  # not entered: it sees nothing
+        run()
         if step.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     events: list[Event] = []
-    tracer = Tracer(workspaces=CUDA_WORKSPACES if step.device == "cuda" else CPU_WORKSPACES, log=events)
+    workspaces = CUDA_WORKSPACES if step.device == "cuda" else CPU_WORKSPACES
+    tracer = Tracer(workspaces=workspaces, log=events, device=step.device)
     counters = _Counters(step.device == "cuda")
     backbone, layers = decoder_layers(model.get_base_model())
     with tracer, tracer.following(model, backbone, layers):
@@ -286,7 +287,12 @@ def measure(
     }
 
 
-def _offloading(model: Any) -> Callable[[], Any]:
+def offloading(model: Any) -> Callable[[], Any]:
+    """Return what makes TRL's context of activation offloading, for forward and backward.
+
+    Raises:
+        ConfigError: There is no GPU to move activations from.
+    """
     if not torch.cuda.is_available():
         raise ConfigError("activation_offloading moves activations from a GPU to host memory, and there is no GPU")
     context = get_act_offloading_ctx_manager(model=model)

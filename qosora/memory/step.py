@@ -151,30 +151,30 @@ def training_step(
     model: Any,
     batch: dict[str, torch.Tensor],
     optimizer: Any,
-    tracer: Tracer,
+    tracer: Tracer | None = None,
     *,
     fused_head: bool = True,
     max_grad_norm: float = 1.0,
     saving: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> torch.Tensor:
-    """Run one step of `QosoraTrainer`, telling the tracer where it is; return the loss.
+    """Run one step of `QosoraTrainer`, telling a tracer where it is; return the loss.
 
     Args:
         model: A PEFT model that `prepare_model` has prepared.
         batch: What `Batch.tensors` makes.
         optimizer: With `step()`.
-        tracer: Entered, and following the model.
+        tracer: Entered, and following the model; None for a step that nobody looks at.
         fused_head: Whether the loss is computed in chunks, never building all logits.
         max_grad_norm: To clip to; 0 does not clip.
         saving: Context of forward and backward, where activations are offloaded.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    with _gradients_counted(trained, tracer), saving():
-        tracer.enter_phase("forward")
+    begin = (lambda phase: None) if tracer is None else tracer.enter_phase
+    with nullcontext() if tracer is None else _gradients_counted(model, tracer), saving():
+        begin("forward")
         loss = _loss(model, batch, fused_head)
-        tracer.enter_phase("loss")  # also where the backbone is not told apart
+        begin("loss")  # also where the backbone is not told apart
         loss.backward()  # type: ignore[no-untyped-call]
-    tracer.enter_phase("optimizer")
+    begin("optimizer")
     if max_grad_norm:
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
@@ -194,12 +194,13 @@ def _loss(model: Any, batch: dict[str, torch.Tensor], fused_head: bool) -> torch
 
 
 @contextmanager
-def _gradients_counted(params: Iterable[nn.Parameter], tracer: Tracer) -> Iterator[None]:
+def _gradients_counted(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     def hook(p: torch.Tensor) -> None:
         if p.grad is not None:
             tracer.register([p.grad], "gradients")
 
-    handles = [p.register_post_accumulate_grad_hook(hook) for p in params]  # type: ignore[no-untyped-call]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(hook) for p in trained]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

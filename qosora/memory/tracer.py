@@ -96,6 +96,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         workspaces: Bytes inside an operation, by its name such as "aten::mm".
         run: Runs an operation, given with its arguments.
         log: Where to put all events, if anywhere.
+        device: Type of the device whose tensors count; by default those of all. On a GPU, activations that are
+            offloaded to host memory are tensors, too.
     """
 
     def __init__(
@@ -105,12 +107,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         workspaces: Mapping[str, Workspace] | None = None,
         run: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs),
         log: list[Event] | None = None,
+        device: str | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.granularity, self.workspaces, self.run = granularity, workspaces or {}, run
         self.sites: dict[Site, Peak] = {}
         self.total = 0
         self.events = log
+        self.device = device
         self.on_phase: Callable[[str], None] = lambda phase: None
         self.phase = "setup"
         self._live: Counter[_Key] = Counter()
@@ -209,6 +213,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return -(-nbytes // self.granularity) * self.granularity
 
     def _add(self, tensor: torch.Tensor, key: _Key, op: str) -> None:
+        if self.device is not None and tensor.device.type != self.device:
+            return
         storage = tensor.untyped_storage()
         identity = storage._cdata
         if (known := self._blocks.get(identity)) is not None:
