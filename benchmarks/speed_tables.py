@@ -1,4 +1,4 @@
-"""The README's tables of times: a layer, an optimizer, generation, loading."""
+"""The README's tables of times: a layer, a step, an optimizer, generation, loading."""
 
 from __future__ import annotations
 
@@ -63,6 +63,28 @@ def layer_times(found: dict[str, Any], model: str) -> dict[int, dict[str, float]
         for tokens, parts in stages.items()
         if all(stage for stage, _ in parts)
     }
+
+
+def train_step(found: dict[str, Any], file: str) -> str:
+    """Return the table of time and peak of a training step, with its conditions."""
+    config, methods, rows = found["config"], ("qosora", "qlora"), []
+    for name, stage in found["results"].items():
+        shape, _, how = name.split("_")
+        model, _, layers = shape.partition(":")
+        part = f", {count(int(layers), 'layer')}" if layers else ""
+        where = f"{model}{part}, {stage['batch_size']} × {count(stage['tokens'], 'token')}, {how}"
+        seconds = [milliseconds(stage[method]["seconds"]["median"]) for method in methods]
+        ratio, peaks = stage["qosora"]["ratio"], [stage[method]["peak_bytes"] for method in methods]
+        spread = f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})"
+        rows.append([where, *seconds, spread, *map(gib, peaks), f"{peaks[0] / peaks[1]:.3f}"])
+    note = (
+        f"A whole training step in {config['precision']}: forward, TRL's chunked loss, backward, clipping, optimizer; "
+        f"qosora at r = {config['rank']} against PEFT's LoRA at r = {config['lora_rank']} on bitsandbytes NF4. Medians "
+        f"of {config['rounds']} rounds in turns, their ratio in the same round (10th to 90th percentile), and the peak "
+        f"of {'allocated bytes' if found['device']['gpu'] else 'live tensor bytes'}. "
+        f"{conditions(found, file, *QLORA, threads=True)}"
+    )
+    return table(["", "qosora", "QLoRA", "ratio", "qosora", "QLoRA", "ratio"], rows, note)
 
 
 def optimizer_step(found: dict[str, Any], file: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from page import QLORA, conditions, gib, mib, table
-from speed_tables import generate, layer_step, load, optimizer_step
+from speed_tables import generate, layer_step, load, optimizer_step, train_step
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -144,6 +144,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], str], str]]] = {
     "convert": ("convert_llama2_7b.json", convert),
     "memory": ("memory_cpu.json", memory),
     "layer_step": ("layer_step_cpu.json", layer_step),
+    "train_step": ("train_step_cpu.json", train_step),
     "optimizer_step": ("optimizer_step_cpu.json", optimizer_step),
     "generate": ("generate_cpu.json", generate),
     "load": ("load_cpu.json", load),
