@@ -15,7 +15,7 @@ from qosora.cli import main
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, QosoraError
 from qosora.memory.devices import GIB, parse_bytes, the_card
-from qosora.memory.plan import _Planner, plan
+from qosora.memory.plan import OUTSIDE, _Planner, plan
 from qosora.memory.shapes import SHAPES, model_config
 from qosora.memory.step import Batch
 from qosora.memory.traced import StepOptions
@@ -78,8 +78,7 @@ def test_rows_add_up_and_every_assumption_is_told():
     for usage in (found.usage, found.qlora):
         assert usage is not None
         assert sum(usage.rows.values()) == usage.total_bytes
-        outside = ("optimizer state, paged", "allocator overhead", "CUDA context")
-        assert usage.total_bytes - sum(usage.rows[name] for name in outside) == usage.allocated_bytes
+        assert usage.total_bytes - sum(usage.rows[name] for name in OUTSIDE) == usage.allocated_bytes
     assert found.verdict == "fits"
     assert "not measured on a GPU" in found.assumptions[0]
     assert found.usage.phase == "backward"

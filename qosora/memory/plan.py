@@ -29,7 +29,7 @@ from qosora.memory.traced import Prediction, StepOptions, TracedModel
 from qosora.memory.tracer import CATEGORIES, PHASES, Event, Site
 from qosora.tiling import TILE_LENGTH
 
-__all__ = ["Advice", "Cell", "Plan", "Usage", "events", "plan", "storage_of", "usage_of"]
+__all__ = ["OUTSIDE", "Advice", "Cell", "Plan", "Usage", "events", "plan", "storage_of", "usage_of"]
 
 GRID_BATCHES = (1, 2, 4, 8, 16)
 GRID_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -38,6 +38,8 @@ LASTING = (
     "base residual", "factors", "adapter", "embeddings and head", "norms, biases, buffers", "optimizer state",
     "optimizer state, paged",
 )  # fmt: skip
+#: Memory of a process on a GPU that PyTorch does not count as allocated.
+OUTSIDE = ("optimizer state, paged", "allocator overhead", "CUDA context")
 
 
 @dataclass(frozen=True)
