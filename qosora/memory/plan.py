@@ -22,10 +22,10 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from qosora.config import QUANT_METHOD, QosoraConfig
 from qosora.errors import ConfigError
-from qosora.memory.devices import ASSUMPTIONS, CONTEXT, OVERHEAD, Card, the_card
+from qosora.memory.devices import ASSUMPTIONS, CONTEXT, OF_EXPERTS, OVERHEAD, Card, the_card
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch
-from qosora.memory.traced import Prediction, StepOptions, TracedModel
+from qosora.memory.traced import Prediction, StepOptions, TracedModel, has_experts
 from qosora.memory.tracer import CATEGORIES, PHASES, Event, Site
 from qosora.tiling import TILE_LENGTH
 
@@ -168,7 +168,7 @@ def plan(
         packing: Whether several examples are packed into each sequence.
         gpu: Name of a card, such as "RTX 4090".
         gpu_memory: Size of one, such as "24GiB", or bytes.
-        compare: Whether to plan PEFT QLoRA, too.
+        compare: Whether to plan PEFT QLoRA, too; not for mixtures of experts.
         grid: Whether to plan other batch sizes and lengths, too.
         trust_remote_code: Whether to run model code that the folder brings.
         **options: Fields of `StepOptions`.
@@ -196,6 +196,8 @@ def plan(
             f"the weights alone take {usage.lasting_bytes / 2**30:.2f} GiB and the CUDA context "
             f"{CONTEXT / 2**30:.2f} GiB, more than the {memory / 2**30:.2f} GiB of the card: take a smaller model"
         )
+    mixture = has_experts(config)
+    compare = compare and not mixture
     qlora = _Planner(config, storage, replace(step, method="qlora"), card, packing, padding) if compare else None
     return Plan(
         model=str(model) if isinstance(model, (str, Path)) else config.name_or_path or config.model_type,
@@ -210,7 +212,7 @@ def plan(
         longest_sequence=planner.longest_sequence(batch_size) if grid and memory is not None else None,
         grid=planner.grid() if grid else [],
         advice=[] if memory is None or usage.verdict(memory) == "fits" else planner.advice(batch, usage),
-        assumptions=ASSUMPTIONS if step.device == "cuda" else (),
+        assumptions=ASSUMPTIONS * (step.device == "cuda") + OF_EXPERTS * mixture,
     )
 
 

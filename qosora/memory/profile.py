@@ -36,7 +36,15 @@ from qosora.memory.step import (
     register_optimizer,
     training_step,
 )
-from qosora.memory.traced import DTYPES, StepOptions, TracedModel, has_experts, meta_model, prediction, quantize_linears
+from qosora.memory.traced import (
+    DTYPES,
+    StepOptions,
+    TracedModel,
+    meta_model,
+    prediction,
+    quantize_linears,
+    stacked_experts,
+)
 from qosora.memory.tracer import Event, Tracer
 from qosora.models import load_base, load_tokenizer
 from qosora.optim import create_optimizer
@@ -124,7 +132,8 @@ def profile(
         columns: Of `data`.
         padding: Whether random examples differ in length; by default where there are several.
         packing: Whether several are packed into each sequence.
-        compare: Whether to plan the same step; mixtures of experts cannot be planned.
+        compare: Whether to plan the same step. Of mixtures of experts, the plan is an upper bound, and there is none
+            where experts are not linear layers.
         trust_remote_code: Whether to run model code that the checkpoint brings.
         **options: Fields of `StepOptions` but `device`, which is the GPU where there is one, and `method`. The default
             precision is that of `qosora train` on the device.
@@ -145,7 +154,7 @@ def profile(
     if data is not None:
         batch, inputs = _longest(load_records(data, columns=columns or Columns()), str(model), batch)
     planned = None
-    if compare and not has_experts(loaded.config):
+    if compare and not stacked_experts(loaded):
         planned = usage_of(TracedModel(loaded.config, storage, step).predict(batch), the_card(), device)
     measured = _measure(loaded, inputs, step, steps)
     return Measurement(
