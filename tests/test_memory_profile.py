@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
 from tiny_bases import load, make_base
 from tiny_models import make_base as make_base_with_tokenizer
 from tiny_models import make_llama, write_jsonl
@@ -19,6 +20,7 @@ import qosora
 from qosora.cli import main
 from qosora.config import QosoraConfig
 from qosora.errors import ConfigError, DataError
+from qosora.memory import step
 from qosora.memory.profile import profile, random_model
 from qosora.memory.shapes import model_config
 from qosora.memory.step import decoder_layers, register_model, register_optimizer
@@ -65,6 +67,44 @@ def test_planned_equals_measured_with_options(bases: dict[str, Path], options: d
     found = profile(bases["llama"], **{"batch_size": 2, "seq_len": 48, "steps": 1, **options})
     assert found.planned is not None
     assert found.planned.phases == pytest.approx(found.live.phases, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the CPU")
+@pytest.mark.parametrize("chunked_loss", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+def test_autocast_and_a_scaled_loss_take_nothing(
+    bases: dict[str, Path], name: str, chunked_loss: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """As Trainer in fp16: the forward in autocast, its outputs in float32, the loss scaled, gradients unscaled."""
+    scaler, own_loss, clip = torch.amp.GradScaler("cpu"), step._loss, torch.nn.utils.clip_grad_norm_
+    autocast = []
+
+    def loss(model: Any, batch: dict[str, torch.Tensor], fused_head: bool) -> torch.Tensor:
+        if batch["input_ids"].is_meta:
+            return own_loss(model, batch, fused_head)
+        if "forward" not in vars(model):
+            model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.float16)(model.forward))
+            model.get_input_embeddings().register_forward_hook(
+                lambda *_: autocast.append(torch.is_autocast_enabled("cpu"))
+            )
+        return scaler.scale(own_loss(model, batch, fused_head))
+
+    def unscale_and_clip(params: Any, norm: float) -> torch.Tensor:
+        params = [p for p in params if p.requires_grad]
+        if not params[0].is_meta:
+            scaler.unscale_(torch.optim.SGD(params, lr=1))
+            scaler.update()
+        return clip(params, norm)
+
+    monkeypatch.setattr(step, "_loss", loss)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", unscale_and_clip)
+    found = profile(bases[name], batch_size=2, seq_len=48, steps=1, precision="fp16", chunked_loss=chunked_loss)
+    assert all(autocast)
+    assert len(autocast) == 3
+    assert found.planned is not None
+    for phase, measured in found.live.phases.items():
+        assert measured <= found.planned.phases[phase] * 1.01, phase
+    assert found.difference == pytest.approx(0, abs=0.01)
 
 
 def _route(monkeypatch: pytest.MonkeyPatch, experts: Callable[[int, int], list[int]]) -> None:

@@ -22,7 +22,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from qosora.config import QUANT_METHOD, QosoraConfig
 from qosora.errors import ConfigError
-from qosora.memory.devices import ASSUMPTIONS, CONTEXT, OF_EXPERTS, OVERHEAD, Card, the_card
+from qosora.memory.devices import ASSUMPTIONS, CONTEXT, OF_EXPERTS, OF_FP16, OVERHEAD, Card, the_card
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch
 from qosora.memory.traced import Prediction, StepOptions, TracedModel, has_experts
@@ -212,7 +212,7 @@ def plan(
         longest_sequence=planner.longest_sequence(batch_size) if grid and memory is not None else None,
         grid=planner.grid() if grid else [],
         advice=[] if memory is None or usage.verdict(memory) == "fits" else planner.advice(batch, usage),
-        assumptions=ASSUMPTIONS * (step.device == "cuda") + OF_EXPERTS * mixture,
+        assumptions=ASSUMPTIONS * (step.device == "cuda") + OF_FP16 * (step.precision == "fp16") + OF_EXPERTS * mixture,
     )
 
 
