@@ -178,6 +178,9 @@ def test_errors_are_one_line_each(
         ("llama-2-7b", "--gpu-memory", "3GiB"): "the weights alone take 3.7",
         ("llama-2-7b", "--gpu-memory", "24"): "a number above zero with a unit, such as 24GiB",
         ("llama-2-7b", "--gpu", "Voodoo 2"): "gpu must be one of T4",
+        ("llama-2-7b", "--device", "cpu", "--gpu-memory", "24GiB"): "leave them out, or plan for cuda",
+        ("llama-2-7b", "--device", "cpu", "--activation-offloading"): "and there is no GPU",
+        ("llama-2-7b", "--packing", "--padding"): "packing leaves nothing to pad",
     }
     for args, expected in cases.items():
         try:

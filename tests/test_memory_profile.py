@@ -231,6 +231,10 @@ def test_random_weights_keep_ties(tmp_path: Path):
 def test_options_that_cannot_be(bases: dict[str, Path]):
     with pytest.raises(ConfigError, match="steps must be at least 1"):
         profile(bases["llama"], steps=0)
+    with pytest.raises(ConfigError, match="seq_len 65 is longer than the model's 64 positions"):
+        profile(bases["llama"], seq_len=65)
+    with pytest.raises(ConfigError, match="packing leaves nothing to pad"):
+        profile(bases["llama"], packing=True, padding=True)
     with pytest.raises(ConfigError, match="precision must be one of"):
         profile(bases["llama"], precision="fp8")
     if not torch.cuda.is_available():

@@ -29,7 +29,7 @@ from qosora.memory.traced import Prediction, StepOptions, TracedModel, has_exper
 from qosora.memory.tracer import CATEGORIES, PHASES, Event, Site
 from qosora.tiling import TILE_LENGTH
 
-__all__ = ["OUTSIDE", "Advice", "Cell", "Plan", "Usage", "events", "plan", "storage_of", "usage_of"]
+__all__ = ["OUTSIDE", "Advice", "Cell", "Plan", "Usage", "events", "plan", "shape_problems", "storage_of", "usage_of"]
 
 GRID_BATCHES = (1, 2, 4, 8, 16)
 GRID_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -185,7 +185,13 @@ def plan(
     config = model if isinstance(model, PreTrainedConfig) else model_config(model, trust_remote_code=trust_remote_code)
     storage = storage or storage_of(config, rank)
     step = StepOptions(**options)
-    _check(config, step, batch_size, seq_len)
+    problems = shape_problems(config, batch_size, seq_len) + step.problems()
+    if step.device == "cpu" and (gpu, gpu_memory) != (None, None):
+        problems.append("gpu and gpu_memory are those of a card, and device is cpu: leave them out, or plan for cuda")
+    if packing and padding:
+        problems.append("packing leaves nothing to pad: leave out one of the two")
+    if problems:
+        raise ConfigError(problems)
     card = the_card(gpu, gpu_memory) if step.device == "cuda" else Card("cpu", None)
     planner = _Planner(config, storage, step, card, packing, padding)
     batch = planner.batch(batch_size, seq_len)
@@ -236,7 +242,8 @@ def storage_of(config: PreTrainedConfig, rank: int | None) -> QosoraConfig:
     return QosoraConfig.from_dict(stored)
 
 
-def _check(config: PreTrainedConfig, step: StepOptions, batch_size: int, seq_len: int) -> None:
+def shape_problems(config: PreTrainedConfig, batch_size: int, seq_len: int) -> list[str]:
+    """Return a sentence for each thing that keeps a model from training on a batch of a shape."""
     problems = [
         f"{name} must be an integer of at least {least}, got {value!r}"
         for name, value, least in (("batch_size", batch_size, 1), ("seq_len", seq_len, 2))
@@ -245,9 +252,7 @@ def _check(config: PreTrainedConfig, step: StepOptions, batch_size: int, seq_len
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not problems and positions is not None and seq_len > positions:
         problems.append(f"seq_len {seq_len} is longer than the model's {positions} positions")
-    problems += step.problems()
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 class _Planner:

@@ -26,7 +26,7 @@ from qosora.data import Columns, Records, load_records
 from qosora.errors import ConfigError, DataError
 from qosora.memory.devices import the_card
 from qosora.memory.meta import CPU_WORKSPACES, CUDA_WORKSPACES
-from qosora.memory.plan import Usage, storage_of, usage_of
+from qosora.memory.plan import Usage, shape_problems, storage_of, usage_of
 from qosora.memory.shapes import model_config
 from qosora.memory.step import (
     Batch,
@@ -146,13 +146,18 @@ def profile(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options.setdefault("precision", "bf16" if device == "cuda" else "fp32")
     step = StepOptions(**options, device=device)
-    if problems := step.problems() + ["steps must be at least 1"] * (steps < 1):
+    problems = step.problems() + ["steps must be at least 1"] * (steps < 1)
+    if packing and padding:
+        problems.append("packing leaves nothing to pad: leave out one of the two")
+    if problems:
         raise ConfigError(problems)
     loaded, storage = _load(model, step, rank, trust_remote_code)
     batch = Batch(batch_size, seq_len, not packing and (batch_size > 1 if padding is None else padding), packing)
     inputs = batch.tensors(loaded.config.get_text_config().vocab_size, "cpu")
     if data is not None:
         batch, inputs = _longest(load_records(data, columns=columns or Columns()), str(model), batch)
+    if problems := shape_problems(loaded.config, batch.size, batch.length):
+        raise ConfigError(problems)
     planned = None
     if compare and not stacked_experts(loaded):
         planned = usage_of(TracedModel(loaded.config, storage, step).predict(batch), the_card(), device)
@@ -296,8 +301,6 @@ def measure(
 
 
 def _offloading(model: Any) -> Callable[[], Any]:
-    if not torch.cuda.is_available():
-        raise ConfigError("activation_offloading moves activations from a GPU to host memory, and there is no GPU")
     context = get_act_offloading_ctx_manager(model=model)
     return lambda: context
 

@@ -87,8 +87,10 @@ class StepOptions:
             "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS),
             "precision": tuple(DTYPES), "device": tuple(_GRANULARITY),
         }  # fmt: skip
-        negative = [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
-        return negative + [
+        problems = [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
+        if self.activation_offloading and self.device == "cpu":
+            problems.append("activation_offloading moves activations from a GPU to host memory, and there is no GPU")
+        return problems + [
             f"{name} must be one of {', '.join(filter(None, known))}, got {getattr(self, name)!r}"
             for name, known in choices.items()
             if getattr(self, name) not in known
