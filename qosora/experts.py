@@ -64,10 +64,8 @@ class LinearExperts(nn.Module):
             top_k_weights: Their weights, (tokens, k).
         """
         tokens, top_k = top_k_index.shape
-        choices = top_k_index.flatten()
-        order = choices.argsort(stable=True)
-        counts = torch.bincount(choices, minlength=self.num_experts).tolist()
-        inputs = torch.split(hidden_states[order // top_k], counts)
+        order = top_k_index.flatten().argsort(stable=True)
+        inputs = torch.split(hidden_states[order // top_k], _tokens_of_each(top_k_index, self.num_experts))
         outputs = torch.cat([self._expert(i, rows) for i, rows in enumerate(inputs) if len(rows)])
         outputs = (outputs * top_k_weights.flatten()[order, None])[order.argsort()]
         return outputs.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
@@ -166,6 +164,12 @@ def stacked_names(model: nn.Module) -> list[str]:
         if not type(module).__module__.startswith("torch.")
         and any(p.ndim >= (2 if "experts" in name.split(".") else 3) and len(p) > 1 for p in module.parameters(False))
     ]
+
+
+def _tokens_of_each(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
+    """Return how many tokens chose each expert."""
+    counts: list[int] = torch.bincount(top_k_index.flatten(), minlength=num_experts).tolist()
+    return counts
 
 
 def _stackers(conversions: Iterable[WeightTransform]) -> Iterator[WeightConverter]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from tiny_bases import make_base
-from transformers import Gemma2Config, MixtralConfig
+from transformers import Gemma2Config, GptOssConfig, MixtralConfig
 
 from qosora.cli import main
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, QosoraError
 from qosora.memory.devices import GIB, parse_bytes, the_card
-from qosora.memory.plan import _Planner, plan
+from qosora.memory.plan import OUTSIDE, _Planner, plan
 from qosora.memory.shapes import SHAPES, model_config
 from qosora.memory.step import Batch
 from qosora.memory.traced import StepOptions
@@ -78,8 +78,7 @@ def test_rows_add_up_and_every_assumption_is_told():
     for usage in (found.usage, found.qlora):
         assert usage is not None
         assert sum(usage.rows.values()) == usage.total_bytes
-        outside = ("optimizer state, paged", "allocator overhead", "CUDA context")
-        assert usage.total_bytes - sum(usage.rows[name] for name in outside) == usage.allocated_bytes
+        assert usage.total_bytes - sum(usage.rows[name] for name in OUTSIDE) == usage.allocated_bytes
     assert found.verdict == "fits"
     assert "not measured on a GPU" in found.assumptions[0]
     assert found.usage.phase == "backward"
@@ -179,6 +178,9 @@ def test_errors_are_one_line_each(
         ("llama-2-7b", "--gpu-memory", "3GiB"): "the weights alone take 3.7",
         ("llama-2-7b", "--gpu-memory", "24"): "a number above zero with a unit, such as 24GiB",
         ("llama-2-7b", "--gpu", "Voodoo 2"): "gpu must be one of T4",
+        ("llama-2-7b", "--device", "cpu", "--gpu-memory", "24GiB"): "leave them out, or plan for cuda",
+        ("llama-2-7b", "--device", "cpu", "--activation-offloading"): "and there is no GPU",
+        ("llama-2-7b", "--packing", "--padding"): "packing leaves nothing to pad",
     }
     for args, expected in cases.items():
         try:
@@ -196,9 +198,28 @@ def test_errors_are_one_line_each(
         plan(empty)
 
 
-def test_mixtures_of_experts_are_refused():
-    with pytest.raises(QosoraError, match="mixtral is a mixture of experts"):
-        plan(MixtralConfig(num_local_experts=4), seq_len=64)
+def test_experts_counted_by_hand():
+    c, rank = SHAPES["mixtral-8x7b"], 128
+    hidden, wide, layers, experts = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], 8
+    kv = hidden // c["num_attention_heads"] * c["num_key_value_heads"]
+    shapes = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
+    shapes += experts * [(wide, hidden), (wide, hidden), (hidden, wide)]
+    found = plan("mixtral-8x7b", batch_size=1, seq_len=512, grid=False, gpu="H100")
+    assert found.usage.rows["base residual"] == pytest.approx(layers * sum(four_bits(m * n) for m, n in shapes), 1e-4)
+    assert found.trained_parameters == layers * sum(m + rank for m, n in shapes)
+    assert found.usage.rows["embeddings and head"] == 2 * 32000 * hidden * 2
+    assert found.usage.rows["norms, biases, buffers"] >= layers * (experts + 2) * hidden * 2  # routers and norms
+    assert found.qlora is None
+    assert any("one gets every token" in text for text in found.assumptions)
+
+
+@pytest.mark.filterwarnings("ignore:.*hold matrices in stacks")
+def test_experts_that_stay_stacked_are_refused():
+    with pytest.raises(QosoraError, match=r"GptOssForCausalLM .* \(model.layers.0.mlp.experts\) and stay in 16 bits"):
+        plan(GptOssConfig(num_hidden_layers=2, num_local_experts=4, layer_types=["full_attention"] * 2), seq_len=64)
+    config = MixtralConfig(num_hidden_layers=2, num_local_experts=4)
+    with pytest.raises(QosoraError, match="its experts are stacked"):
+        plan(config, seq_len=64, storage=QosoraConfig(modules_to_not_convert=["experts"]))
 
 
 def test_a_model_without_sdpa_is_planned_with_what_it_has():

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
 from tiny_bases import load, make_base
 from tiny_models import make_base as make_base_with_tokenizer
 from tiny_models import make_llama, write_jsonl
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 import qosora
 from qosora.cli import main
 from qosora.config import QosoraConfig
 from qosora.errors import ConfigError, DataError
+from qosora.memory import step
 from qosora.memory.profile import profile, random_model
 from qosora.memory.shapes import model_config
 from qosora.memory.step import decoder_layers, register_model, register_optimizer
@@ -23,11 +28,13 @@ from qosora.memory.traced import StepOptions
 from qosora.memory.tracer import Tracer
 from qosora.trainer import QosoraTrainer
 
+FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "mixtral", "qwen3_moe")
+
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {name: make_base(folder / name, name) for name in ("llama", "qwen3", "gemma3", "gpt2")}
+    return {name: make_base(folder / name, name) for name in FAMILIES}
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the CPU")
@@ -60,6 +67,94 @@ def test_planned_equals_measured_with_options(bases: dict[str, Path], options: d
     found = profile(bases["llama"], **{"batch_size": 2, "seq_len": 48, "steps": 1, **options})
     assert found.planned is not None
     assert found.planned.phases == pytest.approx(found.live.phases, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the CPU")
+@pytest.mark.parametrize("chunked_loss", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+def test_autocast_and_a_scaled_loss_take_nothing(
+    bases: dict[str, Path], name: str, chunked_loss: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """As Trainer in fp16: the forward in autocast, its outputs in float32, the loss scaled, gradients unscaled."""
+    scaler, own_loss, clip = torch.amp.GradScaler("cpu"), step._loss, torch.nn.utils.clip_grad_norm_
+    autocast = []
+
+    def loss(model: Any, batch: dict[str, torch.Tensor], fused_head: bool) -> torch.Tensor:
+        if batch["input_ids"].is_meta:
+            return own_loss(model, batch, fused_head)
+        if "forward" not in vars(model):
+            model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.float16)(model.forward))
+            model.get_input_embeddings().register_forward_hook(
+                lambda *_: autocast.append(torch.is_autocast_enabled("cpu"))
+            )
+        return scaler.scale(own_loss(model, batch, fused_head))
+
+    def unscale_and_clip(params: Any, norm: float) -> torch.Tensor:
+        params = [p for p in params if p.requires_grad]
+        if not params[0].is_meta:
+            scaler.unscale_(torch.optim.SGD(params, lr=1))
+            scaler.update()
+        return clip(params, norm)
+
+    monkeypatch.setattr(step, "_loss", loss)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", unscale_and_clip)
+    found = profile(bases[name], batch_size=2, seq_len=48, steps=1, precision="fp16", chunked_loss=chunked_loss)
+    assert all(autocast)
+    assert len(autocast) == 3
+    assert found.planned is not None
+    for phase, measured in found.live.phases.items():
+        assert measured <= found.planned.phases[phase] * 1.01, phase
+    assert found.difference == pytest.approx(0, abs=0.01)
+
+
+def _route(monkeypatch: pytest.MonkeyPatch, experts: Callable[[int, int], list[int]]) -> None:
+    """Let routers choose for token t, where there are e experts, those that `experts(t, e)` gives."""
+    for kind in (MixtralTopKRouter, Qwen3MoeTopKRouter):
+
+        def forward(self: Any, x: torch.Tensor, own: Any = kind.forward) -> tuple[torch.Tensor, ...]:
+            logits, weights, _ = own(self, x)
+            return logits, weights, torch.tensor([experts(t, self.num_experts) for t in range(len(weights))])
+
+        monkeypatch.setattr(kind, "forward", forward)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_planned_equals_measured_with_the_experts_assumed(
+    bases: dict[str, Path], name: str, batch_size: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+):
+    _route(monkeypatch, lambda t, e: [e - 1, t % (e - 1)])
+    found = profile(bases[name], batch_size=batch_size, seq_len=48, steps=1, gradient_checkpointing=checkpointing)
+    assert found.planned is not None
+    assert found.planned.phases == pytest.approx(found.live.phases, rel=0.01)
+    for row, measured in found.live.rows.items():
+        assert found.planned.rows[row] == pytest.approx(measured, abs=0.01 * found.measured_bytes), row
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize(
+    "experts",
+    [
+        None,
+        lambda t, e: [t % e, (t + 1) % e],
+        lambda t, e: [0, 1],
+        lambda t, e: [e - 2, e - 1],
+        lambda t, e: [0, 1 + t % (e - 1)],
+        lambda t, e: [0, e - 1] if t % 2 else [1, e - 1],
+    ],
+    ids=["random", "even", "first two", "last two", "most to the first", "three"],
+)
+def test_no_choice_of_experts_takes_more_than_planned(
+    bases: dict[str, Path], experts: Any, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if experts is not None:
+        _route(monkeypatch, experts)
+    found = profile(bases["mixtral"], batch_size=1, seq_len=48, steps=1, gradient_checkpointing=checkpointing)
+    assert found.planned is not None
+    for phase, measured in found.live.phases.items():
+        assert measured <= found.planned.phases[phase], phase
+    assert found.difference < 0.1
 
 
 def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -136,6 +231,10 @@ def test_random_weights_keep_ties(tmp_path: Path):
 def test_options_that_cannot_be(bases: dict[str, Path]):
     with pytest.raises(ConfigError, match="steps must be at least 1"):
         profile(bases["llama"], steps=0)
+    with pytest.raises(ConfigError, match="seq_len 65 is longer than the model's 64 positions"):
+        profile(bases["llama"], seq_len=65)
+    with pytest.raises(ConfigError, match="packing leaves nothing to pad"):
+        profile(bases["llama"], packing=True, padding=True)
     with pytest.raises(ConfigError, match="precision must be one of"):
         profile(bases["llama"], precision="fp8")
     if not torch.cuda.is_available():

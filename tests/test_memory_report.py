@@ -5,16 +5,18 @@ from __future__ import annotations
 import pickle
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_bases import make_base
+from torch.cuda import _memory_viz
 
 from qosora.cli import main
 from qosora.errors import ConfigError
 from qosora.memory.plan import events, plan
 from qosora.memory.profile import Measurement, profile
-from qosora.memory.report import report, timeline
+from qosora.memory.report import _columns, report, snapshot, timeline
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is optional")
 FILES = ["steps.png", "peak.png", "memory.html", "snapshot.pickle"]
@@ -51,12 +53,23 @@ def test_files_of_a_plan(tmp_path: Path):
     check(tmp_path, "planned for 8 GiB")
 
 
+def test_a_gpu_is_compared_by_what_pytorch_counts(measured: Measurement):
+    assert measured.planned is not None
+    planned = replace(measured.planned, rows=measured.planned.rows | {"CUDA context": 7}, total_bytes=0)
+    found = _columns(replace(measured, planned=planned, allocated_bytes={"loss": measured.measured_bytes + 5}))
+    assert found["measured"].rows == measured.live.rows | {"not traced": 5}
+    assert found["planned"].rows == measured.planned.rows
+    for usage in found.values():
+        assert usage.total_bytes == sum(usage.rows.values())
+
+
 def check(folder: Path, title: str) -> None:
     for name in ("steps.png", "peak.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     page = (folder / "memory.html").read_text()
     assert title in page
     assert page.count("data:image/png;base64,") == 2
+    assert '<meta name="viewport" content="width=device-width">' in page
     assert not re.search(r"(src|href)=\"(?!data:)|https?://", page), "the page must need no network"
     with open(folder / "snapshot.pickle", "rb") as file:
         found = pickle.load(file)
@@ -69,6 +82,21 @@ def check(folder: Path, title: str) -> None:
         elif entry["action"] == "free_completed":
             assert live.pop(entry["addr"]) == entry["size"]
     assert live, "what lasts is never freed"
+    # PyTorch's own reader: an entry that it does not know it prints as it is, one without its pair without a name
+    lines = _memory_viz.trace(found).splitlines()[2:-1]
+    assert len(lines) == len(found["device_traces"][0])
+    forms = r"[a-z]\d* = MEM\[.*\]|del [a-z]\d* # .*|# free completed for [a-z]\d* .*"
+    assert [line for line in lines if not re.fullmatch(forms, line)] == []
+    assert "Active Memory Timeline" in _memory_viz.trace_plot(found)
+
+
+def test_the_snapshot_says_what_memory_is_for(measured: Measurement, tmp_path: Path):
+    snapshot(measured.events, tmp_path / "snapshot.pickle")
+    entries = pickle.loads((tmp_path / "snapshot.pickle").read_bytes())["device_traces"][0]
+    frames = {tuple((f["filename"], f["name"]) for f in e["frames"]) for e in entries if e["action"] == "alloc"}
+    assert (("base residual", "registered"), ("base residual", "step"), ("base residual", "setup")) in frames
+    places = {(made_for, place) for ((made_for, _), (_, place), _) in frames}
+    assert ("layer temporaries", "layers.*.mlp.down_proj, layer 1") in places
 
 
 def test_without_matplotlib(measured: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_bases import make_checkpoint
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+)
 
 from qosora.config import QosoraConfig
 from qosora.errors import QosoraError
@@ -36,6 +43,7 @@ CONFIGS: dict[str, Any] = {
         num_hidden_layers=11, sliding_window=32, **SIZES,
         layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 3 + ["sliding_attention"] * 2,
     ),
+    "mixtral": MixtralConfig(num_hidden_layers=5, num_local_experts=4, **SIZES),
 }  # fmt: skip
 STORAGE = QosoraConfig(rank=8)
 
@@ -51,6 +59,8 @@ STORAGE = QosoraConfig(rank=8)
         ("qwen3", {"device": "cpu", "gradient_checkpointing": False, "precision": "fp32"}),
         ("qwen3", {"method": "qlora", "device": "cpu", "attn_implementation": "eager"}),
         ("gemma3", {"gradient_checkpointing": False, "vectors": "s"}),
+        ("mixtral", {}),
+        ("mixtral", {"gradient_checkpointing": False, "device": "cpu"}),
     ],
 )
 def test_extrapolated_layers_equal_the_whole_model(name: str, options: dict[str, Any]):

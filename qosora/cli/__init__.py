@@ -93,6 +93,7 @@ def _set_up_messages(verbose: bool, downloads: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         if not downloads:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+            os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each retry of an offline machine is told
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -123,7 +123,8 @@ def _lines(found: Plan) -> list[str]:
     ]
     if found.verdict is not None and found.card.memory_bytes is not None:
         words = {"fits": "fits into", "tight": "fits tightly, if at all, into", "no": "does not fit into"}
-        lines += ["", f"{words[found.verdict]} {found.card.name} ({size(found.card.memory_bytes)})"]
+        memory = f" ({size(found.card.memory_bytes)})" * (not found.card.name.endswith("GiB"))
+        lines += ["", f"{words[found.verdict]} {found.card.name}{memory}"]
     if found.largest_batch is not None:
         lines.append(f"largest batch at {batch.length} tokens: {found.largest_batch or 'none fits'}")
         lines.append(f"longest sequence at batch size {batch.size}: {found.longest_sequence or 'none fits'}")

@@ -13,7 +13,7 @@ import torch
 
 from qosora.errors import ConfigError
 
-__all__ = ["ASSUMPTIONS", "GPUS", "Card", "parse_bytes", "the_card"]
+__all__ = ["ASSUMPTIONS", "GPUS", "OF_EXPERTS", "OF_FP16", "Card", "parse_bytes", "the_card"]
 
 MIB, GIB = 2**20, 2**30
 
@@ -38,6 +38,14 @@ ASSUMPTIONS = (
     f"the CUDA context takes {CONTEXT / MIB:.0f} MiB, outside of what PyTorch counts",
     "flash attention where there is no mask, memory-efficient attention where there is one",
     "every token is trained on; fewer supervised tokens make the loss cheaper",
+)
+OF_FP16 = (
+    "fp16 trains under autocast, its loss scaled: the bytes of bf16, but for results that autocast leaves in float32, "
+    "those of LayerNorm (not of RMSNorm) and the sums over a token's experts",
+)
+OF_EXPERTS = (
+    "of each layer's experts one gets every token and the others share the rest: no choice of experts takes more",
+    "no QLoRA beside it: bitsandbytes leaves stacked experts in 16 bits",
 )
 
 

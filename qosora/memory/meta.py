@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import trl.kernels.chunked_logprob as chunked
 import trl.trainer.utils as trl_utils
 
+import qosora.experts
 import qosora.product
 from qosora.memory.tracer import Workspace
 
@@ -37,6 +38,7 @@ def computing_as(device: str) -> Iterator[None]:
     changes: list[tuple[Any, dict[str, Any]]] = [
         (torch, {"is_autocast_enabled": lambda device=None: device != "meta" and _autocast(device)}),
         (F, {"scaled_dot_product_attention": _cuda_attention if device == "cuda" else _cpu_attention}),
+        (qosora.experts, {"_tokens_of_each": _most_to_one}),
     ]
     if device == "cuda":
         kernel = _FusedKernel()
@@ -62,6 +64,19 @@ def _always(*_: Any) -> bool:
 
 def _nothing(*_: Any) -> None:
     """An accumulating product without a temporary: cuBLAS adds to the float32 result itself."""
+
+
+def _most_to_one(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
+    """Give the last expert every token, and the others even shares of what is left: no choice of experts takes more.
+
+    What experts save for backward, and the gradients of vectors whose expert has any token, add up to the same however
+    tokens are spread. What one expert's backward needs goes with its tokens, and that of the last comes first, when
+    all is still saved.
+    """
+    tokens, top_k = top_k_index.shape
+    rest = max(tokens * (top_k - 1), min(num_experts, tokens * top_k) - 1)
+    share, more = divmod(rest, num_experts - 1)
+    return [share + (i < more) for i in range(num_experts - 1)] + [tokens * top_k - rest]
 
 
 class _FusedKernel:

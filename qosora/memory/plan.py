@@ -22,14 +22,14 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from qosora.config import QUANT_METHOD, QosoraConfig
 from qosora.errors import ConfigError
-from qosora.memory.devices import ASSUMPTIONS, CONTEXT, OVERHEAD, Card, the_card
+from qosora.memory.devices import ASSUMPTIONS, CONTEXT, OF_EXPERTS, OF_FP16, OVERHEAD, Card, the_card
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch
-from qosora.memory.traced import Prediction, StepOptions, TracedModel
+from qosora.memory.traced import Prediction, StepOptions, TracedModel, has_experts
 from qosora.memory.tracer import CATEGORIES, PHASES, Event, Site
 from qosora.tiling import TILE_LENGTH
 
-__all__ = ["Advice", "Cell", "Plan", "Usage", "events", "plan", "storage_of", "usage_of"]
+__all__ = ["OUTSIDE", "Advice", "Cell", "Plan", "Usage", "events", "plan", "shape_problems", "storage_of", "usage_of"]
 
 GRID_BATCHES = (1, 2, 4, 8, 16)
 GRID_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -38,6 +38,8 @@ LASTING = (
     "base residual", "factors", "adapter", "embeddings and head", "norms, biases, buffers", "optimizer state",
     "optimizer state, paged",
 )  # fmt: skip
+#: Memory of a process on a GPU that PyTorch does not count as allocated.
+OUTSIDE = ("optimizer state, paged", "allocator overhead", "CUDA context")
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def plan(
         packing: Whether several examples are packed into each sequence.
         gpu: Name of a card, such as "RTX 4090".
         gpu_memory: Size of one, such as "24GiB", or bytes.
-        compare: Whether to plan PEFT QLoRA, too.
+        compare: Whether to plan PEFT QLoRA, too; not for mixtures of experts.
         grid: Whether to plan other batch sizes and lengths, too.
         trust_remote_code: Whether to run model code that the folder brings.
         **options: Fields of `StepOptions`.
@@ -183,7 +185,13 @@ def plan(
     config = model if isinstance(model, PreTrainedConfig) else model_config(model, trust_remote_code=trust_remote_code)
     storage = storage or storage_of(config, rank)
     step = StepOptions(**options)
-    _check(config, step, batch_size, seq_len)
+    problems = shape_problems(config, batch_size, seq_len) + step.problems()
+    if step.device == "cpu" and (gpu, gpu_memory) != (None, None):
+        problems.append("gpu and gpu_memory are those of a card, and device is cpu: leave them out, or plan for cuda")
+    if packing and padding:
+        problems.append("packing leaves nothing to pad: leave out one of the two")
+    if problems:
+        raise ConfigError(problems)
     card = the_card(gpu, gpu_memory) if step.device == "cuda" else Card("cpu", None)
     planner = _Planner(config, storage, step, card, packing, padding)
     batch = planner.batch(batch_size, seq_len)
@@ -194,6 +202,8 @@ def plan(
             f"the weights alone take {usage.lasting_bytes / 2**30:.2f} GiB and the CUDA context "
             f"{CONTEXT / 2**30:.2f} GiB, more than the {memory / 2**30:.2f} GiB of the card: take a smaller model"
         )
+    mixture = has_experts(config)
+    compare = compare and not mixture
     qlora = _Planner(config, storage, replace(step, method="qlora"), card, packing, padding) if compare else None
     return Plan(
         model=str(model) if isinstance(model, (str, Path)) else config.name_or_path or config.model_type,
@@ -208,7 +218,7 @@ def plan(
         longest_sequence=planner.longest_sequence(batch_size) if grid and memory is not None else None,
         grid=planner.grid() if grid else [],
         advice=[] if memory is None or usage.verdict(memory) == "fits" else planner.advice(batch, usage),
-        assumptions=ASSUMPTIONS if step.device == "cuda" else (),
+        assumptions=ASSUMPTIONS * (step.device == "cuda") + OF_FP16 * (step.precision == "fp16") + OF_EXPERTS * mixture,
     )
 
 
@@ -232,7 +242,8 @@ def storage_of(config: PreTrainedConfig, rank: int | None) -> QosoraConfig:
     return QosoraConfig.from_dict(stored)
 
 
-def _check(config: PreTrainedConfig, step: StepOptions, batch_size: int, seq_len: int) -> None:
+def shape_problems(config: PreTrainedConfig, batch_size: int, seq_len: int) -> list[str]:
+    """Return a sentence for each thing that keeps a model from training on a batch of a shape."""
     problems = [
         f"{name} must be an integer of at least {least}, got {value!r}"
         for name, value, least in (("batch_size", batch_size, 1), ("seq_len", seq_len, 2))
@@ -241,9 +252,7 @@ def _check(config: PreTrainedConfig, step: StepOptions, batch_size: int, seq_len
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not problems and positions is not None and seq_len > positions:
         problems.append(f"seq_len {seq_len} is longer than the model's {positions} positions")
-    problems += step.problems()
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 class _Planner:

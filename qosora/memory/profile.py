@@ -26,7 +26,7 @@ from qosora.data import Columns, Records, load_records
 from qosora.errors import ConfigError, DataError
 from qosora.memory.devices import the_card
 from qosora.memory.meta import CPU_WORKSPACES, CUDA_WORKSPACES
-from qosora.memory.plan import Usage, storage_of, usage_of
+from qosora.memory.plan import Usage, shape_problems, storage_of, usage_of
 from qosora.memory.shapes import model_config
 from qosora.memory.step import (
     Batch,
@@ -36,7 +36,15 @@ from qosora.memory.step import (
     register_optimizer,
     training_step,
 )
-from qosora.memory.traced import DTYPES, StepOptions, TracedModel, has_experts, meta_model, prediction, quantize_linears
+from qosora.memory.traced import (
+    DTYPES,
+    StepOptions,
+    TracedModel,
+    meta_model,
+    prediction,
+    quantize_linears,
+    stacked_experts,
+)
 from qosora.memory.tracer import Event, Tracer
 from qosora.models import load_base, load_tokenizer
 from qosora.optim import create_optimizer
@@ -124,7 +132,8 @@ def profile(
         columns: Of `data`.
         padding: Whether random examples differ in length; by default where there are several.
         packing: Whether several are packed into each sequence.
-        compare: Whether to plan the same step; mixtures of experts cannot be planned.
+        compare: Whether to plan the same step. Of mixtures of experts, the plan is an upper bound, and there is none
+            where experts are not linear layers.
         trust_remote_code: Whether to run model code that the checkpoint brings.
         **options: Fields of `StepOptions` but `device`, which is the GPU where there is one, and `method`. The default
             precision is that of `qosora train` on the device.
@@ -137,15 +146,20 @@ def profile(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options.setdefault("precision", "bf16" if device == "cuda" else "fp32")
     step = StepOptions(**options, device=device)
-    if problems := step.problems() + ["steps must be at least 1"] * (steps < 1):
+    problems = step.problems() + ["steps must be at least 1"] * (steps < 1)
+    if packing and padding:
+        problems.append("packing leaves nothing to pad: leave out one of the two")
+    if problems:
         raise ConfigError(problems)
     loaded, storage = _load(model, step, rank, trust_remote_code)
     batch = Batch(batch_size, seq_len, not packing and (batch_size > 1 if padding is None else padding), packing)
     inputs = batch.tensors(loaded.config.get_text_config().vocab_size, "cpu")
     if data is not None:
         batch, inputs = _longest(load_records(data, columns=columns or Columns()), str(model), batch)
+    if problems := shape_problems(loaded.config, batch.size, batch.length):
+        raise ConfigError(problems)
     planned = None
-    if compare and not has_experts(loaded.config):
+    if compare and not stacked_experts(loaded):
         planned = usage_of(TracedModel(loaded.config, storage, step).predict(batch), the_card(), device)
     measured = _measure(loaded, inputs, step, steps)
     return Measurement(
@@ -288,13 +302,7 @@ def measure(
 
 
 def offloading(model: Any) -> Callable[[], Any]:
-    """Return what makes TRL's context of activation offloading, for forward and backward.
-
-    Raises:
-        ConfigError: There is no GPU to move activations from.
-    """
-    if not torch.cuda.is_available():
-        raise ConfigError("activation_offloading moves activations from a GPU to host memory, and there is no GPU")
+    """Return what makes TRL's context of activation offloading, for forward and backward; needs a GPU."""
     context = get_act_offloading_ctx_manager(model=model)
     return lambda: context
 

@@ -15,12 +15,13 @@ import io
 import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from qosora.errors import ConfigError
-from qosora.memory.plan import Plan, Usage
+from qosora.memory.plan import OUTSIDE, Plan, Usage
 from qosora.memory.profile import Measurement
 from qosora.memory.tracer import CATEGORIES, Event, category_of
 
@@ -31,9 +32,14 @@ _COLOURS = {
     "base residual": "#1f4e79", "embeddings and head": "#4a7fb0", "factors": "#8db4d6",
     "norms, biases, buffers": "#c9d9e8", "adapter": "#2f7d5b", "gradients": "#6fb08f", "optimizer state": "#b5d8c4",
     "batch": "#999999", "saved activations": "#e08e2b", "layer temporaries": "#c8442f", "logits and loss": "#8e44ad",
-    "workspace": "#f2c14e", "rounding": "#dddddd", "cuBLAS workspaces": "#f7dc9b", "optimizer state, paged": "#d5e8d4",
+    "workspace": "#f2c14e", "rounding": "#dddddd", "cuBLAS workspaces": "#f7dc9b", "not traced": "#f7dc9b",
+    "optimizer state, paged": "#d5e8d4",
     "allocator overhead": "#bbbbbb", "CUDA context": "#777777",
 }  # fmt: skip
+_ALT = {
+    "steps": "Live bytes over a training step, stacked by category",
+    "peak": "Bytes at the peak, by category",
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,9 @@ def snapshot(events: Sequence[Event], path: str | Path) -> None:
         if event.nbytes > 0:
             addresses[event.number] = top
             top += event.nbytes
-        names = (event.op or "free", f"{event.site.module or 'step'} {max(event.site.layer, 0)}", event.site.phase)
+        where = event.site.module or "step"
+        layer = f", layer {event.site.layer}" if event.site.layer >= 0 else ""
+        names = (event.op or ("registered" if event.nbytes > 0 else "freed"), where + layer, event.site.phase)
         frames = [{"filename": category_of(event.key, event.site), "line": 0, "name": name} for name in names]
         entry = {"addr": addresses[event.number], "size": abs(event.nbytes), "stream": 0, "time_us": time}
         actions = ["alloc"] if event.nbytes > 0 else ["free_requested", "free_completed"]
@@ -126,13 +134,22 @@ def report(found: Plan | Measurement, events: Sequence[Event], folder: str | Pat
 def _columns(found: Plan | Measurement) -> dict[str, Usage]:
     if isinstance(found, Plan):
         return {"qosora, planned": found.usage} | ({"QLoRA r=16, planned": found.qlora} if found.qlora else {})
-    planned = {"planned": found.planned} if found.planned else {}
-    return {"measured": found.live, **planned}
+    # Both as CUDA counts: to the traced tensors comes what the tracer did not see, of the plan goes what CUDA does not.
+    unseen = found.measured_bytes - found.live.total_bytes
+    rows = found.live.rows | ({"not traced": unseen} if unseen > 0 else {})
+    columns = {"measured": replace(found.live, rows=rows, total_bytes=found.measured_bytes)}
+    if found.planned is not None:
+        rows = {name: value for name, value in found.planned.rows.items() if name not in OUTSIDE}
+        columns["planned"] = replace(found.planned, rows=rows, total_bytes=found.planned.allocated_bytes)
+    return columns
 
 
 def _title(found: Plan | Measurement) -> str:
     batch, options = found.batch, found.options
-    how = "planned for " + found.card.name if isinstance(found, Plan) else "measured on " + found.device
+    if isinstance(found, Plan):
+        how = "planned" if found.card.memory_bytes is None else f"planned for {found.card.name}"
+    else:
+        how = f"measured on {found.device}"
     return (
         f"{Path(found.model).name}, {batch.size} × {batch.length} tokens, {options.precision}, "
         f"checkpointing {'on' if options.gradient_checkpointing else 'off'}, {how}"
@@ -143,31 +160,39 @@ def _steps(found: Plan | Measurement, line: Timeline) -> bytes:
     """Live bytes over a step, stacked."""
     figure, axes = _figure(10.5, 5.2)
     unit, factor = _unit(max(line.totals))
-    steps = range(len(line.totals))
+    steps, edges = _across(line)
     order = [name for name in _COLOURS if name in line.live and max(line.live[name]) >= 1e-3 * max(line.totals)]
-    bands = [[value / factor for value in line.live[name]] for name in order]
+    bands = [[value / factor for value in [*line.live[name], line.live[name][-1]]] for name in order]
     axes.stackplot(steps, *bands, labels=order, colors=[_COLOURS[name] for name in order], step="post")
     top = max(line.totals)
-    at = line.totals.index(top)
+    at = steps[line.totals.index(top)]
     axes.annotate(
-        f"peak {top / factor:.2f} {unit}", (at, top / factor), (at + 0.04 * len(steps), 1.06 * top / factor),
+        f"peak {top / factor:.2f} {unit}", (at, top / factor), (at + 0.04 * edges[-1], 1.06 * top / factor),
         arrowprops={"arrowstyle": "-", "color": "#333333"},
     )  # fmt: skip
     axes.set_ylim(0, 1.2 * top / factor)
-    axes.set_xlim(0, len(steps))
-    ends = [start for _, start in line.phases[1:]] + [len(steps)]
-    for (name, start), end in zip(line.phases, ends, strict=True):
-        axes.axvline(start, color="#333333", lw=0.7, ls=":")
-        axes.text(
-            (start + end) / 2, 1.14 * top / factor, name, ha="center", va="bottom", fontsize=9, backgroundcolor="white"
-        )
+    axes.set_xlim(0, edges[-1])
+    for (name, _), (start, end) in zip(line.phases, pairwise(edges), strict=True):
+        axes.axvline(start, color="#333333", lw=0.7, ls=":", zorder=0)
+        axes.text((start + end) / 2, 1.14 * top / factor, name, ha="center", va="bottom", fontsize=9)
     axes.set_xticks([])
-    axes.set_xlabel("one training step, allocation by allocation")
+    axes.set_xlabel("one training step, allocation by allocation; short phases are widened")
     axes.set_ylabel(f"live tensors, {unit}")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     axes.set_title(_title(found), loc="left", fontsize=11)
     return _png(figure)
+
+
+def _across(line: Timeline) -> tuple[list[float], list[float]]:
+    """Return where points and phases begin, and end, with room for each phase's name."""
+    starts = [start for _, start in line.phases] + [len(line.totals)]
+    points, edges = [], [0.0]
+    for start, end in pairwise(starts):
+        width = max(end - start, 0.09 * len(line.totals))
+        points += [edges[-1] + width * i / (end - start) for i in range(end - start)]
+        edges.append(edges[-1] + width)
+    return [*points, edges[-1]], edges
 
 
 def _peak(found: Plan | Measurement, columns: Mapping[str, Usage]) -> bytes:
@@ -183,18 +208,23 @@ def _peak(found: Plan | Measurement, columns: Mapping[str, Usage]) -> bytes:
             width = usage.rows.get(name, 0) / factor
             axes.barh(row, width, left=left, color=_COLOURS[name], label=name if row == 0 else None, height=0.6)
             if width > 0.06 * top / factor:
-                axes.text(left + width / 2, row, f"{width:.2f}", ha="center", va="center", color="white", fontsize=9)
+                ink = _ink(_COLOURS[name])
+                axes.text(left + width / 2, row, f"{width:.2f}", ha="center", va="center", color=ink, fontsize=9)
             left += width
         axes.text(left + 0.01 * top / factor, row, f"{usage.total_bytes / factor:.2f} {unit}", va="center")
     axes.set_yticks(range(len(columns)), list(columns))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.13 * top / factor)
     axes.set_xlabel(f"at the peak, {unit}")
-    axes.legend(
-        loc="upper center", bbox_to_anchor=(0.45, -0.75 / (1.9 + 0.9 * len(columns)) - 0.12), ncol=4, frameon=False
-    )
+    figure.legend(loc="outside lower center", ncol=4, frameon=False)
     axes.set_title(_title(found), loc="left", fontsize=11)
     return _png(figure)
+
+
+def _ink(background: str) -> str:
+    """Return the colour of text that can be read on another, by its luma."""
+    red, green, blue = (int(background[i : i + 2], 16) for i in (1, 3, 5))
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -216,7 +246,7 @@ def _unit(top: int) -> tuple[str, int]:
 
 def _page(found: Plan | Measurement, pictures: Mapping[str, bytes], columns: Mapping[str, Usage]) -> str:
     """One HTML file with everything in it."""
-    names = list(dict.fromkeys(name for usage in columns.values() for name in usage.rows))
+    names = [name for name in _COLOURS if any(name in usage.rows for usage in columns.values())]
     rows = {name: [usage.rows.get(name, 0) for usage in columns.values()] for name in names}
     rows["in all"] = [usage.total_bytes for usage in columns.values()]
     cells = "".join(
@@ -225,18 +255,21 @@ def _page(found: Plan | Measurement, pictures: Mapping[str, bytes], columns: Map
     )
     head = "".join(f"<th>{html.escape(name)}, MiB</th>" for name in columns)
     images = "".join(
-        f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></p>'
+        f'<figure><img alt="{_ALT[name]}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></figure>'
         for name, data in pictures.items()
     )
     notes = found.assumptions if isinstance(found, Plan) else ()
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    style = (
-        "body{font:15px system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}img{max-width:100%}"
-        "td,th{padding:2px 14px;text-align:right}td:first-child{text-align:left}tr:last-child{font-weight:bold}"
+    style = (  # on a phone, pictures and table keep a size that can be read, and scroll sideways
+        "body{font:15px system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
+        "figure,div{margin:1em 0;overflow-x:auto}img{width:100%;min-width:720px}table{border-collapse:collapse}"
+        "td,th{padding:2px 14px 2px 0;text-align:right}td:first-child{text-align:left}tr:last-child{font-weight:bold}"
     )
     title = html.escape(_title(found))
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-        f"<h1>Memory of a training step</h1><p>{title}</p>{images}<table><tr><th></th>{head}</tr>{cells}</table>"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{style}</style>'
+        f"<h1>Memory of a training step</h1><p>{title}</p>{images}"
+        f"<div><table><tr><th></th>{head}</tr>{cells}</table></div>"
         f"<ul>{listed}</ul></html>\n"
     )

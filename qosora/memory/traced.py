@@ -21,11 +21,12 @@ import peft.tuners.lora.bnb  # noqa: F401, its import is what tells PEFT that bi
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.errors import CheckpointError, QosoraError
+from qosora.experts import stacked_names
 from qosora.memory.meta import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
 from qosora.memory.standins import (
     STASH,
@@ -42,6 +43,7 @@ from qosora.quantizer import QosoraHfQuantizer
 
 __all__ = [
     "DTYPES", "Prediction", "StepOptions", "TracedModel", "has_experts", "meta_model", "prediction", "quantize_linears",
+    "stacked_experts",
 ]  # fmt: skip
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -85,8 +87,10 @@ class StepOptions:
             "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS),
             "precision": tuple(DTYPES), "device": tuple(_GRANULARITY),
         }  # fmt: skip
-        negative = [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
-        return negative + [
+        problems = [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
+        if self.activation_offloading and self.device == "cpu":
+            problems.append("activation_offloading moves activations from a GPU to host memory, and there is no GPU")
+        return problems + [
             f"{name} must be one of {', '.join(filter(None, known))}, got {getattr(self, name)!r}"
             for name, known in choices.items()
             if getattr(self, name) not in known
@@ -135,14 +139,10 @@ class TracedModel:
         self, config: PreTrainedConfig, storage: QosoraConfig, options: StepOptions, *, full_depth: bool = False
     ) -> None:
         self.options = options
-        if has_experts(config):
-            raise QosoraError(
-                f"{config.model_type} is a mixture of experts: how many tokens each expert gets depends on the data, "
-                "so its memory cannot be planned from the config. Measure it with `qosora profile` and a base"
-            )
         model = meta_model(config, options)
-        quantize_linears(model, storage, options)
         self.stack, layers = decoder_layers(model)
+        if named := storage.modules_to_not_convert:  # among which may be single layers
+            quantize_linears(model, storage, options)
         self.attribute = next(name for name, child in self.stack.named_children() if child is layers)
         self.count = len(layers)
         # with offloading, the first layers still fill the stash of tensors on their way
@@ -150,6 +150,13 @@ class TracedModel:
         self.depths = _depths(_signatures(layers, config), least)
         self.layers = layers[: self.depths[-1]]
         setattr(self.stack, self.attribute, self.layers)
+        if not named:  # of the layers that are traced alone: experts can be many thousand linear layers
+            quantize_linears(model, storage, options)
+        if stacks := stacked_experts(model):
+            raise QosoraError(
+                f"{type(model).__name__} cannot be planned: its experts are stacked ({stacks[0]}) and stay in 16 bits, "
+                "and what their kernels allocate depends on the GPU and the data. Measure it with `qosora profile`"
+            )
         self.vocab: int = model.config.get_text_config().vocab_size
         self.attention: str = model.config._attn_implementation
         model.requires_grad_(False)
@@ -266,10 +273,15 @@ def prediction(sites: dict[Site, Peak], paged_bytes: int) -> Prediction:
 
 
 def has_experts(config: PreTrainedConfig) -> bool:
-    """Say whether a model is a mixture of experts, whose memory depends on the data."""
+    """Say whether a model is a mixture of experts."""
     text = config.get_text_config()
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     return any((getattr(text, name, None) or 0) > 1 for name in names)
+
+
+def stacked_experts(model: PreTrainedModel) -> list[str]:
+    """Return the modules of a mixture that hold all of a layer's experts in one parameter, not as linear layers."""
+    return stacked_names(model) if has_experts(model.config) else []
 
 
 def meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:
