@@ -44,7 +44,7 @@ def layer_step(found: dict[str, Any]) -> Figure:
             axes.plot(list(by_tokens), ratios[method][model], label=label + above, markersize=5, **look)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(list(by_tokens), [f"{tokens:,}" for tokens in by_tokens])
+        axes.set_xticks(list(by_tokens), [f"{tokens:,}" for tokens in by_tokens], fontsize=8)
         axes.set_xlabel("tokens")
         axes.set_title(model, fontsize=10)
     drawn = [r for of_method in ratios.values() for of_model in of_method.values() for r in of_model if r <= TOP]

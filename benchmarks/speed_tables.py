@@ -84,7 +84,8 @@ def train_step(found: dict[str, Any], file: str) -> str:
         f"of {'allocated bytes' if found['device']['gpu'] else 'live tensor bytes'}. "
         f"{conditions(found, file, *QLORA, threads=True)}"
     )
-    return table(["", "qosora", "QLoRA", "ratio", "qosora", "QLoRA", "ratio"], rows, note)
+    head = [f"{what}, {label}" for what in ("time", "peak") for label in ("qosora", "QLoRA", "ratio")]
+    return table(["", *head], rows, note)
 
 
 def optimizer_step(found: dict[str, Any], file: str) -> str:
