@@ -28,6 +28,7 @@ from qosora.memory.step import Batch, decoder_layers, prepare_model, training_st
 from qosora.memory.traced import StepOptions, meta_model
 from qosora.nf4 import quantize
 from qosora.optim import create_optimizer
+from qosora.training import compile_layers
 
 LORA_RANK = 16
 VERA_RANK = 256
@@ -122,8 +123,8 @@ class Training:
         self.options = step = replace(step, tile_length=0) if compiled else step
         self.model, self.optimizer = trainable(config, step, rank)
         self.load(batch)
-        for layer in decoder_layers(self.model.get_base_model())[1] if compiled else ():
-            layer.compile()
+        if compiled:
+            compile_layers(self.model)
 
     def load(self, batch: Batch) -> None:
         """Take another batch."""

@@ -81,6 +81,13 @@ def _gradients(
     return found
 
 
+def _of_x_s_o(found: list[torch.Tensor], of_x: bool) -> tuple[torch.Tensor | None, ...]:
+    """Return what `_gradients` found in the order of x, s, o; None for those that it was not asked for."""
+    dx = found.pop() if of_x else None
+    ds, do = found or (None, None)
+    return dx, ds, do
+
+
 class _OsoraFunction(torch.autograd.Function):
     """`_product`, differentiable."""
 
@@ -98,10 +105,8 @@ class _OsoraFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         h, s, o = ctx.saved_tensors
-        found = _gradients(g, h, s, o, ctx.factors, ctx.needs_input_grad[0])
-        dx = found.pop() if ctx.needs_input_grad[0] else None
-        ds, do = found or (None, None)
-        return dx, ds, do, None, None
+        of_x = ctx.needs_input_grad[0]
+        return *_of_x_s_o(_gradients(g, h, s, o, ctx.factors, of_x), of_x), None, None
 
 
 # The same for torch.compile, as operators that it does not look into: what it sees inside, it would share between
@@ -176,9 +181,7 @@ def _go_back(ctx: Any, g: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
     h, s, o, *stored = ctx.saved_tensors
     of_x = ctx.needs_input_grad[0]
     found = _gradients_op(g.contiguous(), h, s, o, of_x, ctx.in_features, stored, *ctx.storage)
-    dx = found.pop() if of_x else None
-    ds, do = found or (None, None)
-    return dx, ds, do, None, [None] * len(stored), None, None
+    return *_of_x_s_o(found, of_x), None, [None] * len(stored), None, None
 
 
 _product_op.register_autograd(_go_back, setup_context=_keep)

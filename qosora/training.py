@@ -32,7 +32,7 @@ from qosora.run_folder import RunFolder
 from qosora.tiling import TILE_LENGTH, apply_tiling
 from qosora.trainer import QosoraTrainer, Recorder, peak_memory_bytes
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["TrainResult", "compile_layers", "train"]
 
 logger = logging.getLogger("qosora")
 
@@ -144,7 +144,7 @@ def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
         raise
     # After the trainer has put in Liger's kernels
     if config.compile:
-        _compile_layers(trainer.model)
+        compile_layers(trainer.model)
     else:
         mlps = config.gradient_checkpointing or config.tile_length is not None
         apply_tiling(trainer.model, config.tile_length, mlps=mlps)
@@ -152,8 +152,8 @@ def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
     return trainer, recorder
 
 
-def _compile_layers(model: Any) -> None:
-    """Compile each decoder layer: one graph does for all, where the whole model would make a long one."""
+def compile_layers(model: Any) -> None:
+    """Compile each decoder layer of a PEFT model: one graph does for all, where the whole would make a long one."""
     # With and without padding, gradients, evaluation; a last batch that is smaller: each is a graph of its own
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for layer in decoder_layers(model.get_base_model())[1]:
