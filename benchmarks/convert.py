@@ -27,7 +27,7 @@ import torch
 from common import Record, seconds_of, watched
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qosora.checkpoint import Shards, TensorSpec
+from qosora.checkpoints import Shards, StoredSpec
 
 RESULT = Path(__file__).parent / "results" / "convert_llama2_7b.json"
 MINIATURE = "--miniature" in sys.argv
@@ -60,7 +60,7 @@ def make_checkpoint(folder: Path, layers: int) -> dict[str, Any]:
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    specs = {name: TensorSpec.of(tensor) for name, tensor in model.state_dict().items()}
+    specs = {name: StoredSpec.of(tensor) for name, tensor in model.state_dict().items()}
     shards = Shards(folder, specs, 5_000_000_000)
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,8 +104,7 @@ def layer_seconds(method: str, rank: int) -> float:
 
 
 def _action(method: str, weights: dict[str, torch.Tensor], rank: int) -> Callable[[], Any]:
-    from qosora import nf4
-    from qosora.factorize import factorize_with_report
+    from qosora.decompose import factorize_with_report, nf4
 
     if method == "qosora":
         return lambda: [factorize_with_report(w, rank) for w in weights.values()]

@@ -27,12 +27,12 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from qosora.checkpoint import CheckpointReader, group_modules, stored_fingerprint
+from qosora.base import load_base, load_model, load_tokenizer
+from qosora.checkpoints import CheckpointReader, group_modules, stored_fingerprint
 from qosora.config import OsoraConfig
 from qosora.data import load_records
-from qosora.evaluation import evaluate
 from qosora.export import export_lora, export_merged
-from qosora.models import load_base, load_model, load_tokenizer
+from qosora.inference import evaluate
 
 RESULTS = Path(__file__).parent / "results"
 QUESTION = "How fast, and in how much memory, does an adapter leave, and what do its exports lose?"

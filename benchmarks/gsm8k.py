@@ -30,22 +30,15 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from vocabulary import cut_model, cut_tokenizer
 
-from qosora import nf4
+from qosora.base import load_base, load_model, load_tokenizer, quantize
+from qosora.base.describe import describe
 from qosora.config import QosoraConfig
-from qosora.convert import quantize
-from qosora.data import load_records
-from qosora.describe import describe
-from qosora.evaluation import EvalResult, evaluate
+from qosora.data import load_records, tokenize
+from qosora.decompose import measure_error, nf4
+from qosora.decompose.factorize import factorize
 from qosora.export import export_merged
-from qosora.factorize import factorize, measure_error
-from qosora.generation import generate
-from qosora.models import load_base, load_model, load_tokenizer
-from qosora.run_config import TrainConfig
-from qosora.run_folder import MetricsLog
-from qosora.sft_options import sft_config
-from qosora.tokens import tokenize
-from qosora.trainer import QosoraTrainer, Recorder
-from qosora.training import train
+from qosora.inference import EvalResult, evaluate, generate
+from qosora.training import MetricsLog, QosoraTrainer, Recorder, TrainConfig, sft_config, train
 
 QUESTION = "Does it train on a real LLM and real data, and how does it compare with QLoRA on the same steps?"
 #: How a question and its answer become a prompt; the loss of the untrained model is measured for each.

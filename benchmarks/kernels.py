@@ -1,10 +1,10 @@
-"""Time and bandwidth of each fused kernel of `qosora.kernels` against the plain code, at shapes of 7B and 8B models.
+"""Time and bandwidth of each fused kernel of `qosora.layers.ops` against the plain code, at shapes of 7B and 8B models.
 
 Two times are measured. "device": from the first launch to the last result by CUDA events, with a cold second-level
 cache, as in a model whose layers follow one another. "call": as a program sees one that waits for it, with what Python
 and the launches cost. GB/s are the bytes that must be read and written at least, over the median of the device's time.
 
-    python benchmarks/kernels.py --output benchmarks/results/kernels_gpu.json
+    python benchmarks/ops.py --output benchmarks/results/kernels_gpu.json
 
 Without a GPU, `--miniature` runs the kernels on tiny tensors in Triton's interpreter: same results, no times.
 """
@@ -24,8 +24,9 @@ if "--miniature" in sys.argv:  # read when triton is imported
 import torch
 from common import Record, in_turns, quantiles
 
-from qosora import kernels, nf4
+from qosora.decompose import nf4
 from qosora.errors import QosoraError
+from qosora.layers import ops
 
 QUESTION = "How long does each fused kernel take, against the plain code, and which bandwidth does it reach?"
 #: (out_features, in_features) of Llama-2-7B's and Llama-3.1-8B's layers.
@@ -54,19 +55,17 @@ def operations(m: int, n: int, rank: int, dtype: torch.dtype, device: str) -> di
     vectors, size = s.nbytes + o.nbytes, dtype.itemsize
 
     def add_low_rank(y: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor]:
-        kernels.add_low_rank_(y, h, U, s, o, bias)
+        ops.add_low_rank_(y, h, U, s, o, bias)
         return (y,)
 
     found = {
-        "dequantize": Operation(lambda: (kernels.dequantize(R, dtype),), (), R.nbytes + m * n * size, 0.0),
-        "scaled_U": Operation(
-            lambda: (kernels.scaled_U(U, s, o, dtype),), (), U.nbytes + vectors + rank * m * size, 0.0
-        ),
+        "dequantize": Operation(lambda: (ops.dequantize(R, dtype),), (), R.nbytes + m * n * size, 0.0),
+        "scaled_U": Operation(lambda: (ops.scaled_U(U, s, o, dtype),), (), U.nbytes + vectors + rank * m * size, 0.0),
         "vector_gradients": Operation(
-            lambda P: kernels.vector_gradients(P, U, s, o), (P,), P.nbytes + U.nbytes + 2 * vectors, 1e-5
+            lambda P: ops.vector_gradients(P, U, s, o), (P,), P.nbytes + U.nbytes + 2 * vectors, 1e-5
         ),
     }
-    for rows in (1, kernels.FEW_ROWS):
+    for rows in (1, ops.FEW_ROWS):
         y, h = (torch.randn(rows, columns, device=device).to(dtype) for columns in (m, rank))
         moved = 2 * y.nbytes + h.nbytes + U.nbytes + vectors + bias.nbytes
         found[f"add_low_rank_{rows}"] = Operation(add_low_rank, (y, h), moved, 2 * torch.finfo(dtype).eps)
@@ -80,7 +79,7 @@ def measure(operation: Operation, rounds: int) -> dict[str, Any]:
         return operation.run(*inputs)
 
     def fused(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with kernels.fused():
+        with ops.fused():
             return operation.run(*inputs)
 
     pairs = zip(*(run(*(t.clone() for t in operation.inputs)) for run in (fused, plain)), strict=True)

@@ -28,10 +28,9 @@ from methods import LORA_RANK, MINIATURE, layer_shapes, shape_config
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qosora.base import quantize
 from qosora.config import OsoraConfig, QosoraConfig
-from qosora.convert import quantize
-from qosora.memory.profile import fill_at_random
-from qosora.memory.traced import StepOptions, meta_model
+from qosora.memory import StepOptions, fill_at_random, meta_model
 
 QUESTION = "How long, and in how much memory, does a base load for training?"
 #: Way of loading, and the folder that it loads.

@@ -19,11 +19,8 @@ from common import Record, arguments
 from methods import LORA_RANK, MINIATURE, OPTIMIZER, Training, release, shape_config
 
 from qosora.config import QosoraConfig
-from qosora.memory.devices import the_card
-from qosora.memory.plan import LASTING, plan, usage_of
-from qosora.memory.shapes import model_config
-from qosora.memory.step import Batch
-from qosora.memory.traced import StepOptions, TracedModel
+from qosora.memory import LASTING, Batch, StepOptions, TracedModel, model_config, the_card, usage_of
+from qosora.memory.plan import plan
 
 QUESTION = "How much memory does a training step take at its peak, against PEFT QLoRA, and is it what was planned?"
 

@@ -20,15 +20,21 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from qosora.config import OsoraConfig, QosoraConfig
-from qosora.factorize import Factors
-from qosora.linear import QosoraLinear
-from qosora.memory.profile import fill_at_random, measure, offloading, random_model
-from qosora.memory.shapes import model_config
-from qosora.memory.step import Batch, decoder_layers, prepare_model, training_step
-from qosora.memory.traced import StepOptions, meta_model
-from qosora.nf4 import quantize
-from qosora.optim import create_optimizer
-from qosora.training import compile_layers
+from qosora.decompose import Factors, quantize
+from qosora.layers import QosoraLinear, compile_layers, decoder_layers
+from qosora.memory import (
+    Batch,
+    StepOptions,
+    fill_at_random,
+    measure,
+    meta_model,
+    model_config,
+    offloading,
+    prepare_model,
+    random_model,
+    training_step,
+)
+from qosora.training import create_optimizer
 
 LORA_RANK = 16
 VERA_RANK = 256

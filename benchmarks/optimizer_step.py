@@ -22,8 +22,8 @@ from common import Record, arguments, in_turns
 from methods import LORA_RANK, MINIATURE, shape_config
 
 from qosora.config import QosoraConfig
-from qosora.memory.traced import StepOptions, TracedModel
-from qosora.optim import PackedPagedOptimizer
+from qosora.memory import StepOptions, TracedModel
+from qosora.training import PackedPagedOptimizer
 
 QUESTION = "How long does an optimizer's step take, packed against tensor by tensor?"
 AGAINST = "bitsandbytes-32bit"

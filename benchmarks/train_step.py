@@ -19,8 +19,7 @@ import torch
 from common import Record, arguments, in_turns
 from methods import LORA_RANK, MINIATURE, OPTIMIZER, Training, release, shape_config
 
-from qosora.memory.step import Batch
-from qosora.memory.traced import StepOptions
+from qosora.memory import Batch, StepOptions
 
 QUESTION = "How long does a training step take, and how much memory, against PEFT QLoRA?"
 COMPILED = "qosora-compiled"

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qosora import export_lora, export_merged
-from qosora.models import split_source
+from qosora.checkpoints import split_source
 
 
 def main() -> None:

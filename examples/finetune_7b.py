@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from qosora import OsoraConfig, QosoraConfig
-from qosora.convert import quantize
-from qosora.optim import trainer_optimizer
+from qosora.base import quantize
+from qosora.training import trainer_optimizer
 
 
 def main() -> None:

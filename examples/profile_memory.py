@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import qosora
-from qosora.memory.plan import events
+from qosora.memory import events
 from qosora.memory.report import report
 
 

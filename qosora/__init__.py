@@ -1,77 +1,88 @@
 """Quantized OSoRA: fine-tune large language models with frozen 4-bit SVD factors and two float32 vectors per layer.
 
-`import qosora` costs nothing: names load what they need on first use (PEP 562). It tells transformers and PEFT of the
-"qosora" quantization and the "OSORA" adapter, whether they are imported before it or after.
+`import qosora` costs nothing: names load what they need on first use. It tells transformers and PEFT of the "qosora"
+quantization and the "OSORA" adapter, whether they are imported before it or after. The packages, in the order in which
+a model goes through them:
+
+| package | what happens there |
+|---|---|
+| `checkpoints` | files come and go: read lazily, written as they come |
+| `decompose` | a weight becomes 4-bit factors and a 4-bit residual |
+| `layers` | what computes with them: the layer, its product and gradients, mixtures of experts, tiles |
+| `base` | a model of such layers: made, stored, loaded |
+| `adapter` | PEFT's side: two trainable vectors for each layer |
+| `data` | rows become tokens, tokens batches |
+| `training` | a base, data and a configuration become an adapter |
+| `inference` | text from it, and how good that is |
+| `memory` | what a step takes: predicted, measured, drawn |
+| `export` | merged weights or a LoRA, for programs that know nothing of qosora |
+| `cli` | the command line |
+
+Below all of them: `errors`, `config` (the two configurations that a user names), `compat` (undocumented names of other
+packages, all of them), `register` (entries in other packages' tables).
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qosora import _plugin
+from qosora import register
+from qosora._lazy import door
 
 if TYPE_CHECKING:
     from qosora.adapter import OsoraLayer as OsoraLayer
     from qosora.adapter import OsoraModel as OsoraModel
+    from qosora.base.convert import quantize as quantize
+    from qosora.base.describe import describe as describe
+    from qosora.base.load import load_base as load_base
+    from qosora.base.load import load_model as load_model
+    from qosora.base.load import load_tokenizer as load_tokenizer
     from qosora.config import OsoraConfig as OsoraConfig
     from qosora.config import QosoraConfig as QosoraConfig
-    from qosora.convert import quantize as quantize
     from qosora.errors import QosoraError as QosoraError
-    from qosora.evaluation import evaluate as evaluate
-    from qosora.export import export_lora as export_lora
-    from qosora.export import export_merged as export_merged
-    from qosora.generation import generate as generate
-    from qosora.linear import QosoraLinear as QosoraLinear
+    from qosora.export.lora import export_lora as export_lora
+    from qosora.export.merged import export_merged as export_merged
+    from qosora.inference.evaluation import evaluate as evaluate
+    from qosora.inference.generation import generate as generate
+    from qosora.layers.linear import QosoraLinear as QosoraLinear
+    from qosora.layers.ops import fused as fused
+    from qosora.layers.tiling import apply_tiling as apply_tiling
     from qosora.memory.plan import plan as plan
     from qosora.memory.profile import profile as profile
-    from qosora.models import load_base as load_base
-    from qosora.models import load_model as load_model
-    from qosora.models import load_tokenizer as load_tokenizer
-    from qosora.optim import PackedPagedOptimizer as PackedPagedOptimizer
-    from qosora.run_config import TrainConfig as TrainConfig
-    from qosora.tiling import apply_tiling as apply_tiling
-    from qosora.training import train as train
+    from qosora.training.config import TrainConfig as TrainConfig
+    from qosora.training.optimizer import PackedPagedOptimizer as PackedPagedOptimizer
+    from qosora.training.optimizer import create_optimizer as create_optimizer
+    from qosora.training.optimizer import trainer_optimizer as trainer_optimizer
+    from qosora.training.run import train as train
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "OsoraConfig": "config",
-    "OsoraLayer": "adapter",
-    "OsoraModel": "adapter",
-    "PackedPagedOptimizer": "optim",
-    "QosoraConfig": "config",
-    "QosoraError": "errors",
-    "QosoraLinear": "linear",
-    "TrainConfig": "run_config",
-    "apply_tiling": "tiling",
-    "evaluate": "evaluation",
-    "export_lora": "export",
-    "export_merged": "export",
-    "generate": "generation",
-    "load_base": "models",
-    "load_model": "models",
-    "load_tokenizer": "models",
-    "plan": "memory.plan",
-    "profile": "memory.profile",
-    "quantize": "convert",
-    "train": "training",
+_MODULES = {
+    "adapter": ["OsoraLayer", "OsoraModel"],
+    "base.convert": ["quantize"],
+    "base.describe": ["describe"],
+    "base.load": ["load_base", "load_model", "load_tokenizer"],
+    "config": ["OsoraConfig", "QosoraConfig"],
+    "errors": ["QosoraError"],
+    "export.lora": ["export_lora"],
+    "export.merged": ["export_merged"],
+    "inference.evaluation": ["evaluate"],
+    "inference.generation": ["generate"],
+    "layers.linear": ["QosoraLinear"],
+    "layers.ops": ["fused"],
+    "layers.tiling": ["apply_tiling"],
+    "memory.plan": ["plan"],
+    "memory.profile": ["profile"],
+    "training.config": ["TrainConfig"],
+    "training.optimizer": ["PackedPagedOptimizer", "create_optimizer", "trainer_optimizer"],
+    "training.run": ["train"],
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", *(name for names in _MODULES.values() for name in names)]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'qosora' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"qosora.{_EXPORTS[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
-
+__getattr__, __dir__ = door(__name__, _MODULES)
 
 # On a CPU with AVX512-BF16, importing bitsandbytes warns that an optional package is missing, one we would not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-_plugin.install()
+register.install()

@@ -4,7 +4,7 @@ An adapter is two float32 vectors per layer, starting as copies of the base's (Ï
 while it is active, so one adapter is active at a time; merging writes it into the base's pair, exactly, and the base
 stays in 4 bits. The adapter records the fingerprint of the base that it was trained on and refuses any other.
 
-PEFT closes its enum of methods to outsiders; `config.OSORA` stands in, and the tables below are filled by hand.
+PEFT closes its enum of methods to outsiders; `config.OSORA` stands in, and `register` fills PEFT's tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -27,10 +26,11 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
-from qosora.checkpoint import base_fingerprint
-from qosora.config import OSORA, OsoraConfig
+from qosora import register
+from qosora.checkpoints import base_fingerprint
+from qosora.config import OsoraConfig
 from qosora.errors import CheckpointError, ConfigError, FingerprintError
-from qosora.linear import QosoraLinear, float32_kept, qosora_modules
+from qosora.layers import QosoraLinear, float32_kept, qosora_modules
 
 __all__ = ["OsoraLayer", "OsoraModel", "model_fingerprint"]
 
@@ -292,5 +292,4 @@ def _unmerged_parameters(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     return layers
 
 
-PEFT_TYPE_TO_TUNER_MAPPING[OSORA] = OsoraModel
-PEFT_TYPE_TO_PREFIX_MAPPING[OSORA] = OsoraModel.prefix
+register.loaded(__name__)

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qosora import register
+from qosora.decompose import BLOCKSIZES, QUANT_TYPES
 from qosora.errors import ConfigError
-from qosora.nf4 import BLOCKSIZES, QUANT_TYPES
 
 __all__ = ["OSORA", "OsoraConfig", "QosoraConfig"]
 
@@ -246,5 +245,4 @@ class OsoraConfig(PeftConfig):
         return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()} | {"peft_type": str(OSORA)}
 
 
-AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = QosoraConfig
-PEFT_TYPE_TO_CONFIG_MAPPING[OSORA] = OsoraConfig
+register.loaded(__name__)

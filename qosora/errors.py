@@ -12,9 +12,10 @@ The command line prints the message alone and exits with 1 (`ConfigError`: 2); a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "FingerprintError", "QosoraError"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "FingerprintError", "QosoraError", "first_line", "near_miss"]
 
 
 class QosoraError(Exception):
@@ -44,3 +45,14 @@ class CheckpointError(QosoraError, ValueError):
 
 class FingerprintError(QosoraError, ValueError):
     """An adapter and a base that do not belong together."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what another library's error says first, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" for a name that is not among the known ones, or nothing if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

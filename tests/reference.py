@@ -1,7 +1,7 @@
 """Float64 references, written as loops from the definitions. They share no code with qosora or bitsandbytes.
 
 Tensors come in, numpy float64 arrays go out. A stored 4-bit tensor is any object with the attributes of
-`qosora.nf4.FourBitTensor`; only its bytes and its numbers are used.
+`qosora.decompose.nf4.FourBitTensor`; only its bytes and its numbers are used.
 """
 
 from __future__ import annotations

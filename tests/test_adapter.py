@@ -40,10 +40,10 @@ from transformers import (
 )
 
 from qosora.adapter import OsoraLayer, model_fingerprint
+from qosora.base.structure import replace_linears
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, FingerprintError
-from qosora.linear import QosoraLinear, qosora_modules
-from qosora.quantizer import replace_linears
+from qosora.layers.linear import QosoraLinear, qosora_modules
 
 
 @pytest.fixture(scope="module")

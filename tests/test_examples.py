@@ -11,8 +11,9 @@ from tiny_checkpoints import perturbed
 from tiny_models import make_llama
 
 from qosora import QosoraConfig, quantize
+from qosora.base.load import load_base
+from qosora.checkpoints.stored_config import adapter_config
 from qosora.demo import assets
-from qosora.models import adapter_config, load_base
 
 ROOT = Path(__file__).parent.parent
 

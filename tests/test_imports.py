@@ -1,10 +1,13 @@
-"""Imports go down the levels of the table below only, and importing qosora costs nothing."""
+"""Imports go down the levels of the table below, packages have one door each, and importing qosora costs nothing."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,49 +16,49 @@ import qosora
 
 PACKAGE = Path(qosora.__file__).parent
 
-#: Modules and subpackages from the bottom up: each imports only from levels before its own, a subpackage also from
-#: itself. `config` takes the names of the storage formats from `nf4`; `linear` reads what `factorize` makes.
+#: Modules and packages from the bottom up: each imports only from levels before its own; docs/architecture.md draws it.
+#: `checkpoints` lies above `config`, and that above `decompose`, as what is stored says in which of its formats.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("_plugin", "errors", "parallel"),
-    ("folders", "svd", "nf4", "pack", "experts", "run_config"),
-    ("plain", "triton_kernels"),
-    ("checkpoint",),
-    ("config", "factorize", "kernels", "partial", "tiling"),
-    ("product",),
-    ("linear",),
-    ("quantizer", "adapter", "optim", "data", "streaming"),
-    ("models", "run_folder", "sft_options", "tokens", "generation"),
-    ("sources",),
-    ("convert", "export", "evaluation", "prepare", "memory"),
-    ("trainer", "describe"),
-    ("training",),
+    ("_lazy", "errors", "register"),
+    ("compat",),
+    ("decompose",),
+    ("config",),
+    ("checkpoints", "layers"),
+    ("base", "adapter"),
+    ("data",),
+    ("inference",),
+    ("training", "export"),
+    ("memory",),
     ("demo",),
     ("cli",),
     ("__main__",),
 )
 LEVELS = {part: level for level, parts in enumerate(ORDER) for part in parts}
+PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+#: Packages whose names other packages import from the package itself.
+DOORS = [name for name in PACKAGES if name not in ("cli", "demo")]
 
 
 def part_of(path: Path) -> str:
-    """The top-level module or subpackage of a file."""
+    """The top-level module or package of a file."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_parts(path: Path) -> set[tuple[str, int]]:
-    """Top-level parts of qosora that a file imports, at any depth of its code, with line numbers."""
-    package = ("qosora", *path.relative_to(PACKAGE).parts[:-1])
-    found = set()
+def imports(path: Path) -> Iterator[tuple[str, str | None, int]]:
+    """What a file imports of qosora, at any depth of its code: module, name in it, line."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found: list[tuple[str, str | None]] = [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            names = [f"qosora.{alias.name}" for alias in node.names] if module == "qosora" else [module]
+            assert not node.level, f"{path}:{node.lineno}: a relative import; name the module"
+            found = [(node.module or "", alias.name) for alias in node.names]
         else:
             continue
-        found |= {(name.split(".")[1], node.lineno) for name in names if name.startswith("qosora.")}
-    return found
+        for module, name in found:
+            if module == "qosora" and name is not None and (PACKAGE / name).with_suffix(".py").exists():
+                module, name = f"qosora.{name}", None
+            if module.split(".")[0] == "qosora":
+                yield module, name, node.lineno
 
 
 def sources() -> list[Path]:
@@ -63,16 +66,21 @@ def sources() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
+def short(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
 def test_every_module_has_a_level():
     missing = {part_of(path) for path in sources()} - set(LEVELS)
-    assert not missing, f"add to ORDER, and to the table of the design: {sorted(missing)}"
+    assert not missing, f"add to ORDER, and to docs/architecture.md: {sorted(missing)}"
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", sources(), ids=short)
 def test_imports_go_down(path: Path):
     part = part_of(path)
-    for other, line in imported_parts(path):
-        if other == "__version__" or other == part:
+    for module, name, line in imports(path):
+        other = (module.split(".")[1:] or [name or "__version__"])[0]  # `import qosora` is for its version, too
+        if other in ("__version__", part):
             continue
         assert other in LEVELS, (
             f"{path}:{line} imports {other!r} from qosora: import it from the module that defines it"
@@ -80,20 +88,79 @@ def test_imports_go_down(path: Path):
         assert LEVELS[other] < LEVELS[part], f"{path}:{line} imports {other}, which is not below {part}"
 
 
-def test_the_walk_sees_all_forms_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
-    file = tmp_path / "cli" / "main.py"
-    file.parent.mkdir()
+@pytest.mark.parametrize("package", DOORS)
+def test_a_package_lists_its_modules_from_the_bottom_up(package: str):
+    """The table in its docstring: all modules, each importing only those above it in the table."""
+    folder = PACKAGE / package
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    listed = re.findall(r"^\| `(\w+)` \|", docstring, re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    for position, name in enumerate(listed):
+        for module, _, line in imports(folder / f"{name}.py"):
+            inside = module.split(".")[2:] if module.startswith(f"qosora.{package}.") else []
+            assert not inside or inside[0] in listed[:position], f"{package}/{name}.py:{line} imports {inside[0]}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=short)
+def test_other_packages_are_entered_by_the_door(path: Path):
+    """A function that is called as its module is imported from that: of two equal names, a package can have one."""
+    for module, name, line in imports(path):
+        parts = module.split(".")
+        if len(parts) == 3 and parts[1] in DOORS and parts[1] != part_of(path):
+            assert name == parts[2] and name is not None, f"{path}:{line}: import {name} from qosora.{parts[1]}"  # noqa: PT018
+
+
+@pytest.mark.parametrize("package", ["", *DOORS])
+def test_doors_say_what_they_open(package: str):
+    """What type checkers are told a package has is what it has, and no name is also a module's."""
+    folder, name = (PACKAGE / package, f"qosora.{package}") if package else (PACKAGE, "qosora")
+    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    declared = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        declared |= {alias.name: node.module for alias in node.names}
+    door = importlib.import_module(name)
+    assert set(declared) <= set(dir(door))
+    for exported, module in declared.items():
+        assert getattr(door, exported) is getattr(importlib.import_module(str(module)), exported)
+    if package:
+        assert not set(declared) & {path.stem for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_every_module_has_its_tests(package: str):
+    tests = Path(__file__).parent / package
+    names = {path.stem for path in (PACKAGE / package).glob("*.py")} - {"__init__"}
+    missing = sorted(name for name in names if not (tests / f"test_{name}.py").exists())
+    assert not missing, f"no tests/{package}/test_*.py for {missing}"
+
+
+@pytest.mark.parametrize(
+    "code", ["import qosora", "import qosora.cli", "import qosora.training; qosora.training.TrainConfig"]
+)
+def test_importing_costs_nothing(code: str):
+    code += "; import sys; print(sorted({'torch', 'transformers', 'peft', 'bitsandbytes', 'numpy'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+def test_every_public_name_exists():
+    for name in qosora.__all__:
+        assert getattr(qosora, name) is not None
+    assert set(qosora.__all__) <= set(dir(qosora))
+
+
+def test_the_walk_sees_all_forms_of_import(tmp_path: Path):
+    file = tmp_path / "main.py"
     file.write_text(
-        "import qosora.svd\nfrom qosora import nf4, linear\nfrom qosora.memory.plan import plan\n"
-        "from .. import train\nfrom ..export import export\nfrom . import parser\nimport torch\n"
-        "def late():\n    from qosora.demo import run\n"
+        "import qosora.decompose.svd\nfrom qosora import config, train\nfrom qosora.memory.plan import plan\n"
+        "import torch, qosora.errors\ndef late():\n    from qosora.demo import run\n"
     )
-    found = {name for name, _ in imported_parts(file)}
-    assert found == {"svd", "nf4", "linear", "memory", "train", "export", "cli", "demo"}
-
-
-@pytest.mark.parametrize("module", ["torch", "transformers", "peft", "bitsandbytes", "trl", "datasets"])
-def test_importing_qosora_imports_nothing_heavy(module: str):
-    code = f"import qosora, sys; sys.exit({module!r} in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
+    assert [(module, name) for module, name, _ in imports(file)] == [
+        ("qosora.decompose.svd", None), ("qosora.config", None), ("qosora", "train"), ("qosora.memory.plan", "plan"),
+        ("qosora.errors", None), ("qosora.demo", "run"),
+    ]  # fmt: skip
+    file.write_text("from .. import train\n")
+    with pytest.raises(AssertionError, match="relative import"):
+        list(imports(file))

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from qosora.config import QosoraConfig
-from qosora.linear import qosora_modules
+from qosora.layers.linear import qosora_modules
 
 VOCAB = 96
 _IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from qosora import OsoraConfig, QosoraConfig
-from qosora.convert import quantize
+from qosora.base.convert import quantize
 
 VOCABULARY = 96
 #: Sizes that no block of 64 divides.

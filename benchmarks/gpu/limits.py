@@ -27,10 +27,7 @@ from common import Record, arguments
 from methods import MINIATURE, OPTIMIZER, Training, release, shape_config
 
 from qosora.config import QosoraConfig
-from qosora.memory.devices import Card
-from qosora.memory.plan import usage_of
-from qosora.memory.step import Batch
-from qosora.memory.traced import StepOptions, TracedModel
+from qosora.memory import Batch, Card, StepOptions, TracedModel, usage_of
 
 QUESTION = "What trains in a process that may take only so much GPU memory?"
 GIB = 2**30

@@ -58,7 +58,7 @@ TRAINING = "--shapes llama-2-7b llama-3.1-8b --tokens 2048 --batch-sizes 1 4 --c
 #: The most important first.
 PARTS = {
     # Compiling the kernels' variants takes minutes: their tests come later, in a part of their own.
-    "tests": Part("", "--deselect=tests/test_kernels.py", "tests/test_nf4.py", 150, tests),
+    "tests": Part("", "--deselect=tests/layers/test_ops.py", "tests/decompose/test_nf4.py", 150, tests),
     "memory": Part(
         "benchmarks/memory.py",
         "--shapes llama-2-7b llama-3.1-8b --tokens 2048 8192 --checkpointing on --steps 2",
@@ -84,7 +84,7 @@ PARTS = {
         layer,
     ),
     "kernels": Part("benchmarks/kernels.py", "", "", 60, kernels),
-    "kernel-tests": Part("", "tests/test_kernels.py", "tests/test_nf4.py", 120, tests),
+    "kernel-tests": Part("", "tests/layers/test_ops.py", "tests/decompose/test_nf4.py", 120, tests),
     "optimizer": Part("benchmarks/optimizer_step.py", "", "", 45, optimizer),
     "generate": Part("benchmarks/generate.py", "--rounds 3 --new-tokens 16", "", 60, generate),
     "convert": Part(
@@ -122,7 +122,7 @@ def command_of(part: Part, miniature: bool, scratch: str, output: Path) -> list[
         # Other versions of libraries may warn of what ours do not: here that is no failure
         files = [option for option in options if not option.startswith("-")] or sorted(
             str(file.relative_to(ROOT))
-            for file in ROOT.glob("tests/test_*.py")
+            for file in ROOT.glob("tests/**/test_*.py")
             if "mark.gpu" in file.read_text("utf-8")
         )
         flags = [option for option in options if option.startswith("-")]

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qosora.data import Columns
-    from qosora.evaluation import evaluate
+    from qosora.inference import evaluate
 
     columns = Columns(args.prompt_column, args.completion_column, args.messages_column, args.text_column)
     result = evaluate(

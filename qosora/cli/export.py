@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _source(args: argparse.Namespace) -> tuple[str, dict[str, float]]:
     """Return the base, and the adapters with their weights."""
-    from qosora.models import split_source
+    from qosora.checkpoints import split_source
 
     base, adapter = split_source(args.model, args.base)
     if adapter is None:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     if not any(prompts):
         raise ConfigError("no prompt: give --prompt, --prompt-file, or text on standard input")
 
-    from qosora.generation import generate
+    from qosora.inference import generate
 
     answers = generate(
         *load(args),

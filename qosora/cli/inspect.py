@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from qosora.describe import describe
+    from qosora.base.describe import describe
 
     found = describe(args.folder)
     if args.json:

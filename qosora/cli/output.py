@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qosora.streaming import Progress
+    from qosora.checkpoints import Progress
 
 __all__ = [
     "add_json",
@@ -81,7 +81,8 @@ def at_least_one(text: str) -> int:
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
     """Return the model and the tokenizer that the arguments of `add_model` name."""
-    from qosora.models import load_model, load_tokenizer, split_source
+    from qosora.base import load_model, load_tokenizer
+    from qosora.checkpoints import split_source
 
     base, adapter = split_source(args.model, args.base)
     model = load_model(args.model, base=args.base, dtype=args.dtype, trust_remote_code=args.trust_remote_code)

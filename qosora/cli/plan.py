@@ -6,10 +6,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from qosora.cli.output import add_json, at_least_one, print_json, size, table
-from qosora.run_config import OPTIMIZERS, TrainConfig
+from qosora.training import OPTIMIZER_NAMES, TrainConfig
 
 if TYPE_CHECKING:
-    from qosora.memory.plan import Plan, Usage
+    from qosora.memory import Plan, Usage
 
 NAME = "plan"
 HELP = "predict the memory of fine-tuning a model, without its weights and without a GPU"
@@ -70,7 +70,9 @@ def add_step(parser: argparse.ArgumentParser, precision: str | None = "bf16") ->
         choices=("sdpa", "eager"),
         help="flash_attention_2 needs as much as sdpa",
     )
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0], help=f"[{OPTIMIZERS[0]}]")
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZER_NAMES, default=OPTIMIZER_NAMES[0], help=f"[{OPTIMIZER_NAMES[0]}]"
+    )
     help = f"of activations [{precision or 'bf16 on a GPU, fp32 on a CPU'}]"
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default=precision, help=help)
 
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         print("\n".join(_lines(found)))
     if args.report:
-        from qosora.memory.plan import events
+        from qosora.memory import events
         from qosora.memory.report import report
 
         report(found, events(args.model, found, trust_remote_code=args.trust_remote_code), args.report)

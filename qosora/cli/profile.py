@@ -9,7 +9,7 @@ from qosora.cli.output import add_json, at_least_one, print_json, size, table
 from qosora.cli.plan import add_report, add_step, step_options, where
 
 if TYPE_CHECKING:
-    from qosora.memory.profile import Measurement
+    from qosora.memory import Measurement
 
 NAME = "profile"
 HELP = "run training steps and measure their memory, beside what `plan` predicts"

@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     import torch
 
+    from qosora.base import quantize
+    from qosora.checkpoints import Processes, Progress
     from qosora.config import QosoraConfig
-    from qosora.convert import quantize
-    from qosora.streaming import Processes, Progress
 
     config = QosoraConfig(
         rank=args.rank,

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from qosora.cli.output import add_json, print_json
-from qosora.run_config import TrainConfig
+from qosora.training import TrainConfig
 
 NAME = "train"
 HELP = "fine-tune the vectors of a base on your data"

@@ -18,15 +18,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from qosora.base import ConversionReport, load_model, load_tokenizer, quantize
+from qosora.base.describe import describe
 from qosora.config import QosoraConfig
-from qosora.convert import ConversionReport, quantize
 from qosora.data import load_records
-from qosora.describe import describe
-from qosora.evaluation import EvalResult, evaluate
 from qosora.export import export_merged
-from qosora.models import load_model, load_tokenizer
-from qosora.run_config import TrainConfig
-from qosora.training import train
+from qosora.inference import EvalResult, evaluate
+from qosora.training import TrainConfig, train
 
 __all__ = ["DemoResult", "assets", "run_demo"]
 

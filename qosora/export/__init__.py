@@ -2,16 +2,31 @@
 
 | module | one line |
 |---|---|
-| `adapters.py` | adapters as files, checked against their base, and combined |
-| `source.py` | a base and adapters as files, read tensor by tensor |
-| `original.py` | the model that a base was made of, checked to be that |
-| `merged.py` | a checkpoint of merged weights, onto dequantized or original ones |
-| `lora.py` | a PEFT LoRA of the original model |
-| `verify.py` | compares an export's logits with the adapted model's |
-| `outsider.py` | the program without qosora that loads the export for that |
+| `adapters` | adapters as files, checked against their base, and combined |
+| `stored` | a base and adapters as files, read tensor by tensor |
+| `original` | the model that a base was made of, checked to be that |
+| `outsider` | the program without qosora that loads the export for that |
+| `verify` | compares an export's logits with the adapted model's |
+| `merged` | a checkpoint of merged weights, onto dequantized or original ones |
+| `lora` | a PEFT LoRA of the original model |
 """
 
-from qosora.export.lora import LoraReport, export_lora
-from qosora.export.merged import ExportReport, export_merged
+from __future__ import annotations
 
-__all__ = ["ExportReport", "LoraReport", "export_lora", "export_merged"]
+from typing import TYPE_CHECKING
+
+from qosora._lazy import door
+
+if TYPE_CHECKING:
+    from qosora.export.lora import LoraReport as LoraReport
+    from qosora.export.lora import export_lora as export_lora
+    from qosora.export.merged import ExportReport as ExportReport
+    from qosora.export.merged import export_merged as export_merged
+
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "merged": ["ExportReport", "export_merged"],
+        "lora": ["LoraReport", "export_lora"],
+    },
+)

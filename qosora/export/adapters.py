@@ -11,12 +11,10 @@ from pathlib import Path
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from qosora.checkpoint import ADAPTER_STEM, CheckpointReader, TensorSpec
+from qosora.base import PlainModel
+from qosora.checkpoints import ADAPTER_CONFIG, ADAPTER_STEM, CheckpointReader, StoredSpec, adapter_config, local_folder
 from qosora.config import OsoraConfig
 from qosora.errors import CheckpointError, ConfigError, FingerprintError
-from qosora.folders import local_folder
-from qosora.models import ADAPTER_CONFIG, adapter_config
-from qosora.plain import PlainModel
 
 __all__ = ["Adapter", "AdapterChoice", "Vectors", "combined", "read_adapter", "weighted"]
 
@@ -44,7 +42,7 @@ class Adapter:
     folder: Path
     config: OsoraConfig
     vectors: dict[str, dict[str, torch.Tensor]]
-    full: dict[str, tuple[TensorSpec, Callable[[], torch.Tensor]]]
+    full: dict[str, tuple[StoredSpec, Callable[[], torch.Tensor]]]
     files: tuple[Path, ...]
 
 
@@ -93,7 +91,7 @@ def read_adapter(
         )
     reader = stack.enter_context(CheckpointReader(folder, ADAPTER_STEM))
     vectors: dict[str, dict[str, torch.Tensor]] = {}
-    full: dict[str, tuple[TensorSpec, Callable[[], torch.Tensor]]] = {}
+    full: dict[str, tuple[StoredSpec, Callable[[], torch.Tensor]]] = {}
     for key in reader.names():
         name = key.removeprefix(_PEFT_PREFIX)
         module, found, kind = name.rpartition(".osora_")
@@ -102,7 +100,7 @@ def read_adapter(
                 raise CheckpointError(f"{folder}: {key} adapts no decomposed layer of {base}")
             vectors.setdefault(module, {})[kind] = _vector(reader, key, sizes[module][kind == "o"])
         elif plain.shapes.get(name) == reader.shape(key):
-            full[name] = TensorSpec(reader.dtype(key), reader.shape(key)), _reading(reader, key)
+            full[name] = StoredSpec(reader.dtype(key), reader.shape(key)), _reading(reader, key)
         elif name in plain.shapes:
             raise CheckpointError(
                 f"{folder}: {key} has shape {reader.shape(key)}, but config.json makes it {plain.shapes[name]}; they "

@@ -28,17 +28,24 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 from qosora import __version__
-from qosora.checkpoint import ADAPTER_STEM, TensorSpec
+from qosora.base import natural_order
+from qosora.checkpoints import (
+    ADAPTER_STEM,
+    Progress,
+    StoredSpec,
+    Unit,
+    copy_files,
+    local_folder,
+    refuse_input_as_output,
+    stream,
+)
 from qosora.errors import CheckpointError, ConfigError
-from qosora.experts import LinearExperts
 from qosora.export.adapters import Adapter, AdapterChoice, weighted
 from qosora.export.merged import checked_dtype
 from qosora.export.original import open_original, original_of
-from qosora.export.source import Layer, Source
+from qosora.export.stored import Layer, Source
 from qosora.export.verify import Reference, Verification, verify_export
-from qosora.folders import copy_files, local_folder, refuse_input_as_output
-from qosora.plain import natural_order
-from qosora.streaming import Progress, Unit, stream
+from qosora.layers import LinearExperts
 
 __all__ = ["LoraReport", "export_lora", "reduced"]
 
@@ -224,8 +231,8 @@ def _unit(source: Source, layer: Layer, target: int | None, rank: int, dtype: to
     """Return the two matrices of a layer, reduced to rank `target` and filled up with zeros to `rank`."""
     prefix = f"{_PREFIX}{layer.disk if _is_expert(source, layer) else layer.module}.lora_"
     specs = {
-        f"{prefix}A.weight": TensorSpec(dtype, (rank, layer.in_features)),
-        f"{prefix}B.weight": TensorSpec(dtype, (layer.out_features, rank)),
+        f"{prefix}A.weight": StoredSpec(dtype, (rank, layer.in_features)),
+        f"{prefix}B.weight": StoredSpec(dtype, (layer.out_features, rank)),
     }
 
     def make(directions: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -250,7 +257,7 @@ def _in_full(adapter: Adapter, dtype: torch.dtype) -> Iterator[Unit]:
     """Return the tensors that were trained in full, which a LoRA brings as they are."""
     for name, (spec, read) in adapter.full.items():
         key = _PREFIX + name
-        cast = TensorSpec(dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape)
+        cast = StoredSpec(dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape)
 
         def make(tensor: torch.Tensor, key: str = key) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             return {key: tensor}, {}

@@ -23,16 +23,23 @@ from typing import Any
 import torch
 
 from qosora import __version__
-from qosora.checkpoint import TensorSpec
+from qosora.base import PlainModel, natural_order
+from qosora.checkpoints import (
+    Progress,
+    StoredSpec,
+    Unit,
+    copy_files,
+    local_folder,
+    refuse_input_as_output,
+    stream,
+    write_json,
+)
 from qosora.config import COMPUTE_DTYPES
 from qosora.errors import CheckpointError, ConfigError
 from qosora.export.adapters import AdapterChoice, weighted
 from qosora.export.original import Original, open_original
-from qosora.export.source import Layer, Source, Stored
+from qosora.export.stored import Layer, Source, Stored
 from qosora.export.verify import Reference, Verification, verify_export
-from qosora.folders import copy_files, local_folder, refuse_input_as_output, write_json
-from qosora.plain import PlainModel, natural_order
-from qosora.streaming import Progress, Unit, stream
 
 __all__ = ["ONTO", "ExportReport", "checked_dtype", "export_merged"]
 
@@ -228,7 +235,7 @@ def _copied(disk: str, stored: Stored, original: Original | None, dtype: torch.d
         return original.tensor(stored)
 
     files = stored.files if original is None else (original.file(stored.name),)
-    spec = TensorSpec(dtype, stored.shape)
+    spec = StoredSpec(dtype, stored.shape)
     return Unit(disk, {disk: spec}, spec.nbytes, files, stored.read if original is None else from_original, make)
 
 
@@ -256,7 +263,7 @@ def _merged(source: Source, original: Original | None, layer: Layer, dtype: torc
 
     if original is not None:
         files = (*files, original.file(f"{layer.module}.weight"))
-    spec = TensorSpec(dtype, shape[::-1] if layer.transposed else shape)
+    spec = StoredSpec(dtype, shape[::-1] if layer.transposed else shape)
     cost = 4.0 * math.prod(shape)  # a copied tensor costs its bytes; this one is made in float32
     return Unit(name, {name: spec}, cost, files, read, dequantized if original is None else onto_original)
 

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import torch
 
+from qosora.checkpoints import MANIFEST_NAME, SourceCheckpoint, open_source, read_json
+from qosora.decompose import Factors, reconstruct
 from qosora.errors import CheckpointError, ConfigError
-from qosora.export.source import Layer, Source, Stored
-from qosora.factorize import Factors, reconstruct
-from qosora.folders import read_json
-from qosora.partial import MANIFEST_NAME
-from qosora.sources import SourceCheckpoint, open_source
+from qosora.export.stored import Layer, Source, Stored
 
 __all__ = ["Original", "open_original", "original_of"]
 

@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qosora.adapter import OsoraLayer
+from qosora.base import load_base, load_tokenizer
+from qosora.checkpoints import has_tokenizer
 from qosora.errors import CheckpointError
 from qosora.export import outsider
 from qosora.export.original import Original
-from qosora.export.source import Layer, Source
-from qosora.folders import has_tokenizer
-from qosora.linear import QosoraLinear
-from qosora.models import load_base, load_tokenizer
+from qosora.export.stored import Layer, Source
+from qosora.layers import QosoraLinear
 
 __all__ = ["Reference", "Verification", "verify_export"]
 

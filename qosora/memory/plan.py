@@ -22,12 +22,12 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from qosora.config import QUANT_METHOD, QosoraConfig
 from qosora.errors import ConfigError
-from qosora.memory.devices import ASSUMPTIONS, CONTEXT, OF_EXPERTS, OF_FP16, OVERHEAD, Card, the_card
+from qosora.layers import TILE_LENGTH
+from qosora.memory.cards import ASSUMPTIONS, CONTEXT, OF_EXPERTS, OF_FP16, OVERHEAD, Card, the_card
+from qosora.memory.predict import Prediction, StepOptions, TracedModel, has_experts
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch
-from qosora.memory.traced import Prediction, StepOptions, TracedModel, has_experts
 from qosora.memory.tracer import CATEGORIES, PHASES, Event, Site
-from qosora.tiling import TILE_LENGTH
 
 __all__ = ["OUTSIDE", "Advice", "Cell", "Plan", "Usage", "events", "plan", "shape_problems", "storage_of", "usage_of"]
 

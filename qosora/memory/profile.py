@@ -21,22 +21,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from trl.models import get_act_offloading_ctx_manager
 
+from qosora.base import load_base, load_tokenizer
 from qosora.config import OsoraConfig, QosoraConfig
-from qosora.data import Columns, Records, load_records
+from qosora.data import IGNORED, Columns, Records, load_records, tokenize
 from qosora.errors import ConfigError, DataError
-from qosora.memory.devices import the_card
-from qosora.memory.meta import CPU_WORKSPACES, CUDA_WORKSPACES
+from qosora.layers import decoder_layers
+from qosora.memory.cards import the_card
+from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES
 from qosora.memory.plan import Usage, shape_problems, storage_of, usage_of
-from qosora.memory.shapes import model_config
-from qosora.memory.step import (
-    Batch,
-    decoder_layers,
-    prepare_model,
-    register_model,
-    register_optimizer,
-    training_step,
-)
-from qosora.memory.traced import (
+from qosora.memory.predict import (
     DTYPES,
     StepOptions,
     TracedModel,
@@ -45,10 +38,10 @@ from qosora.memory.traced import (
     quantize_linears,
     stacked_experts,
 )
+from qosora.memory.shapes import model_config
+from qosora.memory.step import Batch, prepare_model, register_model, register_optimizer, training_step
 from qosora.memory.tracer import Event, Tracer
-from qosora.models import load_base, load_tokenizer
-from qosora.optim import create_optimizer
-from qosora.tokens import IGNORED, tokenize
+from qosora.training import create_optimizer
 
 __all__ = ["Measurement", "fill_at_random", "measure", "offloading", "profile", "random_model"]
 

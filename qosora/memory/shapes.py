@@ -10,8 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from qosora.errors import CheckpointError
-from qosora.run_config import near_miss
+from qosora.errors import CheckpointError, near_miss
 
 __all__ = ["SHAPES", "model_config"]
 

@@ -15,9 +15,9 @@ from bitsandbytes.functional import QuantState
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from qosora import nf4
+from qosora.decompose import nf4
 from qosora.memory.tracer import Tracer
-from qosora.pack import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
+from qosora.training import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
 
 __all__ = ["STASH", "FourBitLinear", "OffloadingStandIn", "PackedStandIn", "PerTensorStandIn", "state_shapes"]
 

@@ -16,13 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from qosora import nf4
-from qosora.errors import QosoraError
-from qosora.linear import qosora_modules
+from qosora.decompose import nf4
+from qosora.layers import apply_tiling, qosora_modules
 from qosora.memory.tracer import Tracer
-from qosora.tiling import apply_tiling
 
-__all__ = ["Batch", "decoder_layers", "prepare_model", "register_model", "register_optimizer", "training_step"]
+__all__ = ["Batch", "prepare_model", "register_model", "register_optimizer", "training_step"]
 
 
 @dataclass(frozen=True)
@@ -68,24 +66,6 @@ class Batch:
             mask[-1, -1:] = 0
             made["labels"][-1, -1:] = -100
         return made | {"attention_mask": mask}
-
-
-def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """Return the module that holds the decoder's layers, and the list of them.
-
-    Raises:
-        QosoraError: There is none.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == count and _is_layer(child[0]):
-                return module, child
-    raise QosoraError(f"{type(model).__name__} has no list of {count} decoder layers, as config.json says it has")
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return hasattr(module, "gradient_checkpointing") or sum(1 for _ in module.children()) > 1
 
 
 def prepare_model(

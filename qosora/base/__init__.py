@@ -1,0 +1,38 @@
+"""A model whose linear layers are decomposed: made, stored, loaded, described.
+
+| module | one line |
+|---|---|
+| `structure` | which layers are decomposed |
+| `quantizer` | the transformers side: from_pretrained, save_pretrained |
+| `layout` | names, shapes and ties of the plain model |
+| `convert` | `quantize`: a checkpoint becomes a base, streamed |
+| `load` | loads a base, with or without an adapter |
+| `describe` | what a folder of ours holds |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qosora._lazy import door
+
+if TYPE_CHECKING:
+    from qosora.base.convert import ConversionReport as ConversionReport
+    from qosora.base.convert import quantize as quantize
+    from qosora.base.layout import PlainModel as PlainModel
+    from qosora.base.layout import natural_order as natural_order
+    from qosora.base.load import load_base as load_base
+    from qosora.base.load import load_model as load_model
+    from qosora.base.load import load_tokenizer as load_tokenizer
+    from qosora.base.structure import decompose_structure as decompose_structure
+    from qosora.base.structure import skipped_modules as skipped_modules
+
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "structure": ["decompose_structure", "skipped_modules"],
+        "layout": ["PlainModel", "natural_order"],
+        "convert": ["ConversionReport", "quantize"],
+        "load": ["load_base", "load_model", "load_tokenizer"],
+    },
+)

@@ -1,0 +1,316 @@
+"""Make a qosora base of a checkpoint: stream its tensors, decompose the linear weights, copy the rest.
+
+Which tensors are decomposed is decided by the model class on the meta device, just as `from_pretrained` decides it, and
+the result has the same tensors as `from_pretrained(..., quantization_config=...)` followed by `save_pretrained`. The
+model itself is never built.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from qosora import __version__
+from qosora.base.layout import PlainModel, natural_order
+from qosora.base.structure import decompose_structure
+from qosora.checkpoints import (
+    Processes,
+    Progress,
+    SourceCheckpoint,
+    StoredSpec,
+    Unit,
+    copy_files,
+    open_source,
+    refuse_input_as_output,
+    stream,
+)
+from qosora.config import QosoraConfig
+from qosora.decompose import factorize_with_report
+from qosora.errors import CheckpointError, ConfigError
+from qosora.layers import QosoraLinear
+
+__all__ = ["ConversionReport", "LayerReport", "by_kind", "quantize"]
+
+#: What quantizing a value costs, in the unit of what a singular triplet costs it; for dividing the work.
+_QUANTIZATION_COST = 64
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One decomposed layer: its size, relative errors and cost.
+
+    Attributes:
+        name: Of the module in the model.
+        shape: (out_features, in_features).
+        rank: Of its factors.
+        error: Relative Frobenius error of the decomposition.
+        nf4_error: The same for the weight quantized as it is.
+        bits_per_parameter: Stored bits per entry of the weight.
+        nf4_bits_per_parameter: The same for the weight quantized as it is.
+        seconds: Time for decomposing, quantizing and measuring.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    error: float
+    nf4_error: float
+    bits_per_parameter: float
+    nf4_bits_per_parameter: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        source: What was converted.
+        layers: The decomposed layers.
+        base_bytes: Bytes of all tensors written.
+        seconds: Wall time of the whole conversion.
+    """
+
+    source: str
+    layers: list[LayerReport]
+    base_bytes: int
+    seconds: float
+
+    def by_kind(self) -> dict[str, dict[str, float]]:
+        """Return means and sums by kind of layer, as the function of that name does."""
+        return by_kind(map(asdict, self.layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return {**asdict(self), "by_kind": self.by_kind()}
+
+
+def by_kind(layers: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return layers, mean errors, mean bits per parameter and seconds by kind of layer (the last part of its name).
+
+    Args:
+        layers: `LayerReport`s as plain data; those that a base keeps have no seconds.
+    """
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for layer in layers:
+        kinds.setdefault(layer["name"].rpartition(".")[2], []).append(layer)
+    means = ("error", "nf4_error", "bits_per_parameter", "nf4_bits_per_parameter")
+    return {
+        kind: {"layers": len(group)}
+        | {key: sum(layer[key] for layer in group) / len(group) for key in means}
+        | ({"seconds": sum(layer["seconds"] for layer in group)} if "seconds" in group[0] else {})
+        for kind, group in kinds.items()
+    }
+
+
+def quantize(
+    source: str | Path,
+    output: str | Path,
+    config: QosoraConfig | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    max_shard_bytes: int = 1_000_000_000,
+    overwrite: bool = False,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> ConversionReport:
+    """Decompose a checkpoint into a qosora base, or go on where an earlier call has ended.
+
+    Until it is complete the base is in `OUTPUT.partial`. Under `accelerate launch` or torchrun the processes divide the
+    tensors; the bytes of the base are the same for any number of processes and threads.
+
+    Args:
+        source: Folder, hub id or GGUF file of a causal language model.
+        output: Folder to make.
+        config: Ranks and storage; `QosoraConfig()` by default.
+        dtype: Of the tensors that are not decomposed; by default the checkpoint's, for GGUF bfloat16. The weights that
+            are decomposed are read at the checkpoint's own precision.
+        device: Where to decompose; by default the process's GPU, or the CPU without one.
+        max_shard_bytes: Size of the output's shards.
+        overwrite: Whether `output` may be replaced; it stays until the new base is complete.
+        restart: Whether to throw away what an unfinished call has left.
+        trust_remote_code: Whether to run model code that the checkpoint brings.
+        progress: Called at the start and after each tensor; with several processes in the first only. The reports of
+            decomposed layers are `LayerReport`s as plain data, those of other tensors empty.
+
+    Raises:
+        CheckpointError: If the source cannot be read, is quantized already, or does not fit its model class, or the
+            output cannot be written.
+        ConfigError: If there is no such device, the config does not fit the model, or an unfinished call had other
+            arguments.
+    """
+    start = time.perf_counter()
+    config = config or QosoraConfig()
+    with Processes() as processes, open_source(source, trust_remote_code=trust_remote_code) as checkpoint:
+        device = _usable(device or (f"cuda:{processes.local_index}" if torch.cuda.is_available() else "cpu"))
+        refuse_input_as_output(output, Path(source) if Path(source).exists() else None, checkpoint.origin)
+        plan = _Plan(str(source), checkpoint, config, dtype, trust_remote_code)
+        plan.match()
+        units = [plan.unit(disk, name, device) for disk, name in plan.tensors.items()]
+
+        def finish(folder: Path, reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+            copy_files(folder, checkpoint.origin, with_code=trust_remote_code)
+            plan.config.save_pretrained(folder)
+            # No times, so that a base is the same however it was made.
+            layers = [{k: v for k, v in report.items() if k != "seconds"} for report in reports.values() if report]
+            return {"source": str(source), "source_files": _sizes(units), "made_with": made_with, "layers": layers}
+
+        made_with = _made_with(config, device)
+        reports = stream(
+            output,
+            units,
+            finish,
+            job={**made_with, "dtype": str(plan.dtype)},
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            restart=restart,
+            processes=processes,
+            progress=progress,
+        )
+    layers = [LayerReport(**{**report, "shape": tuple(report["shape"])}) for report in reports.values() if report]
+    base_bytes = sum(spec.nbytes for unit in units for spec in unit.specs.values())
+    return ConversionReport(str(source), layers, base_bytes, time.perf_counter() - start)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # no such kind, no such index, or a torch without CUDA
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _fetched(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of a mapped file on a device, or with its pages in memory: here, not where it is first used."""
+    if device.type == "cpu":
+        tensor.flatten().view(torch.uint8)[::4096].sum()
+    return tensor.to(device)
+
+
+def _made_with(config: QosoraConfig, device: torch.device) -> dict[str, Any]:
+    """Return what determines the base besides the source: options, arithmetic, versions."""
+    options = {key: value for key, value in config.to_dict().items() if key != "quant_method"}
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {**options, "device": hardware, "qosora": __version__, "torch": torch.__version__}
+
+
+def _sizes(units: Iterable[Unit]) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted({file for unit in units for file in unit.files})}
+
+
+class _Plan:
+    """What becomes of each tensor: the model class on the meta device, with its linear layers replaced.
+
+    Attributes:
+        config: Of the base that is made.
+        layers: The decomposed layers, by the name of their weight in the model.
+        tensors: What to read, in order: name on disk -> name in the model. Names on disk stay.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        checkpoint: SourceCheckpoint,
+        storage: QosoraConfig,
+        dtype: torch.dtype | None,
+        trust_remote_code: bool,
+    ) -> None:
+        self.source, self.reader, self.storage = source, checkpoint.reader, storage
+        self.plain = PlainModel(checkpoint.origin, trust_remote_code)
+        self.config: PreTrainedConfig = AutoConfig.from_pretrained(
+            checkpoint.origin, trust_remote_code=trust_remote_code
+        )
+        self.dtype = self.config.dtype = dtype or self.config.dtype or self._stored_dtype()
+        self.config.architectures = [self.plain.class_name]
+        self.config.quantization_config = storage
+        model = self.plain.model
+        decompose_structure(model, storage)
+        self.layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, QosoraLinear)}
+        self.tensors: dict[str, str] = {}
+
+    def _stored_dtype(self) -> torch.dtype:
+        """Return the dtype of the first floating-point tensor: what transformers takes where config.json has none."""
+        dtypes = map(self.reader.dtype, self.reader.names())
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+    def match(self) -> None:
+        """Find the model's tensors in the checkpoint.
+
+        Raises:
+            CheckpointError: If one is missing, or has another shape.
+        """
+        located: set[str] = set()
+        for disk in natural_order(self.reader.names()):
+            name, parts = self.plain.locate(disk)
+            if not set(parts) & self.plain.shapes.keys():
+                continue  # from_pretrained leaves out what the model has no place for, too
+            located.update(parts)
+            self.tensors[disk] = name
+            if parts == [name]:
+                self._check_shape(name, self.reader.shape(disk))
+        if missing := self.plain.missing(located):
+            raise CheckpointError(
+                f"{self.source}: {len(missing)} tensors that {self.plain.class_name} needs are not in the "
+                f"checkpoint, among them {missing[0]!r}; get the whole checkpoint"
+            )
+        for disk, name in list(self.tensors.items()):
+            if self.plain.tied.get(name) in located:  # a copy of the tensor that it is tied to
+                del self.tensors[disk]
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        expected = self.plain.shapes[name]
+        if shape != expected:
+            raise CheckpointError(
+                f"{self.source}: {name} has shape {shape}, but config.json makes it {expected}; "
+                "config and weights belong to different models"
+            )
+
+    def unit(self, disk: str, name: str, device: torch.device) -> Unit:
+        """Return how a tensor of the checkpoint becomes tensors of the base."""
+        module = self.layers.get(name)
+        if module is None:
+            return self._copied(disk, name)
+        reader, prefix = self.reader, disk.removesuffix("weight")
+        specs = {prefix + key: StoredSpec.of(p) for key, p in module.named_parameters() if key != "bias"}
+
+        def make(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+            start = time.perf_counter()
+            oriented = weight.T if module.fan_in_fan_out else weight
+            factors, error = factorize_with_report(oriented, module.rank, name=name, **self.storage.factorize_options())
+            state = {prefix + key: tensor.cpu() for key, tensor in module.state_of(factors).items()}
+            shape = (module.out_features, module.in_features)
+            seconds = time.perf_counter() - start
+            report = LayerReport(name.removesuffix(".weight"), shape, module.rank, **asdict(error), seconds=seconds)
+            return state, asdict(report)
+
+        cost = module.out_features * module.in_features * (module.rank + _QUANTIZATION_COST)
+        return Unit(disk, specs, cost, [reader.file(disk)], lambda: _fetched(reader.tensor(disk), device), make)
+
+    def _copied(self, disk: str, name: str) -> Unit:
+        reader = self.reader
+        dtype, shape = reader.dtype(disk), reader.shape(disk)
+        spec = StoredSpec(self.dtype_of(name) if dtype.is_floating_point else dtype, shape)
+
+        def make(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+            if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+                raise CheckpointError(
+                    f"{disk} holds NaN or infinite values. The checkpoint is damaged or was saved from a diverged run: "
+                    "get another copy of it."
+                )
+            return {disk: tensor}, {}
+
+        cpu = torch.device("cpu")
+        files, cost = [reader.file(disk)], math.prod(shape)
+        return Unit(disk, {disk: spec}, cost, files, lambda: _fetched(reader.tensor(disk), cpu), make)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype that the model holds a tensor in."""
+        return torch.float32 if self.plain.keeps_float32(name, self.dtype) else self.dtype

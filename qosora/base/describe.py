@@ -1,0 +1,99 @@
+"""What a folder holds: a base or an adapter, told from its files without loading the model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from qosora.base.convert import by_kind
+from qosora.checkpoints import (
+    ADAPTER_CONFIG,
+    MANIFEST_NAME,
+    CheckpointReader,
+    adapter_config,
+    group_modules,
+    read_json,
+    stored_fingerprint,
+)
+from qosora.config import QUANT_METHOD
+from qosora.errors import CheckpointError
+
+__all__ = ["describe"]
+
+ADAPTER_STEM = "adapter_model"
+
+
+def describe(folder: str | Path) -> dict[str, Any]:
+    """Describe a base or an adapter.
+
+    Args:
+        folder: Of a base or an adapter.
+
+    Returns:
+        Plain data; `kind` is "base" or "adapter".
+
+    Raises:
+        CheckpointError: If it is neither.
+    """
+    folder = Path(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _describe_adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: neither config.json nor {ADAPTER_CONFIG} there; name a base or an adapter")
+    config = read_json(folder / "config.json")
+    stored = config.get("quantization_config") or {}
+    if stored.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{folder} holds a model that is no qosora base; make one: qosora quantize {folder} OUT")
+    return _describe_base(folder, config)
+
+
+def _describe_base(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    sizes = {"factors_bytes": 0, "residual_bytes": 0, "other_bytes": 0}
+    with CheckpointReader(folder) as reader:
+        modules = group_modules(reader.names())
+        part_of = {name: _part(name, module) for module, names in modules.items() for name in names}
+        adapter_entries = 0
+        for name in reader.names():
+            entries = math.prod(reader.shape(name))
+            sizes[part_of.get(name, "other_bytes")] += entries * reader.dtype(name).itemsize
+            if name in part_of and name.rpartition(".")[2] in ("s", "o"):
+                adapter_entries += entries
+        fingerprint = stored_fingerprint(reader)
+    manifest = read_json(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else {}
+    return {
+        "kind": "base",
+        "folder": str(folder),
+        "architecture": (config.get("architectures") or ["unknown"])[0],
+        "quantization": {k: v for k, v in config["quantization_config"].items() if k != "quant_method"},
+        "decomposed_layers": len(modules),
+        "fingerprint": fingerprint,
+        **sizes,
+        "total_bytes": sum(sizes.values()),
+        "adapter_parameters": adapter_entries,
+        "adapter_bytes": 4 * adapter_entries,
+        "by_kind": by_kind(manifest["layers"]) if "layers" in manifest else None,
+    }
+
+
+def _part(name: str, module: str) -> str:
+    return "residual_bytes" if name.removeprefix(f"{module}.").startswith("weight") else "factors_bytes"
+
+
+def _describe_adapter(folder: Path) -> dict[str, Any]:
+    config = adapter_config(folder)
+    with CheckpointReader(folder, ADAPTER_STEM) as reader:
+        shapes = {name: reader.shape(name) for name in reader.names()}
+    vectors = {n: s for n, s in shapes.items() if n.rpartition(".")[2] in ("osora_s", "osora_o")}
+    return {
+        "kind": "adapter",
+        "folder": str(folder),
+        "base": config.base_model_name_or_path,
+        "base_fingerprint": config.base_fingerprint,
+        "vectors": config.vectors,
+        "adapted_layers": len({n.rpartition(".")[0] for n in vectors}),
+        "adapter_parameters": sum(math.prod(s) for s in vectors.values()),
+        "modules_to_save": config.modules_to_save,
+        "other_parameters": sum(math.prod(s) for n, s in shapes.items() if n not in vectors),
+        "file_bytes": sum(f.stat().st_size for f in folder.glob(f"{ADAPTER_STEM}*.safetensors")),
+    }

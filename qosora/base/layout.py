@@ -1,0 +1,107 @@
+"""What a plain checkpoint of a model holds, from its class on the meta device: no weight is allocated.
+
+Tensors on disk have the names of a plain checkpoint. For some models these are not the names in memory, and an adapter
+has the latter: `PlainModel` translates as transformers' own loader does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.pytorch_utils import Conv1D
+
+from qosora.errors import CheckpointError
+from qosora.layers import split_experts, without_stacking
+
+__all__ = ["PlainModel", "natural_order"]
+
+
+class PlainModel:
+    """The names, shapes and ties of a model's tensors.
+
+    Args:
+        folder: With a `config.json`; a quantization config in it is ignored.
+        trust_remote_code: Whether to run model code that is in the folder.
+
+    Attributes:
+        model: The model on the meta device, its experts taken apart as `qosora.layers.experts` does where it can.
+        class_name: Of the model.
+        shapes: Of all tensors in the model's state, by name.
+        transposed: Layers that store their weight as (in_features, out_features): GPT-2's `Conv1D`.
+        tied: Parameters that share the value of another: name -> name of the other.
+    """
+
+    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            vars(config).pop("quantization_config", None)
+            with torch.device("meta"):
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise CheckpointError(
+                f"{folder}: transformers cannot build this model, so its plain form is unknown ({error})"
+            ) from error
+        split_experts(model)
+        self.model = model
+        self._state: dict[str, torch.Tensor] = model.state_dict()
+        self.class_name = type(model).__name__
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+        self.transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        transforms = without_stacking(get_model_conversion_mapping(model), model)
+        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    def locate(self, disk_name: str) -> tuple[str, list[str]]:
+        """Return where the loader puts a tensor of a plain checkpoint.
+
+        Returns:
+            Its name in the model, and the tensors that it becomes part of: itself, unless the loader converts values
+            (as where projections are one tensor each on disk and one for all in memory).
+        """
+        prefix = self.model.base_model_prefix
+        name = rename_source_key(disk_name, self._renamings, [], prefix, self._state)[0]
+        final, pattern = rename_source_key(disk_name, self._renamings, self._converters, prefix, self._state)
+        if final not in self._state and disk_name in self._state:
+            return disk_name, [disk_name]
+        if pattern is None:
+            return name, [name]
+        targets = next(c.target_patterns for c in self._converters if pattern in c.source_patterns)
+        return name, [final, *(final.replace(targets[0], other, 1) for other in targets[1:])]
+
+    def disk_name(self, name: str) -> str:
+        """Return the name that a plain checkpoint has for a parameter of the model."""
+        return next(iter(revert_weight_conversion(self.model, {name: self._state[name]})))
+
+    def keeps_float32(self, name: str, dtype: torch.dtype) -> bool:
+        """Say whether the model holds a parameter in float32 when it is loaded in `dtype`."""
+        patterns = self.model._get_dtype_plan(dtype)
+        return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
+
+    def tied_to(self, name: str) -> list[str]:
+        """Return the parameters that share the value of one."""
+        return [other for pair in self.tied.items() if name in pair for other in pair if other != name]
+
+    def missing(self, located: Iterable[str]) -> list[str]:
+        """Return the tensors that the model would not get from a checkpoint that holds these."""
+        located = set(located)
+        located |= {name for pair in self.tied.items() for name in pair if located & set(pair)}
+        optional = self.model._keys_to_ignore_on_load_missing or ()
+        return [n for n in self.shapes if n not in located and not any(re.search(p, n) for p in optional)]
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Sort names with numbers by value: layers.2 before layers.10."""
+    return sorted(names, key=dot_natural_key)

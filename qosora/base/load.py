@@ -1,0 +1,121 @@
+"""Loading a base, with or without an adapter, and its tokenizer; from a local folder or a hub id."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qosora.checkpoints import ADAPTER_CONFIG, adapter_config, quantization_of, split_source
+from qosora.config import QUANT_METHOD
+from qosora.errors import CheckpointError, QosoraError, first_line
+
+__all__ = ["load_base", "load_model", "load_tokenizer"]
+
+
+def load_base(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a qosora base.
+
+    Args:
+        source: Folder or hub id of a base, as `qosora quantize` or `save_pretrained` wrote it.
+        dtype: Of the parameters that are not decomposed; "auto" takes the checkpoint's.
+        device_map: As in transformers; the current GPU, or the CPU without one, by default.
+        trust_remote_code: Whether to run model code that the checkpoint brings.
+        **kwargs: Handed to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        CheckpointError: If `source` is no qosora base.
+    """
+    stored = quantization_of(source, trust_remote_code=trust_remote_code)
+    if stored is None or stored.get("quant_method") != QUANT_METHOD:
+        kind = "an ordinary checkpoint" if stored is None else f"quantized with {stored.get('quant_method')!r}"
+        raise CheckpointError(
+            f"{source} is {kind}, not a qosora base. Make one of the original weights: qosora quantize SRC OUT"
+        )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(source), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **kwargs
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{source}: {first_line(error)}; get another copy") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{source}: the tensors have other shapes than config.json makes them (transformers names them above); "
+            "weights and config belong to different bases"
+        ) from error
+    return model
+
+
+def load_model(source: str | Path, *, base: str | Path | None = None, **kwargs: Any) -> Any:
+    """Load a base, or a base with an adapter, for inference.
+
+    Args:
+        source: A base, or the folder of an adapter.
+        base: The adapter's base, where it is no longer where the adapter's config says.
+        **kwargs: Handed to `load_base`.
+
+    Returns:
+        A `PreTrainedModel` or `PeftModel` in evaluation mode.
+
+    Raises:
+        CheckpointError: If one of them cannot be loaded.
+        FingerprintError: If they do not belong together.
+    """
+    found, adapter = split_source(source, base)
+    if adapter is not None:
+        adapter_config(adapter)
+    try:
+        model = load_base(found, **kwargs)
+    except CheckpointError as error:
+        if adapter is None or base is not None:
+            raise
+        raise CheckpointError(
+            f"{error}. ({found} is the base that {adapter}/{ADAPTER_CONFIG} names; if it has moved, give its new place "
+            "as the base)"
+        ) from error
+    return (model if adapter is None else _load_adapter(model, adapter)).eval()
+
+
+def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        try:
+            return PeftModel.from_pretrained(model, adapter)
+        except QosoraError:
+            raise
+        except (OSError, ValueError, UserWarning, SafetensorError) as error:
+            raise CheckpointError(
+                f"{adapter}: not a whole adapter ({first_line(error)[:200]}); get another copy"
+            ) from error
+
+
+def load_tokenizer(*sources: str | Path | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the first of some folders or hub ids that has one.
+
+    Raises:
+        CheckpointError: If none has.
+    """
+    reasons = []
+    for source in filter(None, sources):
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(source), trust_remote_code=trust_remote_code
+            )
+            return tokenizer
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reasons.append(f"{source}: {first_line(error)}")
+    raise CheckpointError("no tokenizer found; copy the model's tokenizer files into the folder. " + "; ".join(reasons))

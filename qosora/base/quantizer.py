@@ -1,0 +1,232 @@
+"""The transformers side of the base: `from_pretrained` decomposes, saves and loads it like any quantized model.
+
+On an ordinary checkpoint every linear layer but the output embedding and routers becomes a `QosoraLinear`, the
+projections of each expert of a mixture among them, and each weight is decomposed as it is read, on the device where it
+will live: the full model is never held. `save_pretrained` writes the packed tensors and the config; loading that needs
+no configuration and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, ItemsView
+from itertools import groupby
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightTransform
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from qosora import register
+from qosora.base.structure import decompose_structure
+from qosora.config import QosoraConfig
+from qosora.decompose.factorize import factorize
+from qosora.errors import CheckpointError, ConfigError
+from qosora.layers import LinearExperts, QosoraLinear, qosora_modules, stack_experts, without_stacking
+
+__all__ = ["QosoraHfQuantizer"]
+
+
+def _few_patterns(names: set[str], others: set[str], exact: int = 0) -> set[str]:
+    r"""Return regular expressions that match these names and none of the others, as few as `\d+` for numbers allows.
+
+    The loader searches each tensor's name for all of them: with one for each expert that would take minutes.
+
+    Args:
+        names: To match.
+        others: Not to match.
+        exact: How many of a name's numbers, from the left, to leave as they are.
+    """
+
+    def general(name: str) -> str:
+        parts = re.split(r"(\d+)", name)
+        return "".join(r"\d+" if i % 2 and i // 2 >= exact else re.escape(part) for i, part in enumerate(parts))
+
+    taken = {general(name) for name in others}
+    patterns = set()
+    for pattern, group in groupby(sorted(names, key=general), general):
+        patterns |= {pattern} if pattern not in taken else _few_patterns(set(group), others, exact + 1)
+    return patterns
+
+
+class _Deferred(dict[str, torch.Tensor]):
+    """A result that is computed when it is read.
+
+    The loader turns an error of `convert` into text for a report, goes on with all other weights, and ends in a
+    RuntimeError that does not say what was wrong. It reads the result outside of that: an error there reaches the
+    caller, at once.
+    """
+
+    def __init__(self, compute: Callable[[], dict[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def items(self) -> ItemsView[str, torch.Tensor]:  # type: ignore[override]
+        return self._compute().items()
+
+
+class _Factorize(ConversionOps):
+    """Decomposes one weight of an ordinary checkpoint into the parameters of its `QosoraLinear`."""
+
+    def __init__(self, config: QosoraConfig) -> None:
+        self.config = config
+
+    def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **_: Any) -> dict[str, torch.Tensor]:
+        """Return the parameters of the layers that the weights in `input_dict` belong to, by name."""
+        return _Deferred(lambda: self._states(input_dict, model))
+
+    def _states(self, weights: dict[str, Any], model: nn.Module | None) -> dict[str, torch.Tensor]:
+        if model is None:
+            raise CheckpointError("decomposing needs the model that the weights are for")
+        result = {}
+        for name, value in weights.items():
+            module, _ = get_module_from_name(model, name)
+            state = self._state(name, module, value[0] if isinstance(value, list) else value)
+            result.update({f"{name.removesuffix('weight')}{key}": tensor for key, tensor in state.items()})
+        return result
+
+    def _state(self, name: str, module: QosoraLinear, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        weight = weight.T if module.fan_in_fan_out else weight
+        expected = (module.out_features, module.in_features)
+        if tuple(weight.shape) != expected:
+            raise CheckpointError(
+                f"{name}: config.json makes it {expected}, the checkpoint has {tuple(weight.shape)}; "
+                "config and weights belong to different models"
+            )
+        return module.state_of(factorize(weight, module.rank, name=name, **self.config.factorize_options()))
+
+
+class QosoraHfQuantizer(HfQuantizer):
+    """Plugs `QosoraConfig` into `from_pretrained` and `save_pretrained`."""
+
+    quantization_config: QosoraConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what would fail deep inside the loader."""
+        device_map = kwargs.get("device_map")
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places:
+            raise ConfigError(
+                "a qosora base cannot be offloaded to disk: it is a quarter of the model's size and is needed in every "
+                "step. Take 'disk' out of device_map"
+            )
+        if "cpu" in places and len(places) > 1:  # adapters would compute with weights that are not there
+            raise ConfigError(
+                "a qosora base cannot be offloaded from a GPU to the CPU in part, as device_map (or 'auto', where the "
+                "GPU is too small) has it. Free GPU memory, or put all of it on one side: device_map=0 or 'cpu'"
+            )
+
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Choose the current GPU where there is one and nothing was asked for: CPU decomposition is slow."""
+        if device_map is None:
+            device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        return device_map
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Say whether a checkpoint's tensor is a weight to decompose."""
+        module, name = get_module_from_name(model, param_name)
+        # Of a base, too, the loader would ask, and not compare the shape of a tensor that "needs quantization".
+        return not self.pre_quantized and isinstance(module, QosoraLinear) and name == "weight"
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return the operation that decomposes a weight."""
+        return _Factorize(self.quantization_config)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        names = decompose_structure(model, self.quantization_config, stored=self.pre_quantized)
+        if not self.pre_quantized:
+            # Else the loader would round float32 weights to the model's dtype before they are decomposed.
+            kept = ((n, m) for n, m in model.named_modules() if not isinstance(m, QosoraLinear))
+            replaced = {f"{name}.weight" for name in names}
+            self._read_in_float32 = _few_patterns(replaced, {f"{n}.{key}" for n, m in kept for key in m._parameters})
+            model._keep_in_fp32_modules_strict = self._read_in_float32.union(model._keep_in_fp32_modules_strict or ())
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        """Leave experts as they are on disk, where their matrices are layers of the model."""
+        return without_stacking(super().update_weight_conversions(weight_conversions, model), model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        _refuse_missing(model)
+        if not self.pre_quantized:
+            model._keep_in_fp32_modules_strict -= self._read_in_float32
+        for module in qosora_modules(model).values():
+            module.requires_grad_(False)  # the loader makes every float parameter trainable
+        return model
+
+    def is_serializable(self) -> bool:
+        """Say that `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say that adapters can be trained on it."""
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ConfigError("the model has adapters: dequantize what merge_and_unload() or unload() returns")
+        dtype, loaded_dtype = _torch_dtype(dtype), _torch_dtype(model.config.dtype)
+        for name, module in qosora_modules(model).items():
+            model.set_submodule(name, _plain_linear(module, dtype))
+        stack_experts(model)
+        if dtype not in (None, loaded_dtype):  # the user's choice: embeddings and norms must follow
+            model.to(dtype)
+            model.config.dtype = dtype
+        return model
+
+
+def _refuse_missing(model: PreTrainedModel) -> None:
+    """Raise CheckpointError where a decomposed layer's tensors were not all in the checkpoint.
+
+    The loader only logs that, and leaves uninitialised memory in them.
+    """
+    if hasattr(model, "hf_device_map"):  # spread over devices: tensors that were moved have lost the loader's mark
+        return
+    missing = [
+        f"{name}.{key}"
+        for name, module in qosora_modules(model).items()
+        for key, param in module.named_parameters(recurse=False)
+        if not getattr(param, "_is_hf_initialized", False)
+    ]
+    if missing:
+        cure = "get the whole checkpoint"
+        if any(isinstance(module, LinearExperts) for module in model.modules()):
+            cure += (
+                ". If it holds all experts of a layer in one tensor, save it anew with transformers, which writes one "
+                "for each, or leave them in 16 bits: modules_to_not_convert=['experts']"
+            )
+        raise CheckpointError(
+            f"{model.config.name_or_path}: {len(missing)} tensors that the model needs are not in the checkpoint, "
+            f"among them {missing[0]!r}; {cure}"
+        )
+
+
+def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a dtype that is a str in a model's config after `save_pretrained`."""
+    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+
+
+@torch.no_grad()
+def _plain_linear(module: QosoraLinear, dtype: torch.dtype | None) -> nn.Module:
+    """Return the `nn.Linear` or `Conv1D` that a layer was made of, with its dequantized weight."""
+    weight = module.dequantize().to(dtype or torch.float32)
+    with torch.device("meta"):
+        if module.fan_in_fan_out:
+            new: nn.Module = Conv1D(module.out_features, module.in_features)
+            weight = weight.T.contiguous()
+        else:
+            new = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    new.weight = nn.Parameter(weight)
+    if module.bias is not None:
+        new.bias = nn.Parameter(module.bias.detach().to(weight.dtype))
+    return new
+
+
+register.loaded(__name__)

@@ -1,0 +1,139 @@
+"""Which layers of a model are decomposed, decided by its class alone: for the loader, the converter and the planner.
+
+Every linear layer but the output embedding, routers and what the user names becomes an empty `QosoraLinear`, the
+projections of each expert of a mixture among them.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qosora.config import QosoraConfig, matches_module
+from qosora.errors import ConfigError
+from qosora.layers import (
+    LinearExperts,
+    QosoraLinear,
+    qosora_modules,
+    router_names,
+    split_experts,
+    stack_experts,
+    stacked_names,
+)
+
+__all__ = ["decompose_structure", "replace_linears", "skipped_modules"]
+
+
+def decompose_structure(model: PreTrainedModel, config: QosoraConfig, *, stored: bool = False) -> list[str]:
+    """Give a model the layers that it has as a base, all empty.
+
+    Args:
+        model: The model, on the meta device.
+        config: Ranks and storage, and what to leave as it is.
+        stored: Whether a base is loaded, whose config was checked when the base was made.
+
+    Returns:
+        The names of the decomposed layers.
+
+    Raises:
+        ConfigError: If no layer is left, or the config names layers that the model has not.
+    """
+    split_experts(model)
+    skip = skipped_modules(model, config)
+    if not stored:
+        if problems := _unmatched_patterns(model, config):
+            raise ConfigError(problems)
+        _warn_of_stacks(model, skip)
+    replaced = replace_linears(model, config, skip)
+    if not any(isinstance(module, LinearExperts) and qosora_modules(module) for module in model.modules()):
+        stack_experts(model)
+    return replaced
+
+
+def skipped_modules(model: PreTrainedModel, config: QosoraConfig) -> list[str]:
+    """Return patterns of the modules that stay as they are: the output embedding, and what config and class name."""
+    kept: list[str] = HfQuantizer.get_modules_to_not_convert(
+        model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
+    )
+    return kept
+
+
+def replace_linears(model: PreTrainedModel, config: QosoraConfig, skip: list[str]) -> list[str]:
+    """Replace linear layers by empty `QosoraLinear` on the meta device.
+
+    Args:
+        model: The model, on the meta device.
+        config: Ranks and storage.
+        skip: Patterns of module names to leave as they are, with all that is in them.
+
+    Returns:
+        The names of the replaced modules.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    routers = router_names(model)
+    replaced = []
+    for name, module in _linears(model).items():
+        if name in routers or not _converts(name, skip):
+            continue
+        conv1d = isinstance(module, Conv1D)
+        in_features, out_features = module.weight.shape if conv1d else module.weight.shape[::-1]
+        new = QosoraLinear(
+            in_features,
+            out_features,
+            module.bias is not None,
+            rank=config.rank_of(name),
+            compute_dtype=config.torch_compute_dtype,
+            fan_in_fan_out=conv1d,
+            device="meta",
+            dtype=module.weight.dtype,
+            **config.storage_options(),
+        )
+        model.set_submodule(name, new)
+        replaced.append(name)
+    if not replaced:
+        raise ConfigError(
+            f"{type(model).__name__} has no linear layer left to decompose; modules_to_not_convert is {skip}"
+        )
+    return replaced
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
+
+
+def _converts(name: str, skip: list[str]) -> bool:
+    """Say whether no pattern means a module, nor one that it is in."""
+    parts = name.split(".")
+    return all(should_convert_module(".".join(parts[:end]), skip) for end in range(1, len(parts) + 1))
+
+
+def _unmatched_patterns(model: nn.Module, config: QosoraConfig) -> list[str]:
+    """Return a sentence for every name in the config that means no layer: it is mistyped, or of another model."""
+    linears = _linears(model)
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+    return [
+        f"rank_pattern[{pattern!r}] matches no linear layer of {type(model).__name__}, which has {kinds}"
+        for pattern in config.rank_pattern
+        if not any(matches_module(pattern, name) for name in linears)
+    ] + [
+        f"modules_to_not_convert: {pattern!r} matches no linear layer of {type(model).__name__}, which has {kinds}"
+        for pattern in config.modules_to_not_convert or []
+        if all(_converts(name, [pattern]) for name in linears)
+    ]
+
+
+def _warn_of_stacks(model: PreTrainedModel, skip: list[str]) -> None:
+    if names := [name for name in stacked_names(model) if _converts(name, skip)]:
+        kinds = ", ".join(sorted({type(model.get_submodule(name)).__name__ for name in names}))
+        warnings.warn(
+            f"{len(names)} modules of {type(model).__name__} ({kinds}), such as {names[0]!r}, hold matrices in stacks "
+            "that cannot be taken apart, as experts of some models do: these stay in 16 bits",
+            stacklevel=2,
+        )

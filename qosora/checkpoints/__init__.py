@@ -1,0 +1,63 @@
+"""Files as they come and go: what is read, what is written, and what may be where.
+
+| module | one line |
+|---|---|
+| `names` | names of files, each said once |
+| `folders` | folders on disk or a hub: found, checked, locked; JSON; what is copied along |
+| `reader` | sharded safetensors, read lazily |
+| `shards` | the same, written tensor by tensor in any order |
+| `fingerprint` | the identity of a base |
+| `stored_config` | what a folder holds, from its configuration alone |
+| `pickled` | reader of `pytorch_model.bin` |
+| `gguf_file` | the GGUF container |
+| `gguf_model` | a GGUF file as an ordinary checkpoint |
+| `source` | checkpoints to convert, of every kind, behind one reader |
+| `unfinished` | a folder in the making: what is finished in it survives |
+| `work` | makes such a folder unit by unit, in one process or many |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qosora._lazy import door
+
+if TYPE_CHECKING:
+    from qosora.checkpoints.fingerprint import base_fingerprint as base_fingerprint
+    from qosora.checkpoints.fingerprint import group_modules as group_modules
+    from qosora.checkpoints.fingerprint import stored_fingerprint as stored_fingerprint
+    from qosora.checkpoints.folders import copy_files as copy_files
+    from qosora.checkpoints.folders import has_tokenizer as has_tokenizer
+    from qosora.checkpoints.folders import local_folder as local_folder
+    from qosora.checkpoints.folders import read_json as read_json
+    from qosora.checkpoints.folders import refuse_input_as_output as refuse_input_as_output
+    from qosora.checkpoints.folders import write_json as write_json
+    from qosora.checkpoints.names import ADAPTER_CONFIG as ADAPTER_CONFIG
+    from qosora.checkpoints.names import ADAPTER_STEM as ADAPTER_STEM
+    from qosora.checkpoints.names import MANIFEST_NAME as MANIFEST_NAME
+    from qosora.checkpoints.reader import CheckpointReader as CheckpointReader
+    from qosora.checkpoints.shards import Shards as Shards
+    from qosora.checkpoints.shards import StoredSpec as StoredSpec
+    from qosora.checkpoints.source import SourceCheckpoint as SourceCheckpoint
+    from qosora.checkpoints.source import open_source as open_source
+    from qosora.checkpoints.stored_config import adapter_config as adapter_config
+    from qosora.checkpoints.stored_config import quantization_of as quantization_of
+    from qosora.checkpoints.stored_config import split_source as split_source
+    from qosora.checkpoints.work import Processes as Processes
+    from qosora.checkpoints.work import Progress as Progress
+    from qosora.checkpoints.work import Unit as Unit
+    from qosora.checkpoints.work import stream as stream
+
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "names": ["ADAPTER_CONFIG", "ADAPTER_STEM", "MANIFEST_NAME"],
+        "folders": ["copy_files", "has_tokenizer", "local_folder", "read_json", "refuse_input_as_output", "write_json"],
+        "reader": ["CheckpointReader"],
+        "shards": ["Shards", "StoredSpec"],
+        "fingerprint": ["base_fingerprint", "group_modules", "stored_fingerprint"],
+        "stored_config": ["adapter_config", "quantization_of", "split_source"],
+        "source": ["SourceCheckpoint", "open_source"],
+        "work": ["Processes", "Progress", "Unit", "stream"],
+    },
+)

@@ -1,0 +1,62 @@
+"""The identity of a base: which weights it holds, decomposed how."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from qosora.checkpoints.reader import CheckpointReader
+
+__all__ = ["base_fingerprint", "group_modules", "stored_fingerprint"]
+
+#: Bytes of each packed tensor that enter the fingerprint.
+_SAMPLE_BYTES = 4096
+_PARTS = ("", "_absmax", "_absmax_scale", "_absmax_offset")
+_SUFFIXES = (*(prefix + part for prefix in ("weight", "U", "V") for part in _PARTS), "s", "o")
+
+
+def group_modules(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the stored tensors of each decomposed layer, by the layer's name, from all tensor names of a base."""
+    names = list(names)
+    modules = [name.removesuffix(".U_absmax") for name in names if name.endswith(".U_absmax")]
+    known = set(names)
+    return {m: [f"{m}.{suffix}" for suffix in _SUFFIXES if f"{m}.{suffix}" in known] for m in modules}
+
+
+def base_fingerprint(layers: Iterable[Mapping[str, Any]]) -> str:
+    """Return the identity of a base: which weights it holds, decomposed how.
+
+    It covers the vectors s and o, the shapes of all stored tensors and the first bytes of each, so it tells apart
+    another model, rank, seed, method or block size, without reading the whole base. Names do not enter: a model's
+    layers have other names inside PEFT than on disk.
+
+    Args:
+        layers: For each decomposed layer its stored tensors (or safetensors slices) by parameter name ("U", "s", ...).
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digests = sorted(_layer_digest(tensors) for tensors in layers)
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+
+
+def stored_fingerprint(reader: CheckpointReader) -> str:
+    """Return the `base_fingerprint` of a base on disk."""
+    groups = group_modules(reader.names()).values()
+    return base_fingerprint({name.rpartition(".")[2]: reader.slice(name) for name in names} for names in groups)
+
+
+def _layer_digest(tensors: Mapping[str, Any]) -> bytes:
+    digest = hashlib.sha256()
+    for suffix in _SUFFIXES:
+        if suffix not in tensors:
+            continue
+        source = tensors[suffix]
+        shape = tuple(source.shape if isinstance(source, torch.Tensor) else source.get_shape())
+        head = source[:_SAMPLE_BYTES] if shape and suffix not in ("s", "o") else source[...]
+        digest.update(f"{suffix}{shape}{head.dtype}".encode())
+        digest.update(head.detach().cpu().contiguous().numpy().tobytes())
+    return digest.digest()

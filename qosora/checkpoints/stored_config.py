@@ -1,0 +1,60 @@
+"""What a folder or hub id holds, from its configuration alone: a base, an adapter, an ordinary or quantized model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from transformers import AutoConfig
+
+from qosora.checkpoints.names import ADAPTER_CONFIG
+from qosora.config import OsoraConfig
+from qosora.errors import CheckpointError, first_line
+
+__all__ = ["adapter_config", "quantization_of", "split_source"]
+
+
+def quantization_of(source: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any] | None:
+    """Return the quantization config of a checkpoint as stored, or None if it has none.
+
+    Raises:
+        CheckpointError: If there is no model at `source`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source}: no model there that transformers can load ({first_line(error)})") from error
+    found = getattr(config, "quantization_config", None)
+    return dict(found) if found else None
+
+
+def adapter_config(adapter: str | Path) -> OsoraConfig:
+    """Return the config of an adapter.
+
+    Raises:
+        CheckpointError: If there is none, or it is not OSoRA's.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{adapter}: no adapter that PEFT can load ({first_line(error)})") from error
+    if not isinstance(config, OsoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise CheckpointError(f"{adapter}: an adapter of type {kind}, not one of qosora's")
+    return config
+
+
+def split_source(source: str | Path, base: str | Path | None = None) -> tuple[str, str | None]:
+    """Tell what a user's MODEL is: return (base, adapter or None).
+
+    Args:
+        source: A base, or the folder of an adapter.
+        base: The adapter's base, where it is no longer where the adapter's config says.
+    """
+    if not (Path(source) / ADAPTER_CONFIG).is_file():
+        return str(base or source), str(source) if base else None
+    recorded = adapter_config(source).base_model_name_or_path
+    if base is None and not recorded:
+        raise CheckpointError(f"{source}/{ADAPTER_CONFIG} names no base; give it with --base")
+    return str(base or recorded), str(source)

@@ -1,0 +1,1 @@
+"""Undocumented names of other packages: this file alone touches them."""

@@ -1,0 +1,35 @@
+"""A weight becomes 4-bit factors and a 4-bit residual.
+
+| module | one line |
+|---|---|
+| `threads` | the same bits on any number of threads |
+| `svd` | truncated SVD, randomized or exact |
+| `nf4` | 4-bit tensors |
+| `factorize` | W = R + U diag(σ) Vᵀ, with R of what the 4-bit factors leave |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qosora._lazy import door
+
+if TYPE_CHECKING:
+    from qosora.decompose.factorize import ErrorReport as ErrorReport
+    from qosora.decompose.factorize import Factors as Factors
+    from qosora.decompose.factorize import factorize_with_report as factorize_with_report
+    from qosora.decompose.factorize import measure_error as measure_error
+    from qosora.decompose.factorize import reconstruct as reconstruct
+    from qosora.decompose.nf4 import ABSMAX_BLOCKSIZE as ABSMAX_BLOCKSIZE
+    from qosora.decompose.nf4 import BLOCKSIZES as BLOCKSIZES
+    from qosora.decompose.nf4 import QUANT_TYPES as QUANT_TYPES
+    from qosora.decompose.nf4 import FourBitTensor as FourBitTensor
+    from qosora.decompose.nf4 import quantize as quantize
+
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "nf4": ["ABSMAX_BLOCKSIZE", "BLOCKSIZES", "FourBitTensor", "QUANT_TYPES", "quantize"],
+        "factorize": ["ErrorReport", "Factors", "factorize_with_report", "measure_error", "reconstruct"],
+    },
+)

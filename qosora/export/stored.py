@@ -1,0 +1,305 @@
+"""A base and adapters as files: checked against each other and against the plain model, read tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from qosora.base import PlainModel, natural_order
+from qosora.checkpoints import ADAPTER_CONFIG, CheckpointReader, group_modules, read_json, stored_fingerprint
+from qosora.config import QUANT_METHOD, QosoraConfig
+from qosora.decompose import Factors, FourBitTensor, nf4, reconstruct
+from qosora.errors import CheckpointError
+from qosora.export.adapters import Adapter, Vectors, combined, read_adapter
+
+__all__ = ["Layer", "Source", "Stored"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is not decomposed.
+
+    Attributes:
+        name: In the model.
+        shape: Of the tensor.
+        dtype: That the base holds it in.
+        read: Returns it.
+        files: That it is read from.
+        trained: Whether it is the adapter's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+    files: tuple[Path, ...]
+    trained: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decomposed layer.
+
+    Attributes:
+        module: Its name in the model.
+        disk: Its name on disk.
+        out_features: m.
+        in_features: n.
+        rank: r.
+        transposed: Whether a plain checkpoint stores its weight as (in_features, out_features).
+    """
+
+    module: str
+    disk: str
+    out_features: int
+    in_features: int
+    rank: int
+    transposed: bool
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return the shapes of residual, Uᵀ and Vᵀ, by prefix of their tensors' names."""
+        m, n, r = self.out_features, self.in_features, self.rank
+        return {"weight": (m, n), "U": (r, m), "V": (r, n)}
+
+
+class Source:
+    """A base, and adapters if given. Use as a context manager.
+
+    Args:
+        base: Folder of a qosora base.
+        adapters: Folders of adapters, with their weights in a linear combination.
+        trust_remote_code: Whether to run model code that the base brings.
+
+    Attributes:
+        config: The base's `config.json`.
+        dtype: Of the base.
+        fingerprint: Of the base.
+        plain: The plain model.
+        layers: The decomposed layers, by module name.
+        tensors: The other tensors, by name on disk; the adapter's where it brings one.
+        adapters: The adapters.
+        weights: Theirs, in the combination.
+        base_vectors: The base's own vectors, by module name.
+        vectors: The adapters' vectors, combined, by the names of the modules that they adapt.
+        untied: Tensors that the base shares with another and the adapted model does not, by name on disk.
+
+    Raises:
+        CheckpointError: If one of them is not whole, or they do not fit.
+        FingerprintError: If an adapter was trained on another base.
+    """
+
+    def __init__(
+        self, base: Path, adapters: Sequence[tuple[Path, float]] = (), *, trust_remote_code: bool = False
+    ) -> None:
+        self.base = base
+        self.config, self.storage = _base_config(base)
+        self.dtype = _dtype_in(self.config)
+        with ExitStack() as stack:
+            self._reader = stack.enter_context(CheckpointReader(base))
+            self._groups = group_modules(self._reader.names())
+            if not self._groups:
+                raise CheckpointError(
+                    f"{base}: config.json says qosora, but no layer is decomposed; make the base anew"
+                )
+            self.fingerprint = stored_fingerprint(self._reader)
+            self.untied: list[str] = []
+            self.plain = PlainModel(base, trust_remote_code)
+            self._locate()
+            sizes = {module: (layer.rank, layer.out_features) for module, layer in self.layers.items()}
+            self.adapters = [read_adapter(stack, f, base, self.fingerprint, self.plain, sizes) for f, _ in adapters]
+            self.base_vectors = {module: self._own_vectors(layer) for module, layer in self.layers.items()}
+            self.weights = [weight for _, weight in adapters]
+            self.vectors = combined(self.adapters, self.weights, self.base_vectors)
+            for adapter in self.adapters:
+                self._take_full(adapter)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    def _own_vectors(self, layer: Layer) -> Vectors:
+        return self._reader.tensor(f"{layer.disk}.s"), self._reader.tensor(f"{layer.disk}.o")
+
+    def _locate(self) -> None:
+        """Find out what each tensor of the base is to the model, and refuse what does not fit."""
+        packed = {name for names in self._groups.values() for name in names}
+        located: set[str] = set()
+        self.tensors: dict[str, Stored] = {}
+        for disk in natural_order(set(self._reader.names()) - packed):
+            name, targets = self.plain.locate(disk)
+            shape = self._reader.shape(disk)
+            if targets == [name]:
+                self._check_shape(f"{self.base}: {disk}", name, shape)
+            self.tensors[disk] = Stored(
+                name, shape, self._reader.dtype(disk), self._read(self._reader, disk), (self._reader.file(disk),)
+            )
+            located.update(targets)
+        self.layers: dict[str, Layer] = {}
+        for disk in natural_order(self._groups):
+            name, targets = self.plain.locate(f"{disk}.weight")
+            layer = self._layer(name.removesuffix(".weight"), disk)
+            if targets == [name]:
+                shape = (layer.out_features, layer.in_features)
+                self._check_shape(f"{self.base}: {disk}", name, shape[::-1] if layer.transposed else shape)
+            self.layers[layer.module] = layer
+            located.update(targets)
+        if missing := self.plain.missing(located):
+            raise CheckpointError(
+                f"{self.base}: {len(missing)} tensors that {self.plain.class_name} needs are missing, among them "
+                f"{missing[0]!r}; get the whole base"
+            )
+
+    @staticmethod
+    def _read(reader: CheckpointReader, name: str) -> Callable[[], torch.Tensor]:
+        return lambda: reader.tensor(name)
+
+    def _check_shape(self, what: str, name: str, shape: tuple[int, ...]) -> None:
+        expected = self.plain.shapes.get(name)
+        if expected is not None and expected != shape:
+            raise CheckpointError(
+                f"{what} has shape {shape}, but config.json makes it {expected}; they belong to different models"
+            )
+
+    def _layer(self, module: str, disk: str) -> Layer:
+        """Return a layer after checking, on the files' headers, that it is whole."""
+        stored = {name.removeprefix(f"{disk}."): self._reader.shape(name) for name in self._groups[disk]}
+        if lacking := [part for part in ("s", "o", "U", "V", "weight") if len(stored.get(part, ())) != 1]:
+            raise CheckpointError(f"{self.base}: {disk}.{lacking[0]} is missing or no vector; get the whole base")
+        (rank,), (m,) = stored["s"], stored["o"]
+        expected = self.plain.shapes.get(f"{module}.weight", ())
+        transposed = module in self.plain.transposed
+        n = _in_features(stored["weight"][0], m, expected[0 if transposed else 1] if len(expected) == 2 else 0)
+        layer = Layer(module, disk, m, n, rank, transposed)
+        for prefix, shape in layer.shapes().items():
+            for field, (size, _) in self._fields(shape).items():
+                part = prefix if field == "packed" else f"{prefix}_{field}"
+                if stored.get(part) != size:
+                    raise CheckpointError(
+                        f"{self.base}: {disk}.{part} must have shape {size}, got {stored.get(part, 'nothing')}; "
+                        "config.json and the weights belong to different bases"
+                    )
+        return layer
+
+    def _fields(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return nf4.stored_shapes(shape[0] * shape[1], self.storage.blocksize, self.storage.double_quant)
+
+    def _four_bit(self, layer: Layer, prefix: str) -> FourBitTensor:
+        shape = layer.shapes()[prefix]
+        read: dict[str, Any] = {"absmax_scale": None, "absmax_offset": None}
+        for field in self._fields(shape):
+            read[field] = self._reader.tensor(f"{layer.disk}.{prefix if field == 'packed' else f'{prefix}_{field}'}")
+        return FourBitTensor(**read, shape=shape, quant_type=self.storage.quant_type, blocksize=self.storage.blocksize)
+
+    def factors(self, layer: Layer) -> Factors:
+        """Read a layer's decomposition; its σ is the base's s."""
+        residual = self._four_bit(layer, "weight")
+        return Factors(residual, *self.directions(layer), self.base_vectors[layer.module][0])
+
+    def directions(self, layer: Layer) -> tuple[FourBitTensor, FourBitTensor]:
+        """Read a layer's Uᵀ (rank, out_features) and Vᵀ (rank, in_features)."""
+        return self._four_bit(layer, "U"), self._four_bit(layer, "V")
+
+    def merged(self, layer: Layer, factors: Factors) -> torch.Tensor:
+        """Return R + diag(o) U diag(s) Vᵀ with the adapters' vectors, (out_features, in_features), float32."""
+        return reconstruct(factors, *self.vectors.get(layer.module, self.base_vectors[layer.module]))
+
+    def low_rank(self, layer: Layer, U: FourBitTensor, V: FourBitTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the adapters add to a layer's weight, as B (out_features, rank) and A (rank, in_features).
+
+        B A = (diag(o) U diag(s) - U diag(σ)) Vᵀ, float32. The base must be pristine.
+        """
+        sigma, ones = self.base_vectors[layer.module]
+        s, o = self.vectors.get(layer.module, (sigma, ones))
+        change = torch.outer(o.double(), s.double()) - sigma.double()  # small beside both: float32 would lose digits
+        return change.mul_(nf4.dequantize(U).T).float(), nf4.dequantize(V)
+
+    def require_pristine(self) -> None:
+        """Check that the base's own vectors are those of the decomposition: s = σ, which descends, and o = 1.
+
+        Raises:
+            CheckpointError: If an adapter was merged into the base: then σ is lost, and what the original was with it.
+        """
+        for module, (s, o) in self.base_vectors.items():
+            if not (o == 1).all() or not (s.diff() <= 0).all():
+                raise CheckpointError(
+                    f"{self.base}: the vectors of {module} are not those of the decomposition, as an adapter was "
+                    "merged into this base, so its difference from the original model is not known. Use the base that "
+                    "`qosora quantize` made, or export merged weights onto dequantized ones"
+                )
+
+    def files(self, layer: Layer) -> tuple[Path, ...]:
+        """Return the files that a layer, and the adapters' vectors, are read from."""
+        own = dict.fromkeys(self._reader.file(name) for name in self._groups[layer.disk])
+        return (*own, *(file for adapter in self.adapters for file in adapter.files))
+
+    def _take_full(self, adapter: Adapter) -> None:
+        """Replace tensors by those that were trained in full.
+
+        Of tied tensors the base holds one. Where one of them was trained, PEFT trains a copy and the others keep the
+        base's value: then the export holds each by itself.
+        """
+        base = {stored.name: (disk, stored) for disk, stored in self.tensors.items()}
+        for name, (_, read) in adapter.full.items():
+            partners = self.plain.tied_to(name)
+            known = [base[n] for n in (name, *partners) if n in base]
+            if not known:
+                raise CheckpointError(
+                    f"{adapter.folder}: {name} was trained in full, but a plain checkpoint of {self.plain.class_name} "
+                    "holds it in another form, which cannot be exported yet"
+                )
+            stored = known[0][1]
+            self.tensors[self._disk_name(name)] = replace(
+                stored, name=name, read=read, files=adapter.files, trained=True
+            )
+            for partner in partners:
+                self.tensors.setdefault(self._disk_name(partner), replace(stored, name=partner))
+        on_disk = {disk for disk, _ in base.values()}
+        for disk in sorted(set(self.tensors) - on_disk):
+            mine = self.tensors[disk].read()
+            other = self.tensors[self._disk_name(self.plain.tied_to(self.tensors[disk].name)[0])].read()
+            if mine.dtype == other.dtype and torch.equal(mine, other):
+                del self.tensors[disk]  # trained together, or not at all
+            else:
+                self.untied.append(disk)
+
+    def _disk_name(self, name: str) -> str:
+        """Return the name on disk of a tensor, which a tied one has only in theory."""
+        disk = next((disk for disk, stored in self.tensors.items() if stored.name == name), None)
+        return disk or self.plain.disk_name(name)
+
+
+def _base_config(base: Path) -> tuple[dict[str, Any], QosoraConfig]:
+    if not (base / "config.json").is_file() and (base / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{base} is an adapter; give its base, and it as the adapter")
+    config = read_json(base / "config.json")
+    stored = config.get("quantization_config")
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if not isinstance(stored, dict) or method != QUANT_METHOD:
+        kind = "an ordinary checkpoint" if method is None else f"quantized with {method!r}"
+        raise CheckpointError(f"{base} is {kind}, not a qosora base; give the folder that `qosora quantize` made of it")
+    return config, QosoraConfig(**stored)
+
+
+def _dtype_in(config: Mapping[str, Any]) -> torch.dtype:
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"config.json: dtype {name!r} is unknown")
+    return dtype
+
+
+def _in_features(packed: int, out_features: int, expected: int) -> int:
+    """Return n of an (m, n) matrix in `packed` bytes, two values to a byte: n as expected if it fits, else what fits.
+
+    Only for m = 1 do two n fit.
+    """
+    return expected if -(-out_features * expected // 2) == packed else 2 * packed // out_features

@@ -1,0 +1,28 @@
+"""Text from a model, and how good it is.
+
+| module | one line |
+|---|---|
+| `generation` | text from prompts |
+| `evaluation` | loss, perplexity, exact match |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qosora._lazy import door
+
+if TYPE_CHECKING:
+    from qosora.inference.evaluation import EvalResult as EvalResult
+    from qosora.inference.evaluation import evaluate as evaluate
+    from qosora.inference.evaluation import mean_loss as mean_loss
+    from qosora.inference.evaluation import perplexity as perplexity
+    from qosora.inference.generation import generate as generate
+
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "generation": ["generate"],
+        "evaluation": ["EvalResult", "evaluate", "mean_loss", "perplexity"],
+    },
+)

@@ -1,0 +1,220 @@
+"""Loss and perplexity of supervised tokens, and exact match of generated answers.
+
+    loss = Σ -log p(token) / number of supervised tokens        perplexity = exp(loss)
+
+The mean is over tokens, not over batches, so it does not depend on the batch size. Logits are built for supervised
+positions only, some at a time, so memory stays flat whatever the length and the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from qosora.data import IGNORED, Columns, Example, Records, load_records, tokenize
+from qosora.errors import ConfigError, DataError
+from qosora.inference.generation import Prompt, generate, inference, stop_token_ids
+
+__all__ = ["EvalResult", "Sample", "evaluate", "mean_loss", "perplexity"]
+
+#: Logits held at once: 256 MiB in float32.
+_LOGITS = 2**26
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generated answer beside the expected one."""
+
+    prompt: Prompt
+    expected: str
+    generated: str
+    match: bool
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What `evaluate` found; `tokens` counts the supervised ones, `exact_match` is a fraction of the examples."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    examples: int
+    exact_match: float | None = None
+    samples: list[Sample] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Path | Records | Iterable[Mapping[str, Any]],
+    *,
+    split: str | None = None,
+    columns: Columns | None = None,
+    chat: bool = False,
+    limit: int | None = None,
+    max_length: int | None = None,
+    completion_only: bool | None = None,
+    batch_size: int = 8,
+    exact_match: bool = False,
+    answer_pattern: str | None = None,
+    max_new_tokens: int = 256,
+    samples: int = 5,
+) -> EvalResult:
+    """Measure a model on data.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        tokenizer: Its tokenizer.
+        data: What `qosora.data.records.load_records` reads, or its result.
+        split: Of a hub data set; "test" by default.
+        columns: As in `load_records`.
+        chat: As in `load_records`.
+        limit: As in `load_records`.
+        max_length: Tokens to keep of an example; all by default.
+        completion_only: As in `qosora.data.tokens.tokenize`.
+        batch_size: Examples on the device at once.
+        exact_match: Whether to generate answers (greedily) and compare them with the expected ones, apart from white
+            space around them.
+        answer_pattern: Regular expression; the last thing it finds (its first group, if it has one) is compared
+            instead, such as r"#### (.+)" for GSM8K.
+        max_new_tokens: Of an answer.
+        samples: Answers to return.
+
+    Raises:
+        DataError: The data cannot be used.
+        ConfigError: `answer_pattern` is no regular expression.
+    """
+    pattern = _compiled(answer_pattern)
+    if not isinstance(data, Records):
+        hub_split = split or ("test" if isinstance(data, str) and not Path(data).exists() else None)
+        data = load_records(data, split=hub_split, columns=columns, chat=chat, limit=limit)
+    pairs = _answers(data) if exact_match else []
+    stops = stop_token_ids(model, tokenizer)
+    tokenized = tokenize(data, tokenizer, max_length=max_length, completion_only=completion_only, stop_ids=stops)
+    loss = mean_loss(model, tokenized.examples, batch_size)
+    result = EvalResult(loss, perplexity(loss), tokenized.supervised, len(tokenized))
+    if not exact_match:
+        return result
+    texts = generate(model, tokenizer, [p for p, _ in pairs], max_new_tokens=max_new_tokens, batch_size=batch_size)
+    found = [
+        Sample(prompt, expected, text, _same(text, expected, pattern))
+        for (prompt, expected), text in zip(pairs, texts, strict=True)
+    ]
+    rate = sum(s.match for s in found) / len(found)
+    return EvalResult(loss, result.perplexity, result.tokens, result.examples, rate, found[:samples])
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), infinite where that is too large."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def mean_loss(model: Any, examples: Sequence[Example], batch_size: int = 8) -> float:
+    """Return the mean cross-entropy of the supervised tokens, in nats.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        examples: At least one has supervised tokens.
+        batch_size: Examples on the device at once.
+    """
+    by_length = sorted(examples, key=lambda e: -len(e.input_ids))  # the largest batch first, and little padding
+    total = 0.0
+    with inference(model):
+        for start in range(0, len(by_length), batch_size):
+            total += _loss_sum(model, by_length[start : start + batch_size])
+    return total / sum(e.supervised for e in examples)
+
+
+def _loss_sum(model: Any, batch: Sequence[Example]) -> float:
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device = causal.get_input_embeddings().weight.device
+    width = len(batch[0].input_ids)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for row, example in enumerate(batch):
+        length = len(example.input_ids)
+        ids[row, :length] = torch.from_numpy(example.input_ids)
+        labels[row, :length] = torch.from_numpy(example.labels)
+        mask[row, :length] = 1
+    output = causal.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+    hidden = output.last_hidden_state
+    targets = labels[:, 1:].to(hidden.device)
+    chosen = targets != IGNORED
+    hidden, targets = hidden[:, :-1][chosen], targets[chosen]
+    rows = max(1, _LOGITS // causal.get_output_embeddings().weight.shape[0])
+    total = 0.0
+    for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
+        total += F.cross_entropy(_logits(causal, h, type(output)).float(), t.to(h.device), reduction="sum").item()
+    return total
+
+
+def _logits(causal: Any, hidden: torch.Tensor, output_type: Any) -> torch.Tensor:
+    """Return the logits of some final hidden states, (rows, vocabulary).
+
+    The model's own forward makes them, with a backbone that returns the given states, so that whatever it does after
+    the output embedding (softcapping, scaling) is done.
+    """
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=causal.get_input_embeddings().weight.device)
+    with _returning(causal.base_model, output_type(last_hidden_state=hidden[None])):
+        logits: torch.Tensor = causal(input_ids=ids, use_cache=False).logits[0]
+    return logits
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Have a module return `output` without computing anything."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
+
+
+def _answers(records: Records) -> list[tuple[Prompt, str]]:
+    """Return each record's prompt and expected answer."""
+    if records.kind == "text":
+        raise DataError(f"{records.name}: exact match needs prompts, but the data is plain text")
+    pairs = []
+    for number, row in enumerate(records.rows, 1):
+        messages = row.get("messages")
+        prompt, answer = (messages[:-1], messages[-1:]) if messages else (row["prompt"], row["completion"])
+        expected = answer if isinstance(answer, str) else answer[0]["content"]
+        if not prompt or (messages and messages[-1]["role"] != "assistant"):
+            raise DataError(f"{records.name} example {number}: exact match needs a chat that ends with the assistant")
+        pairs.append((prompt, expected))
+    return pairs
+
+
+def _compiled(pattern: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"answer_pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def _same(text: str, expected: str, pattern: re.Pattern[str] | None) -> bool:
+    """Compare texts, or the last matches in them; where there is no match, nothing is the same."""
+    if pattern is None:
+        return text.strip() == expected.strip()
+    found = [list(pattern.finditer(t)) for t in (text, expected)]
+    if not all(found):
+        return False
+    a, b = ((matches[-1].group(1 if pattern.groups else 0) or "").strip() for matches in found)
+    return bool(a == b)

@@ -1,0 +1,52 @@
+"""What computes: the decomposed layer, mixtures of experts, tiles.
+
+| module | one line |
+|---|---|
+| `ops` | the operations on 4-bit tensors, in plain PyTorch |
+| `triton_ops` | the same as Triton kernels |
+| `product` | the layer's product and its gradients |
+| `linear` | `QosoraLinear` |
+| `experts` | experts as linear layers |
+| `tiling` | MLPs and norms in tiles along the sequence |
+| `decoder` | the decoder's layers of a model, found and compiled |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qosora._lazy import door
+
+if TYPE_CHECKING:
+    from qosora.layers.decoder import compile_layers as compile_layers
+    from qosora.layers.decoder import decoder_layers as decoder_layers
+    from qosora.layers.experts import LinearExperts as LinearExperts
+    from qosora.layers.experts import router_names as router_names
+    from qosora.layers.experts import split_experts as split_experts
+    from qosora.layers.experts import stack_experts as stack_experts
+    from qosora.layers.experts import stacked_names as stacked_names
+    from qosora.layers.experts import without_stacking as without_stacking
+    from qosora.layers.linear import QosoraLinear as QosoraLinear
+    from qosora.layers.linear import float32_kept as float32_kept
+    from qosora.layers.linear import qosora_modules as qosora_modules
+    from qosora.layers.ops import fused as fused
+    from qosora.layers.tiling import TILE_LENGTH as TILE_LENGTH
+    from qosora.layers.tiling import apply_tiling as apply_tiling
+
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "ops": ["fused"],
+        "linear": ["QosoraLinear", "float32_kept", "qosora_modules"],
+        "experts": [
+            "LinearExperts",
+            "router_names",
+            "split_experts",
+            "stack_experts",
+            "stacked_names",
+            "without_stacking",
+        ],
+        "tiling": ["TILE_LENGTH", "apply_tiling"],
+        "decoder": ["compile_layers", "decoder_layers"],
+    },
+)

@@ -1,0 +1,39 @@
+"""The decoder's layers of a model: found, and compiled one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qosora.errors import QosoraError
+
+__all__ = ["compile_layers", "decoder_layers"]
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """Return the module that holds the decoder's layers, and the list of them.
+
+    Raises:
+        QosoraError: There is none.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count and _is_layer(child[0]):
+                return module, child
+    raise QosoraError(f"{type(model).__name__} has no list of {count} decoder layers, as config.json says it has")
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return hasattr(module, "gradient_checkpointing") or sum(1 for _ in module.children()) > 1
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each decoder layer of a PEFT model: one graph does for all, where the whole would make a long one."""
+    # With and without padding, gradients, evaluation; a last batch that is smaller: each is a graph of its own
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    for layer in decoder_layers(model.get_base_model())[1]:
+        layer.compile()

@@ -1,0 +1,208 @@
+"""`QosoraLinear`: a linear layer whose weight is decomposed and frozen in 4 bits, steered by two float32 vectors.
+
+    y = R x + o ⊙ (U (s ⊙ (Vᵀ x))) + b          (OSoRA, arXiv 2505.14350, with R, U, V in 4 bits)
+
+R: (m, n), U: (m, r), V: (n, r) are frozen; s: (r,) starts at the singular values and o: (m,) at ones. The layer holds
+one frozen pair (s, o) of its own, the base's; an adapter trains a copy and hands it to `apply_vectors`.
+
+Products and gradients are in `qosora.layers.product`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from qosora.decompose import Factors, FourBitTensor, nf4, reconstruct
+from qosora.errors import QosoraError
+from qosora.layers import ops
+from qosora.layers.product import osora_product
+
+__all__ = ["QosoraLinear", "float32_kept", "qosora_modules"]
+
+#: Prefix of a stored 4-bit tensor's parameters in the module. The packed residual is called `weight`, so that a loader
+#: that knows nothing of qosora stops at its shape instead of initialising a weight at random.
+_PREFIXES = {"residual": "weight", "U": "U", "V": "V"}
+
+
+class QosoraLinear(nn.Module):
+    """A frozen, decomposed linear layer.
+
+    Parameters, all frozen: `weight`, `weight_absmax`, `weight_absmax_scale`, `weight_absmax_offset` (R), the same
+    with `U` (Uᵀ, (rank, out_features)) and `V` (Vᵀ, (rank, in_features)), as laid out in `decompose.nf4`; `s` (rank,)
+    and `o` (out_features,), float32; `bias` (out_features,).
+
+    Args:
+        in_features: n.
+        out_features: m.
+        bias: Whether there is one.
+        rank: r; at most min(m, n) is used.
+        quant_type: "nf4" or "fp4".
+        blocksize: Values per quantization block.
+        double_quant: Whether absmax values are quantized, too.
+        compute_dtype: Dtype of the products outside autocast; by default that of the input.
+        fan_in_fan_out: Whether the layer was made of a `Conv1D` (GPT-2), whose checkpoints hold the transpose.
+        device: Where to allocate the parameters, which are uninitialised.
+        dtype: Of the bias.
+    """
+
+    s: nn.Parameter
+    o: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        fan_in_fan_out: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.rank = min(rank, in_features, out_features)
+        self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
+        self.compute_dtype = compute_dtype
+        self.fan_in_fan_out = fan_in_fan_out
+        for part, prefix in _PREFIXES.items():
+            numel = self._shape(part)[0] * self._shape(part)[1]
+            for field, (shape, kind) in nf4.stored_shapes(numel, blocksize, double_quant).items():
+                name = prefix if field == "packed" else f"{prefix}_{field}"
+                self._add(name, torch.empty(shape, dtype=kind, device=device))
+        self._add("s", torch.empty(self.rank, dtype=torch.float32, device=device))
+        self._add("o", torch.empty(out_features, dtype=torch.float32, device=device))
+        self._add("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+
+    def _add(self, name: str, tensor: torch.Tensor | None) -> None:
+        self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
+    def _shape(self, part: str) -> tuple[int, int]:
+        return {
+            "residual": (self.out_features, self.in_features),
+            "U": (self.rank, self.out_features),
+            "V": (self.rank, self.in_features),
+        }[part]
+
+    def _four_bit(self, part: str) -> FourBitTensor:
+        prefix, params = _PREFIXES[part], self._parameters
+        return FourBitTensor(
+            params[prefix],  # type: ignore[arg-type]
+            params[f"{prefix}_absmax"],  # type: ignore[arg-type]
+            params.get(f"{prefix}_absmax_scale"),
+            params.get(f"{prefix}_absmax_offset"),
+            self._shape(part),
+            self.quant_type,
+            self.blocksize,
+        )
+
+    @property
+    def factors(self) -> Factors:
+        """The decomposition, as views of the parameters; its σ is the layer's `s`."""
+        return Factors(self._four_bit("residual"), self._four_bit("U"), self._four_bit("V"), self.s)
+
+    @staticmethod
+    def state_of(factors: Factors) -> dict[str, torch.Tensor]:
+        """Return the parameters that hold a decomposition, by name: all but the bias."""
+        state = {}
+        for part, prefix in _PREFIXES.items():
+            for field, tensor in getattr(factors, part).tensors().items():
+                state[prefix if field == "packed" else f"{prefix}_{field}"] = tensor
+        ones = torch.ones(factors.U.shape[1], dtype=torch.float32, device=factors.sigma.device)
+        return {**state, "s": factors.sigma, "o": ones}
+
+    @torch.no_grad()
+    def set_factors(self, factors: Factors) -> None:
+        """Copy a decomposition of the layer's shape into the parameters, with o = 1."""
+        for name, tensor in self.state_of(factors).items():
+            self.get_parameter(name).copy_(tensor)
+
+    def dequantize(self, s: torch.Tensor | None = None, o: torch.Tensor | None = None) -> torch.Tensor:
+        """Return R + diag(o) U diag(s) Vᵀ, (out_features, in_features), float32; by default with the base's s and o."""
+        with torch.no_grad():
+            return reconstruct(self.factors, s, self.o if o is None else o)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the base's output. x: (..., in_features)."""
+        return self.apply_vectors(x, self.s, self.o)
+
+    def apply_vectors(self, x: torch.Tensor, s: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+        """Return R x + o ⊙ U (s ⊙ Vᵀ x) + b, differentiable in x, s and o.
+
+        Products are in the autocast dtype where autocast is on, else in `compute_dtype`, else in the input's; the
+        result is in the autocast dtype or the input's, as with `nn.Linear`.
+
+        Args:
+            x: (..., in_features).
+            s: (rank,), float32.
+            o: (out_features,), float32.
+        """
+        if self.weight.is_meta and not x.is_meta:
+            raise QosoraError("the base's weights are not in memory: load it whole on one device, not offloaded")
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            out_dtype = dtype = torch.get_autocast_dtype(device)
+        else:
+            out_dtype, dtype = x.dtype, self.compute_dtype or x.dtype
+        rows = x.reshape(-1, self.in_features).to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        factors = self.factors
+        if torch.is_grad_enabled() and (x.requires_grad or s.requires_grad or o.requires_grad):
+            y = osora_product(rows, s, o, factors, bias)
+        else:
+            h = nf4.matmul(rows, factors.V)
+            y = nf4.matmul(rows, factors.residual)
+            ops.add_low_rank_(y, h, factors.U, s, o, bias)
+        return y.to(out_dtype).view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QosoraLinear:
+        """Move or cast, but keep float32 statistics and vectors float32: `model.to(torch.bfloat16)` is common."""
+        with float32_kept(self, [name for name in self._parameters if name != "bias"]):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _replicate_for_data_parallel(self) -> QosoraLinear:
+        """Refuse `nn.DataParallel`, in which Trainer wraps a model by itself where it sees several GPUs."""
+        raise QosoraError(
+            "nn.DataParallel would copy the whole base to every GPU at every step, so qosora does not run in it. Show "
+            "the program one GPU: CUDA_VISIBLE_DEVICES=0"
+        )
+
+    def extra_repr(self) -> str:
+        """Name the layer's shape and storage, as `nn.Linear` does."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"rank={self.rank}, quant_type={self.quant_type}, blocksize={self.blocksize}"
+        )
+
+
+@contextmanager
+def float32_kept(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Undo, on exit, any change of dtype that was made to a module's own float32 parameters; keep changes of device.
+
+    A parameter that stays on its device stays the same object, which an optimizer may hold, and keeps its gradient.
+    """
+    params = {name: p for name in names if (p := module._parameters[name]) is not None and p.dtype == torch.float32}
+    kept = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in params.items()}
+    yield
+    for name, (data, grad) in kept.items():
+        param = module._parameters[name]
+        assert param is not None
+        if param.dtype != torch.float32:
+            device = param.device
+            param.data = torch.empty_like(data, device=device) if data.is_meta else data.to(device)
+            param.grad = None if grad is None else grad.to(device)
+
+
+def qosora_modules(model: nn.Module) -> dict[str, QosoraLinear]:
+    """Return the decomposed layers of a model by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QosoraLinear)}

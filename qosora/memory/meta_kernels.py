@@ -1,0 +1,268 @@
+"""Make the meta device compute as another: which kernel attention takes, what runs in fused kernels, what needs values.
+
+On the meta device an operation gives a tensor's shape and allocates what its meta kernel says. Where PyTorch, TRL or we
+choose by the device, the choice for "meta" would be another than for the device that is planned for: attention would
+fall back to the kernel that builds the whole matrix of scores. `computing_as` replaces these choices while it is on;
+a TorchFunctionMode could not, being off inside `backward()`, where checkpointing runs the layers again.
+
+`CUDA_WORKSPACES` is what CUDA kernels allocate inside, from reading their source (PyTorch 2.13, bitsandbytes 0.50).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+import trl.kernels.chunked_logprob as chunked
+import trl.trainer.utils as trl_utils
+
+import qosora.layers.experts
+import qosora.layers.product
+from qosora.memory.tracer import Workspace
+
+__all__ = ["CPU_WORKSPACES", "CUDA_WORKSPACES", "MetaKernels", "computing_as"]
+
+_math_attention = F.scaled_dot_product_attention
+_is_autocast_enabled = torch.is_autocast_enabled
+
+
+@contextmanager
+def computing_as(device: str) -> Iterator[None]:
+    """Let meta tensors take the ways that tensors on "cuda" or "cpu" take."""
+    changes: list[tuple[Any, dict[str, Any]]] = [
+        (torch, {"is_autocast_enabled": lambda device=None: device != "meta" and _autocast(device)}),
+        (F, {"scaled_dot_product_attention": _cuda_attention if device == "cuda" else _cpu_attention}),
+        (qosora.layers.experts, {"_tokens_of_each": _most_to_one}),
+    ]
+    if device == "cuda":
+        kernel = _FusedKernel()
+        changes += [
+            (chunked, {"_use_triton": _always, "_forward_kernel": kernel, "_backward_kernel": kernel}),
+            (chunked, {"_addmm_fp32": _nothing, "triton": SimpleNamespace(cdiv=lambda a, b: -(-a // b))}),
+            (trl_utils, {"_use_triton": _always}),
+            (qosora.layers.product, {"_product_float32": _product_float32}),
+        ]
+    with ExitStack() as stack:
+        for module, names in changes:
+            stack.enter_context(patch.multiple(module, create=True, **names))
+        yield
+
+
+def _autocast(device: str | None) -> bool:
+    return _is_autocast_enabled() if device is None else _is_autocast_enabled(device)
+
+
+def _always(*_: Any) -> bool:
+    return True
+
+
+def _nothing(*_: Any) -> None:
+    """An accumulating product without a temporary: cuBLAS adds to the float32 result itself."""
+
+
+def _most_to_one(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
+    """Give the last expert every token, and the others even shares of what is left: no choice of experts takes more.
+
+    What experts save for backward, and the gradients of vectors whose expert has any token, add up to the same however
+    tokens are spread. What one expert's backward needs goes with its tokens, and that of the last comes first, when
+    all is still saved.
+    """
+    tokens, top_k = top_k_index.shape
+    rest = max(tokens * (top_k - 1), min(num_experts, tokens * top_k) - 1)
+    share, more = divmod(rest, num_experts - 1)
+    return [share + (i < more) for i in range(num_experts - 1)] + [tokens * top_k - rest]
+
+
+class _FusedKernel:
+    """A Triton kernel: launched as `kernel[grid](...)`, allocates nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def _product_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _cuda_attention(
+    query: torch.Tensor,  # (batch, heads, tokens, head_dim)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Flash attention for 16 bits and no mask; else memory-efficient attention; else the matrix of scores."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if attn_mask is None and half and query.shape[-1] <= 256:
+        width = query.shape[-1]
+        if width % 8:  # the kernel wants heads of whole 16 bytes
+            query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out: torch.Tensor = flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        return out[..., :width]
+    if enable_gqa:  # which the memory-efficient kernel does not have
+        return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
+    if attn_mask is not None:
+        attn_mask = _additive(attn_mask, query.dtype)
+        if short := -attn_mask.shape[-1] % (8 if half else 4):
+            attn_mask = F.pad(attn_mask, (0, short))[..., : attn_mask.shape[-1]]
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    result: torch.Tensor = efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+    return result
+
+
+def _cpu_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """The CPU's flash attention, which takes masks and groups of heads, but no dropout."""
+    if dropout_p:
+        return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if attn_mask is not None:
+        attn_mask = _additive(attn_mask, query.dtype)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out: torch.Tensor = flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return out
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask of scores to add, as ATen makes it of a boolean one."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -math.inf)
+
+
+class MetaKernels:
+    """Runs operations on meta tensors, each once for the same kinds of arguments: their kernels are slow Python.
+
+    Args:
+        answer: What tensors say that are asked for a value: whether a mask can be left out.
+    """
+
+    def __init__(self, answer: bool) -> None:
+        self.answer = answer
+        self._results: dict[Any, list[_Result] | None] = {}
+        self._pure: dict[Any, bool] = {}  # whether an operation returns new memory, changing none
+
+    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation; without values where it needs them."""
+        if (pure := self._pure.get(func)) is None:
+            pure = self._pure[func] = all(argument.alias_info is None for argument in func._schema.arguments)
+        if not pure:
+            in_place = func._schema.name.endswith("_") and isinstance(args[0], torch.Tensor) and args[0].is_meta
+            return args[0] if in_place else func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return self.answer
+        if func is torch.ops.aten.index.Tensor and _is_mask(args[1]):  # as if the mask were true everywhere
+            mask = args[1][0]
+            return args[0].new_empty((mask.numel(), *args[0].shape[mask.ndim :]))
+        inputs: list[torch.Tensor] = []
+        key = (func, _described(args, inputs), _described(tuple(kwargs.items()), inputs))
+        if key not in self._results:
+            out = func(*args, **kwargs)
+            self._results[key] = _results(out, inputs)
+            return out
+        results = self._results[key]
+        if results is None:
+            return func(*args, **kwargs)
+        made = [r.tensor() if isinstance(r, _Made) else r for r in results]
+        return made[0] if len(func._schema.returns) == 1 else tuple(made)
+
+
+class _Made(NamedTuple):
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def tensor(self) -> torch.Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
+
+
+_Result = _Made | int | float | None
+
+
+def _is_mask(indices: Any) -> bool:
+    return bool(indices) and indices[0] is not None and indices[0].is_meta and indices[0].dtype == torch.bool
+
+
+def _described(value: Any, inputs: list[torch.Tensor]) -> Any:
+    """Arguments as a key, with tensors by what decides about a result's shape; collects the tensors."""
+    if isinstance(value, torch.Tensor):
+        inputs.append(value)
+        return (value.shape, value.stride(), value.dtype, value.device.type)
+    if isinstance(value, (list, tuple)):
+        return tuple(_described(item, inputs) for item in value)
+    return (type(value), value)
+
+
+def _results(out: Any, inputs: list[torch.Tensor]) -> list[_Result] | None:
+    """What to make again of a result; None where it is no new memory on the meta device."""
+    shared = {tensor.untyped_storage()._cdata for tensor in inputs}
+    found: list[_Result] = []
+    for item in out if isinstance(out, tuple) else (out,):
+        if isinstance(item, torch.Tensor):
+            if not item.is_meta or item.untyped_storage()._cdata in shared:
+                return None
+            found.append(_Made(item.shape, item.stride(), item.dtype))
+        elif item is None or isinstance(item, (int, float)):
+            found.append(item)
+        else:
+            return None
+    return found
+
+
+# ---- memory inside operations --------------------------------------------------------------------------------------
+
+
+def _flash_backward(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
+    """DQ in float32, row sums, and under grouped heads dK and dV of every head (flash_api.cpp, mha_bwd)."""
+    batch, heads, tokens, width = query.shape
+    rows = -(-tokens // 128) * 128
+    columns = -(-width // 32) * 32 if width <= 192 else 256
+    accumulators = batch * heads * rows * (columns + 1) * 4
+    expanded = 2 * batch * heads * key.shape[2] * width * query.element_size() if key.shape[1] != heads else 0
+    return accumulators + expanded
+
+
+def _efficient_backward(grad: torch.Tensor, query: torch.Tensor, *_: Any, **__: Any) -> int:
+    """Row sums, and in 16 bits dQ in float32 (mem_eff_attention, kNeedsAccumGradQ)."""
+    return query.numel() // query.shape[-1] * 4 + (query.numel() * 4 if query.element_size() == 2 else 0)
+
+
+def _gemm_4bit(
+    x: torch.Tensor, packed: torch.Tensor, shape: Any, absmax: Any, blocksize: int, *_: Any, **__: Any
+) -> int:
+    """The dequantized weight and its float32 absmax: for many rows bitsandbytes dequantizes and calls cuBLAS."""
+    numel = math.prod(shape)
+    return numel * x.element_size() + -(-numel // blocksize) * 4
+
+
+def _index(x: torch.Tensor, indices: Any, *_: Any, **__: Any) -> int:
+    """The positions that a mask selects, which nonzero() finds first."""
+    return indices[0].numel() * indices[0].ndim * 8 if _is_mask(indices) else 0
+
+
+CPU_WORKSPACES: Mapping[str, Workspace] = {"bitsandbytes::gemm_4bit": _gemm_4bit}
+CUDA_WORKSPACES: Mapping[str, Workspace] = {
+    **CPU_WORKSPACES,
+    "aten::index": _index,
+    "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
+    "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+}

@@ -1,0 +1,369 @@
+"""A model on the meta device whose training steps can be traced: few of its layers, extrapolated to all.
+
+Decoder layers repeat with a period p (1 for most models; Gemma 3 has five layers with sliding attention, then one
+without). With p more layers, what is live at the same place of a step grows by the same bytes each time: their weights,
+what they save, their gradients. So steps of d and d + p layers are traced and each place is extrapolated by itself, in
+every category, and only then the largest is taken; a place that grows faster than another may come first only in the
+whole model. In a layer, "the same place" is the same distance from the last layer, as for that the most is saved; the
+first layer is a place of its own, as it has no input to give a gradient to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import peft.tuners.lora.bnb  # noqa: F401, its import is what tells PEFT that bitsandbytes works
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qosora.base import decompose_structure, skipped_modules
+from qosora.config import OsoraConfig, QosoraConfig
+from qosora.errors import CheckpointError, QosoraError
+from qosora.layers import decoder_layers, stacked_names
+from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
+from qosora.memory.standins import (
+    STASH,
+    FourBitLinear,
+    OffloadingStandIn,
+    PackedStandIn,
+    PerTensorStandIn,
+    state_shapes,
+)
+from qosora.memory.step import Batch, prepare_model, register_model, training_step
+from qosora.memory.tracer import Event, Peak, Site, Tracer
+from qosora.training import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
+
+__all__ = [
+    "DTYPES", "Prediction", "StepOptions", "TracedModel", "has_experts", "meta_model", "prediction", "quantize_linears",
+    "stacked_experts",
+]  # fmt: skip
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_GRANULARITY = {"cuda": 512, "cpu": 1}  # bytes; what PyTorch's CUDA allocator rounds to
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What decides about a step's memory, beside model and batch; the names are those of `TrainConfig`.
+
+    Attributes:
+        method: "qosora", or "qlora" for PEFT's LoRA on bitsandbytes' 4-bit layers.
+        lora_rank: Of QLoRA.
+        vectors: Which vectors are trained.
+        gradient_checkpointing: Whether layers are computed again in backward.
+        chunked_loss: Whether the loss never builds all logits, as TRL's does.
+        tile_length: Tokens of the tiles that MLPs and norms compute in, as `TrainConfig`'s; no matter to QLoRA.
+        activation_offloading: Whether saved activations lie in host memory.
+        attn_implementation: "sdpa" or "eager"; by default the first of them that the model has.
+        optimizer: One of `qosora.training.flat_buffers.OPTIMIZERS`.
+        precision: "bf16", "fp16" or "fp32": of activations, and of what is not in 4 bits.
+        device: "cuda" or "cpu": whose kernels and allocator.
+    """
+
+    method: str = "qosora"
+    lora_rank: int = 16
+    vectors: str = "both"
+    gradient_checkpointing: bool = True
+    chunked_loss: bool = True
+    tile_length: int | None = None
+    activation_offloading: bool = False
+    attn_implementation: str | None = None
+    optimizer: str = "paged_adamw_32bit"
+    precision: str = "bf16"
+    device: str = "cuda"
+
+    def problems(self) -> list[str]:
+        """Return a sentence for every value that there is not."""
+        choices = {
+            "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"),
+            "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS),
+            "precision": tuple(DTYPES), "device": tuple(_GRANULARITY),
+        }  # fmt: skip
+        problems = [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
+        if self.activation_offloading and self.device == "cpu":
+            problems.append("activation_offloading moves activations from a GPU to host memory, and there is no GPU")
+        return problems + [
+            f"{name} must be one of {', '.join(filter(None, known))}, got {getattr(self, name)!r}"
+            for name, known in choices.items()
+            if getattr(self, name) not in known
+        ]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most that is live in a step.
+
+    Attributes:
+        peak_bytes: Bytes.
+        live: Bytes by category at the peak.
+        site: Where the peak is.
+        op: The operation after (or in) which it is.
+        phases: Bytes at each phase's own peak.
+        paged_bytes: Optimizer state in managed memory, outside of the others.
+        sites: The peak of each place of the step.
+    """
+
+    peak_bytes: int
+    live: dict[str, int]
+    site: Site
+    op: str
+    phases: dict[str, int]
+    paged_bytes: int
+    sites: dict[Site, Peak]
+
+
+class TracedModel:
+    """A model with qosora's layers, or QLoRA's, on the meta device.
+
+    Args:
+        config: Of the model.
+        storage: How it is decomposed; ignored for QLoRA but for `modules_to_not_convert`.
+        options: Of the step.
+        full_depth: Whether to trace all layers instead of extrapolating.
+
+    Raises:
+        CheckpointError: transformers has no such causal language model.
+        ConfigError: `storage` does not fit the model.
+        QosoraError: The model cannot be traced.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, storage: QosoraConfig, options: StepOptions, *, full_depth: bool = False
+    ) -> None:
+        self.options = options
+        model = meta_model(config, options)
+        self.stack, layers = decoder_layers(model)
+        if named := storage.modules_to_not_convert:  # among which may be single layers
+            quantize_linears(model, storage, options)
+        self.attribute = next(name for name, child in self.stack.named_children() if child is layers)
+        self.count = len(layers)
+        # with offloading, the first layers still fill the stash of tensors on their way
+        least = self.count if full_depth else STASH + 2 if options.activation_offloading else 2
+        self.depths = _depths(_signatures(layers, config), least)
+        self.layers = layers[: self.depths[-1]]
+        setattr(self.stack, self.attribute, self.layers)
+        if not named:  # of the layers that are traced alone: experts can be many thousand linear layers
+            quantize_linears(model, storage, options)
+        if stacks := stacked_experts(model):
+            raise QosoraError(
+                f"{type(model).__name__} cannot be planned: its experts are stacked ({stacks[0]}) and stay in 16 bits, "
+                "and what their kernels allocate depends on the GPU and the data. Measure it with `qosora profile`"
+            )
+        self.vocab: int = model.config.get_text_config().vocab_size
+        self.attention: str = model.config._attn_implementation
+        model.requires_grad_(False)
+        adapter = OsoraConfig(vectors=options.vectors) if options.method == "qosora" else _lora(options)
+        with torch.device("meta"):
+            self.model = get_peft_model(model, adapter)
+        if options.method == "qlora":  # as TRL does for models that are loaded in 4 bits
+            for p in self._trained():
+                p.data = p.data.to(torch.bfloat16)
+        prepare_model(
+            self.model,
+            gradient_checkpointing=options.gradient_checkpointing,
+            fused_head=options.chunked_loss,
+            tile_length=options.tile_length,
+        )
+        self.trained_parameters = self._in_all(lambda: sum(p.numel() for p in self._trained()))
+        self.pack_elements = self._in_all(lambda: sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self._trained()))
+        self.paged_bytes = self._in_all(self._paged_bytes)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _cut(self, depth: int) -> nn.ModuleList:
+        layers = self.layers[:depth]
+        setattr(self.stack, self.attribute, layers)
+        return layers
+
+    def _in_all(self, count: Callable[[], int]) -> int:
+        """Return a count for the whole model, of what grows with each period of layers alike."""
+        found = []
+        for depth in self.depths:
+            self._cut(depth)
+            found.append(count())
+        return found[0] if len(found) == 1 else _line(found[0], found[1], self._periods())
+
+    def _periods(self) -> int:
+        """Periods of layers that the smaller trace lacks."""
+        return (self.count - self.depths[0]) // (self.depths[1] - self.depths[0])
+
+    def _paged_bytes(self) -> int:
+        """Bytes of optimizer states in managed memory, which CUDA's allocator never sees."""
+        if self.options.device != "cuda":
+            return 0
+        sizes = [p.numel() for p in self._trained()]
+        if self.options.method == "qosora":
+            sizes = [sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)] * (self.pack_elements >= PAGED_NUMEL)
+        else:
+            sizes = [n for n in sizes if n >= PAGED_NUMEL]
+        shapes = (shape for n in sizes for shape in state_shapes(n, self.options.optimizer))
+        return sum(size[0] * dtype.itemsize for size, dtype in shapes)
+
+    def predict(self, batch: Batch) -> Prediction:
+        """Return the peak of a step on a batch."""
+        kernels = MetaKernels(answer=not (batch.padding or batch.packing))
+        traces = [(depth, self._trace(batch, depth, kernels)) for depth in self.depths]
+        depth, sites = traces[0]
+        if len(traces) == 2:
+            deeper, more = traces[1]
+            period = deeper - depth
+            sites = _extrapolated(_from_end(sites, depth), _from_end(more, deeper), self._periods(), period)
+            sites = {site._replace(layer=self._layer(site.layer)): peak for site, peak in sites.items()}
+        return prediction(sites, self.paged_bytes)
+
+    def events(self, batch: Batch) -> list[Event]:
+        """Return the allocations of a step, of the layers that are traced: all, with `full_depth`."""
+        log: list[Event] = []
+        self._trace(batch, self.depths[-1], MetaKernels(answer=not (batch.padding or batch.packing)), log)
+        return log
+
+    def _layer(self, position: int) -> int:
+        return {_OUTSIDE: -1, _FIRST: 0}.get(position, self.count + position)
+
+    def _trace(
+        self, batch: Batch, depth: int, kernels: MetaKernels, log: list[Event] | None = None
+    ) -> dict[Site, Peak]:
+        layers = self._cut(depth)
+        options, trained = self.options, self._trained()
+        for p in trained:
+            p.data, p.grad = torch.empty_like(p, memory_format=torch.contiguous_format), None
+        workspaces = CUDA_WORKSPACES if options.device == "cuda" else CPU_WORKSPACES
+        tracer = Tracer(granularity=_GRANULARITY[options.device], workspaces=workspaces, run=kernels, log=log)
+        with computing_as(options.device), tracer, tracer.following(self.model, self.stack, layers):
+            register_model(tracer, self.model)
+            optimizer = self._optimizer(tracer, trained)
+            with tracer.allocating("batch"):
+                inputs = batch.tensors(self.vocab, "meta")
+            tracer.sites.clear()
+            saving: Callable[[], AbstractContextManager[Any]] = nullcontext
+            if options.activation_offloading:
+                saving = partial(OffloadingStandIn, list(self.model.parameters()))
+            try:
+                training_step(self.model, inputs, optimizer, tracer, fused_head=options.chunked_loss, saving=saving)
+            except (RuntimeError, NotImplementedError) as error:
+                raise QosoraError(
+                    f"{type(self.model.get_base_model()).__name__} cannot be traced without weights: "
+                    f"{str(error).strip().splitlines()[0]}. Measure it with `qosora profile` instead"
+                ) from error
+        return tracer.sites
+
+    def _optimizer(self, tracer: Tracer, trained: list[nn.Parameter]) -> Any:
+        paged = self.options.device == "cuda"
+        if self.options.method == "qosora":
+            return PackedStandIn(trained, tracer, self.options.optimizer, paged, self.pack_elements)
+        return PerTensorStandIn(trained, tracer, self.options.optimizer, paged)
+
+
+def prediction(sites: dict[Site, Peak], paged_bytes: int) -> Prediction:
+    """Return the largest of some places' peaks."""
+    site, peak = max(sites.items(), key=lambda item: item[1].total)
+    phases: dict[str, int] = {}
+    for place, found in sites.items():
+        phases[place.phase] = max(found.total, phases.get(place.phase, 0))
+    return Prediction(peak.total, peak.live, site, peak.op, phases, paged_bytes, sites)
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Say whether a model is a mixture of experts."""
+    text = config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return any((getattr(text, name, None) or 0) > 1 for name in names)
+
+
+def stacked_experts(model: PreTrainedModel) -> list[str]:
+    """Return the modules of a mixture that hold all of a layer's experts in one parameter, not as linear layers."""
+    return stacked_names(model) if has_experts(model.config) else []
+
+
+def meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:
+    """Return a plain model on the meta device."""
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=DTYPES[options.precision], attn_implementation=options.attn_implementation
+            )
+    except (ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"transformers cannot build a {config.model_type} model: {reason}") from error
+
+
+def quantize_linears(model: Any, storage: QosoraConfig, options: StepOptions) -> None:
+    """Replace linear layers by those of the method, on the meta device."""
+    if options.method == "qosora":
+        decompose_structure(model, storage)
+        return
+    skip = skipped_modules(model, storage)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and should_convert_module(name, skip):
+            model.set_submodule(name, FourBitLinear(module))
+    model.is_loaded_in_4bit = True
+
+
+def _lora(options: StepOptions) -> LoraConfig:
+    return LoraConfig(r=options.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _signatures(layers: nn.ModuleList, config: PreTrainedConfig) -> list[Any]:
+    """What decides about a layer's memory: its parameters, and what the config lists for each layer."""
+    lists = [v for v in vars(config.get_text_config()).values() if isinstance(v, list) and len(v) == len(layers)]
+    return [
+        (
+            [str(values[i]) for values in lists],
+            [(name, type(module).__name__) for name, module in layer.named_modules()],
+            [(name, p.shape, p.dtype) for name, p in layer.named_parameters()],
+        )
+        for i, layer in enumerate(layers)
+    ]
+
+
+def _depths(signatures: list[Any], least: int) -> tuple[int, ...]:
+    """Return the two numbers of layers to trace, both of at least some, or the one of the whole model."""
+    count = len(signatures)
+    period = next((p for p in range(1, count) if signatures[p:] == signatures[:-p]), count)
+    first = count % period
+    while first < max(period + 1, least):
+        first += period
+    return (count,) if first + period >= count else (first, first + period)
+
+
+def _from_end(sites: dict[Site, Peak], depth: int) -> dict[Site, Peak]:
+    """Return the sites with layers counted from the end, as negative numbers; outside layers and first layer None."""
+    return {site._replace(layer=_position(site.layer, depth)): peak for site, peak in sites.items()}
+
+
+_FIRST, _OUTSIDE = 0, 1
+
+
+def _position(layer: int, depth: int) -> int:
+    return _OUTSIDE if layer < 0 else _FIRST if layer == 0 else layer - depth
+
+
+def _extrapolated(few: dict[Site, Peak], more: dict[Site, Peak], times: int, period: int) -> dict[Site, Peak]:
+    """Return the sites of a model with `times` periods of layers more than the smaller trace."""
+    found = {}
+    for site, peak in few.items():
+        other = more.get(site)
+        if other is None or not -period <= site.layer:
+            continue
+        live = {
+            category: value
+            for category in peak.live | other.live
+            if (value := _line(peak.live.get(category, 0), other.live.get(category, 0), times))
+        }
+        found[site] = replace(peak, total=_line(peak.total, other.total, times), live=live)
+    return found
+
+
+def _line(first: int, second: int, times: int) -> int:
+    return first + times * (second - first)

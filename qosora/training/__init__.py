@@ -1,0 +1,48 @@
+"""A base, data and a configuration become an adapter.
+
+| module | one line |
+|---|---|
+| `config` | `TrainConfig`: what a user says |
+| `sft_options` | the same in TRL's words |
+| `run_folder` | the folder of a run |
+| `checks` | all that is checked before a model is loaded |
+| `flat_buffers` | vectors as windows of flat buffers |
+| `optimizer` | the packed paged optimizer |
+| `trainer` | TRL's trainer with our evaluation, checkpoints and record |
+| `run` | `train` |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qosora._lazy import door
+
+if TYPE_CHECKING:
+    from qosora.training.config import OPTIMIZER_NAMES as OPTIMIZER_NAMES
+    from qosora.training.config import TrainConfig as TrainConfig
+    from qosora.training.flat_buffers import ALIGNMENT as ALIGNMENT
+    from qosora.training.flat_buffers import OPTIMIZERS as OPTIMIZERS
+    from qosora.training.flat_buffers import PAGED_NUMEL as PAGED_NUMEL
+    from qosora.training.optimizer import PackedPagedOptimizer as PackedPagedOptimizer
+    from qosora.training.optimizer import create_optimizer as create_optimizer
+    from qosora.training.optimizer import trainer_optimizer as trainer_optimizer
+    from qosora.training.run import TrainResult as TrainResult
+    from qosora.training.run import train as train
+    from qosora.training.run_folder import MetricsLog as MetricsLog
+    from qosora.training.sft_options import sft_config as sft_config
+    from qosora.training.trainer import QosoraTrainer as QosoraTrainer
+    from qosora.training.trainer import Recorder as Recorder
+
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "config": ["OPTIMIZER_NAMES", "TrainConfig"],
+        "sft_options": ["sft_config"],
+        "run_folder": ["MetricsLog"],
+        "flat_buffers": ["ALIGNMENT", "OPTIMIZERS", "PAGED_NUMEL"],
+        "optimizer": ["PackedPagedOptimizer", "create_optimizer", "trainer_optimizer"],
+        "trainer": ["QosoraTrainer", "Recorder"],
+        "run": ["TrainResult", "train"],
+    },
+)

@@ -1,0 +1,150 @@
+"""Everything of a training run that is checked before its model is loaded, in the order of what it costs.
+
+The options, then the output folder, then the base's kind, then the data to the last token. Examples are tokenized here
+and not by TRL, so that the tokens that were counted are those that are trained on.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from qosora.base import load_base, load_tokenizer
+from qosora.checkpoints import quantization_of
+from qosora.config import QUANT_METHOD, OsoraConfig
+from qosora.data import Columns, Tokenized, load_records, tokenize
+from qosora.errors import ConfigError, DataError
+from qosora.training.config import TrainConfig
+from qosora.training.run_folder import RunFolder
+from qosora.training.sft_options import choose_precision, sft_config
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can begin.
+
+    Args:
+        config: As given.
+        folder: Not made yet.
+        precision: "bf16", "fp16" or "fp32".
+        arguments: Of TRL's trainer.
+        adapter: What is trained.
+        source: Folder (absolute, as the adapter records it) or hub id of the base.
+        tokenizer: The base's.
+        data: To train on.
+        held_out: To evaluate on.
+    """
+
+    config: TrainConfig
+    folder: RunFolder
+    precision: str
+    arguments: SFTConfig
+    adapter: OsoraConfig
+    source: str
+    tokenizer: PreTrainedTokenizerBase
+    data: Tokenized
+    held_out: Tokenized | None
+
+
+def prepare(config: TrainConfig, folder: RunFolder) -> Prepared:
+    """Check a run and read its data; nothing is written.
+
+    Raises:
+        ConfigError: Options that cannot work.
+        DataError: Data that cannot be used.
+        CheckpointError: The model is no qosora base.
+    """
+    if config.schedule == "warmup_stable_decay" and "num_decay_steps" not in (
+        config.sft.get("lr_scheduler_kwargs") or {}
+    ):
+        raise ConfigError(
+            "schedule warmup_stable_decay needs to know when the decay begins: set num_decay_steps in the option "
+            "lr_scheduler_kwargs of sft, such as --sft 'lr_scheduler_kwargs={num_decay_steps: 100}'"
+        )
+    precision = choose_precision(config)
+    arguments = sft_config(config, precision, folder.path)
+    adapter = _adapter_config(config)
+    source = _source(config)
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    data, held_out = _tokenized(config, source, tokenizer)
+    return Prepared(config, folder, precision, arguments, adapter, source, tokenizer, data, held_out)
+
+
+def _source(config: TrainConfig) -> str:
+    """Return the base's place, absolute (the adapter records it), after a look at what it is."""
+    source = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
+    stored = quantization_of(source, trust_remote_code=config.trust_remote_code) or {}
+    if stored.get("quant_method") != QUANT_METHOD:
+        load_base(source, trust_remote_code=config.trust_remote_code)  # says what it is instead, loading nothing
+    return source
+
+
+def _adapter_config(config: TrainConfig) -> OsoraConfig:
+    return OsoraConfig(
+        vectors=config.vectors,
+        target_modules=_names(config.target_modules),
+        exclude_modules=_names(config.exclude_modules),
+        modules_to_save=config.modules_to_save,
+    )
+
+
+def _names(names: list[str] | None) -> list[str] | str | None:
+    """Return names, or the single regular expression among them, as PEFT tells them apart."""
+    if names and len(names) == 1 and re.search(r"[^\w.-]", names[0]):
+        return names[0]
+    return names
+
+
+def _tokenized(
+    config: TrainConfig, source: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tokenized, Tokenized | None]:
+    """Return the training and evaluation examples, checked against the model's configuration."""
+    columns = Columns(config.prompt_column, config.completion_column, config.messages_column, config.text_column)
+    stops = _stop_ids(source)
+    # Only packing that cuts may be told of cuts; the others split what is too long
+    cut = config.max_length if config.sft.get("packing_strategy", "bfd") == "bfd" or not config.packing else None
+    options: dict[str, Any] = {"completion_only": config.completion_only, "stop_ids": stops}
+    records = load_records(config.data, split=config.data_split, columns=columns, chat=config.chat, limit=config.limit)
+    data = tokenize(records, tokenizer, max_length=cut, **options)
+    held_out = None
+    if config.eval_data is not None:
+        split = config.eval_split or (None if Path(config.eval_data).exists() else "test")
+        records = load_records(
+            config.eval_data, split=split, columns=columns, chat=config.chat, limit=config.eval_limit
+        )
+        held_out = tokenize(records, tokenizer, max_length=config.max_length, **options)
+    _check_fit(config, source, [data, *([held_out] if held_out else [])])
+    return data, held_out
+
+
+def _stop_ids(source: str) -> list[int]:
+    try:
+        ids = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:  # a base without generation_config.json
+        return []
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _check_fit(config: TrainConfig, source: str, data: list[Tokenized]) -> None:
+    """Refuse ids and lengths that the model has no embedding for: both end in an index error deep inside."""
+    model = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code).get_text_config()
+    largest = max(int(e.input_ids.max()) for d in data for e in d.examples)
+    longest = max(len(e.input_ids) for d in data for e in d.examples)
+    positions = getattr(model, "max_position_embeddings", None)
+    if largest >= model.vocab_size:
+        raise DataError(
+            f"the tokenizer gives token {largest}, but the model's vocabulary has {model.vocab_size}: the tokenizer "
+            f"files in {source} belong to another model"
+        )
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"max_length {config.max_length} lets examples have {longest} tokens, but the model takes {positions}; "
+            f"set max_length to at most {positions}"
+        )

@@ -1,0 +1,248 @@
+"""`train`: a base, data and a configuration to an adapter, on TRL's `SFTTrainer` with the packed optimizer.
+
+All that can be known to be wrong is found (`prepare`) before the model is loaded, and the output folder is made only
+when the trainer stands.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback
+
+from qosora.base import load_base
+from qosora.data import no_progress_bars
+from qosora.errors import ConfigError, QosoraError
+from qosora.inference import perplexity
+from qosora.layers import TILE_LENGTH, apply_tiling, compile_layers
+from qosora.training.checks import Prepared, prepare
+from qosora.training.config import TrainConfig
+from qosora.training.optimizer import trainer_optimizer
+from qosora.training.run_folder import RunFolder
+from qosora.training.trainer import QosoraTrainer, Recorder, peak_memory_bytes
+
+__all__ = ["TrainResult", "train"]
+
+logger = logging.getLogger("qosora")
+
+#: Tokens of a tile to advise where memory runs out. Each tile dequantizes the weights: shorter ones take more time.
+_SHORT_TILE = 1024
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did; losses are means over supervised tokens, evaluation's are None without evaluation data."""
+
+    output_dir: str
+    steps: int
+    examples: int
+    supervised_tokens: int
+    trained_parameters: int
+    adapter_bytes: int
+    train_loss: float
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    precision: str
+    wall_seconds: float
+    peak_memory_bytes: int
+    resumed_from: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    def summary(self) -> list[str]:
+        """Return lines for a reader."""
+        lines = [
+            f"trained {self.trained_parameters:,} parameters for {self.steps} steps on {self.examples:,} examples "
+            f"({self.supervised_tokens:,} supervised tokens) in {self.wall_seconds:.0f} s, {self.precision}, "
+            f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB",
+            f"training loss {self.train_loss:.4f} (mean of the last tenth of the steps)",
+        ]
+        if self.eval_loss_before is not None and self.eval_loss_after is not None:
+            before, after = self.eval_loss_before, self.eval_loss_after
+            lines.append(
+                f"evaluation loss {before:.4f} -> {after:.4f}, "
+                f"perplexity {perplexity(before):.3f} -> {perplexity(after):.3f}"
+            )
+        return [*lines, f"adapter: {self.output_dir} ({self.adapter_bytes / 2**10:,.0f} KiB)"]
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Fine-tune a base as a configuration says.
+
+    Args:
+        config: `TrainConfig(...)`, or `TrainConfig.load(FILE, FLAGS)`.
+
+    Raises:
+        ConfigError: Options that cannot work, or an output folder that must not be used.
+        DataError: Data that cannot be used.
+        CheckpointError: The model is no qosora base.
+        QosoraError: Training diverged or ran out of memory; the run can be resumed from its last checkpoint.
+
+    Example:
+        >>> train(TrainConfig(model="llama-2-7b-qosora", data="train.jsonl", output_dir="run"))  # doctest: +SKIP
+    """
+    start = time.perf_counter()
+    folder = RunFolder(config)
+    if (result := folder.finished()) is not None:
+        logger.info("the run in %s is finished already", folder.path)
+        return TrainResult(**result)
+    prepared = prepare(config, folder)
+    with _quiet(), _advice_on_memory(config):
+        trainer, recorder = _trainer(prepared)
+        try:
+            losses, resumed_from = _run(trainer, folder)
+        finally:
+            recorder.close()
+        return _finish(trainer, prepared, losses, resumed_from, time.perf_counter() - start)
+
+
+def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
+    """Load the base and build the trainer; nothing stays on disk if that fails."""
+    config, attention = run.config, run.config.attn_implementation
+    recorder = Recorder(run.folder.metrics, config.progress)
+    try:
+        model = load_base(
+            run.source,
+            dtype=_DTYPES[run.precision],
+            trust_remote_code=config.trust_remote_code,
+            **({"attn_implementation": attention} if attention else {}),
+        )
+        trainer = QosoraTrainer(
+            model=model,
+            args=run.arguments,
+            train_dataset=Dataset.from_dict(run.data.columns()),
+            # for Trainer's eval_steps alone; `evaluate` measures the examples themselves
+            eval_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}) if run.held_out else None,
+            eval_examples=run.held_out.examples if run.held_out else [],
+            processing_class=run.tokenizer,
+            peft_config=run.adapter,
+            optimizer_cls_and_kwargs=trainer_optimizer(
+                run.arguments,
+                optimizer=config.optimizer,
+                modules_to_save_lr=config.modules_to_save_learning_rate or config.learning_rate / 100,
+            ),
+            callbacks=[recorder],
+        )
+    except BaseException as error:
+        run.folder.discard()
+        if isinstance(error, (ValueError, ImportError)) and not isinstance(error, QosoraError):
+            raise ConfigError(f"the trainer refuses the options: {error}") from error
+        raise
+    # After the trainer has put in Liger's kernels
+    if config.compile:
+        compile_layers(trainer.model)
+    else:
+        mlps = config.gradient_checkpointing or config.tile_length is not None
+        apply_tiling(trainer.model, config.tile_length, mlps=mlps)
+    trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; the bar shows them
+    return trainer, recorder
+
+
+def _run(trainer: QosoraTrainer, folder: RunFolder) -> tuple[tuple[float | None, ...], int | None]:
+    """Train; return the evaluation losses before and after, and the step that training went on from."""
+    checkpoint = folder.checkpoint()
+    resumed_from = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else None
+    folder.begin(-1 if resumed_from is None else resumed_from)
+    if resumed_from is not None:
+        logger.info("resuming after step %d", resumed_from)
+    evaluations = [line for line in folder.metrics.read() if "eval_loss" in line]
+    before = after = None
+    if trainer.eval_examples:
+        before = evaluations[0]["eval_loss"] if evaluations else trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.eval_examples:
+        last = [line for line in folder.metrics.read() if "eval_loss" in line][-1]
+        done = last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
+        after = last["eval_loss"] if done else trainer.evaluate()["eval_loss"]
+    return (before, after), resumed_from
+
+
+def _finish(
+    trainer: QosoraTrainer,
+    run: Prepared,
+    losses: tuple[float | None, ...],
+    resumed_from: int | None,
+    wall_seconds: float,
+) -> TrainResult:
+    """Write the adapter, its tokenizer and the result."""
+    model = trainer.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    steps = [line["loss"] for line in run.folder.metrics.read() if "loss" in line]
+    last = steps[-max(1, len(steps) // 10) :]
+    result = TrainResult(
+        output_dir=run.config.output_dir,
+        steps=trainer.state.global_step,
+        examples=len(run.data),
+        supervised_tokens=run.data.supervised,
+        trained_parameters=sum(p.numel() for p in trained),
+        adapter_bytes=sum(p.nbytes for p in trained),
+        train_loss=sum(last) / len(last) if last else float("nan"),
+        eval_loss_before=losses[0],
+        eval_loss_after=losses[1],
+        precision=run.precision,
+        wall_seconds=round(wall_seconds, 3),
+        peak_memory_bytes=peak_memory_bytes(),
+        resumed_from=resumed_from,
+    )
+
+    def write(target: Path) -> None:
+        model.save_pretrained(target, save_embedding_layers=False)
+        run.tokenizer.save_pretrained(target)
+
+    run.folder.finish(result.to_dict(), write)
+    return result
+
+
+@contextmanager
+def _advice_on_memory(config: TrainConfig) -> Iterator[None]:
+    """Turn running out of GPU memory into what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = [f"lower batch_size ({config.batch_size}), raising gradient_accumulation"] * (config.batch_size > 1)
+        advice += [f"lower max_length ({config.max_length})"]
+        advice += [] if config.gradient_checkpointing else ["turn gradient_checkpointing on"]
+        advice += [] if config.activation_offloading else ["turn activation_offloading on"]
+        tile_length = TILE_LENGTH if config.tile_length is None else config.tile_length
+        tiled = 0 < tile_length <= _SHORT_TILE or config.batch_size * config.max_length <= _SHORT_TILE
+        advice += [] if tiled else [f"set tile_length to {_SHORT_TILE}"]
+        reason = str(error).splitlines()[0]
+        raise QosoraError(f"out of GPU memory: {'; or '.join(advice)} ({reason})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what libraries say that is not for the user of a training run; each with its reason."""
+    mtime = logging.getLogger("transformers.trainer_utils")
+    mtime.addFilter(_no_mtime)
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings(), no_progress_bars():
+        # see sft_options
+        warnings.filterwarnings("ignore", message=".*use_liger_kernel.*")
+        # PEFT and TRL call methods of transformers by names that it has changed
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+        try:
+            yield
+        finally:
+            mtime.removeFilter(_no_mtime)
+            if bars:
+                transformers.utils.logging.enable_progress_bar()
+
+
+def _no_mtime(record: logging.LogRecord) -> bool:
+    """Drop Trainer's remark that it orders checkpoints by their numbers, and not by their time."""
+    return "mtime may not be reliable" not in record.getMessage()

@@ -1,0 +1,169 @@
+"""The folder of a training run: what it holds, whether a run may use it, and what is written when.
+
+    train_config.yaml     from the start: the run's configuration, by which resuming knows it again
+    metrics.jsonl         a line for each logged step and each evaluation, as it happens
+    checkpoint-N/         vectors, optimizer, schedule and random states after step N
+    adapter_model.safetensors, tokenizer files, result.json, README.md, adapter_config.json     at the end, in one go
+
+So a folder with adapter_config.json holds a finished adapter, and one without it does not load.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qosora.errors import ConfigError
+from qosora.training.config import TrainConfig
+
+__all__ = ["MetricsLog", "RunFolder"]
+
+CONFIG = "train_config.yaml"
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+ADAPTER_CONFIG = "adapter_config.json"
+#: Files without which a checkpoint cannot be resumed. Trainer writes the last one last.
+WHOLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+class MetricsLog:
+    """A file of JSON lines, each with its "step"."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write a line at once."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the lines; one that was cut off by a crash is left out."""
+        lines = []
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that will be done again."""
+        kept = [json.dumps(line) + "\n" for line in self.read() if line["step"] <= step]
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+
+class RunFolder:
+    """`output_dir` of a run. Making one changes nothing on disk.
+
+    Args:
+        config: Of the run that wants the folder.
+
+    Raises:
+        ConfigError: If the run must not use the folder.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.path = config, Path(config.output_dir).expanduser().resolve()
+        self.metrics = MetricsLog(self.path / METRICS)
+        self.existed = self.path.exists()
+        if self.existed and (not self.path.is_dir() or any(self.path.iterdir())):
+            self._check_earlier()
+
+    def _check_earlier(self) -> None:
+        if not (self.path / CONFIG).is_file():
+            raise ConfigError(f"output_dir {self.path} is not empty and holds no qosora run; name another folder")
+        if self.config.overwrite:
+            self._check_removable()
+            return
+        if not self.config.resume:
+            raise ConfigError(
+                f"output_dir {self.path} holds an earlier run; name another folder, or go on with it (resume), or "
+                "replace it (overwrite)"
+            )
+        changed = self.config.changed_since(TrainConfig.load(self.path / CONFIG))
+        if changed:
+            raise ConfigError(
+                f"the run in {self.path} cannot be resumed with another {', '.join(changed)}; give the values in its "
+                f"{CONFIG}, or start a new run in another folder"
+            )
+
+    def _check_removable(self) -> None:
+        """Refuse to remove, with an earlier run, what this one reads or where the user is."""
+        config = self.config
+        needed = {name: Path(name).expanduser() for name in (config.model, config.data, config.eval_data) if name}
+        for name, path in (needed | {"the current folder": Path.cwd()}).items():
+            if path.resolve().is_relative_to(self.path):
+                raise ConfigError(
+                    f"overwrite would remove all of {self.path}, and {name} lies in there; name another output_dir"
+                )
+
+    @property
+    def resuming(self) -> bool:
+        """Whether there is an earlier run to go on with."""
+        return self.config.resume and (self.path / CONFIG).is_file()
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the result of the run to resume, if it is complete already."""
+        if not (self.resuming and (self.path / ADAPTER_CONFIG).is_file() and (self.path / RESULT).is_file()):
+            return None
+        result: dict[str, Any] = json.loads((self.path / RESULT).read_text(encoding="utf-8"))
+        return result
+
+    def checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint of the run to resume."""
+        if not self.resuming:
+            return None
+        steps = {p: int(p.name.removeprefix("checkpoint-")) for p in self.path.glob("checkpoint-[0-9]*") if p.is_dir()}
+        return next((p for p in sorted(steps, key=lambda p: -steps[p]) if _is_whole(p)), None)
+
+    def begin(self, step: int) -> None:
+        """Make the folder ready for a run that starts after `step`: the first change on disk."""
+        if self.existed and not self.resuming:
+            for item in self.path.iterdir():
+                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace(self.config, resume=False, overwrite=False).save(self.path / CONFIG)
+        self.metrics.forget_after(step)
+
+    def discard(self) -> None:
+        """Remove the folder, if it is empty and was not there before."""
+        if not self.existed and self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def finish(self, result: dict[str, Any], write: Callable[[Path], None]) -> None:
+        """Write what makes the folder an adapter, so that it is one only when it is whole.
+
+        Args:
+            result: What `finished` gives back.
+            write: Writes the adapter and tokenizer into an empty folder.
+        """
+        temporary = self.path / ".final"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        (temporary / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        for file in sorted(temporary.iterdir(), key=lambda p: p.name == ADAPTER_CONFIG):
+            target = self.path / file.name
+            file.chmod((self.path / CONFIG).stat().st_mode)  # safetensors makes files for the owner alone
+            if target.is_dir():
+                shutil.rmtree(target)
+            file.replace(target)
+        temporary.rmdir()
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Say whether writing a checkpoint came to its end."""
+    if not all((checkpoint / name).is_file() for name in WHOLE):
+        return False
+    try:
+        json.loads((checkpoint / WHOLE[-1]).read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return False
+    return True

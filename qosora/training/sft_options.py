@@ -1,0 +1,158 @@
+"""`TrainConfig` to TRL's `SFTConfig`: what each option is called there, and what must not be set past it.
+
+Precision. In "bf16" whatever is not decomposed is loaded in bfloat16 and nothing is autocast: `QosoraLinear` keeps its
+vectors in float32 and scales in float32 by itself, and norms and the loss compute in float32 in transformers and TRL,
+so autocast would add casts and no accuracy. It is needed, and on, with `modules_to_save`, which PEFT trains in float32
+between bfloat16 layers. "fp16" always runs under autocast, for its loss scaling. "fp32" is float32 throughout.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from qosora.errors import ConfigError, near_miss
+from qosora.training.config import TrainConfig
+
+__all__ = ["choose_precision", "sft_config"]
+
+logger = logging.getLogger("qosora")
+
+#: Options of SFTConfig that have another name here, or none because qosora does it: what to say of them.
+_ELSEWHERE = {
+    "activation_checkpointing": "gradient_checkpointing", "assistant_only_loss": "completion_only",
+    "bf16": "precision", "chat_template_path": None, "completion_only_loss": "completion_only", "dataset_kwargs": None,
+    "dataset_text_field": "text_column", "eos_token": None, "fp16": "precision",
+    "gradient_accumulation_steps": "gradient_accumulation", "include_num_input_tokens_seen": None,
+    "lr_scheduler_type": "schedule", "model_init_kwargs": None, "num_train_epochs": "epochs", "optim": "optimizer",
+    "pad_token": None, "per_device_eval_batch_size": "eval_batch_size", "per_device_train_batch_size": "batch_size",
+    "resume_from_checkpoint": "resume", "truncation_mode": None, "use_cpu": None, "use_liger_kernel": "use_liger",
+    "warmup_steps": "warmup_ratio",
+}  # fmt: skip
+
+
+def choose_precision(config: TrainConfig) -> str:
+    """Return "bf16", "fp16" or "fp32".
+
+    Raises:
+        ConfigError: The device cannot compute in it.
+    """
+    cuda = torch.cuda.is_available()
+    if config.precision == "fp16" and not cuda:
+        raise ConfigError("precision fp16 needs a GPU: its loss scaling does not run on a CPU; use bf16 or fp32")
+    if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError("this GPU does not compute in bfloat16; use precision fp16, or fp32")
+    if config.precision != "auto":
+        return config.precision
+    if not cuda:
+        return "fp32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    logger.warning("this GPU does not compute in bfloat16: training in fp16, which overflows more easily")
+    return "fp16"
+
+
+def sft_config(config: TrainConfig, precision: str, output_dir: Path) -> SFTConfig:
+    """Return TRL's configuration of a run.
+
+    Raises:
+        ConfigError: With every problem of `config.sft`, and what TRL refuses.
+    """
+    problems = _sft_problems(config) + _missing_parts(config)
+    if problems:
+        raise ConfigError(problems)
+    options = {**_options(config, precision, output_dir), **_numbers(config.sft)}
+    with warnings.catch_warnings():
+        # TRL points to kernels of the hub instead of Liger; its FutureWarning is for programmers
+        warnings.filterwarnings("ignore", message=".*use_liger_kernel.*")
+        try:
+            arguments = SFTConfig(**options)
+        except (ValueError, TypeError, ImportError) as error:
+            raise ConfigError(f"TRL refuses the options: {error}") from error
+    # Where there are several GPUs, Trainer would wrap the model in nn.DataParallel, which copies the base at each step
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _options(config: TrainConfig, precision: str, output_dir: Path) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    schedule: dict[str, Any] = {} if config.max_steps is None else {"max_steps": config.max_steps}
+    if config.schedule == "cosine_with_min_lr":  # transformers has no default for where it ends
+        schedule["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
+    return schedule | {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.eval_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "num_train_epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": config.warmup_ratio,  # below 1 it is a part of all steps
+        "max_grad_norm": config.max_grad_norm,
+        "weight_decay": config.weight_decay,
+        "seed": config.seed,
+        # examples come truncated; packed ones are cut by TRL's packing
+        "max_length": config.max_length if config.packing else None,
+        "packing": config.packing,
+        "dataset_kwargs": {"skip_prepare_dataset": not config.packing},
+        "bf16": precision == "bf16" and bool(config.modules_to_save),
+        "fp16": precision == "fp16",
+        "activation_checkpointing": config.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "activation_offloading": config.activation_offloading,
+        "use_liger_kernel": config.use_liger,
+        "trust_remote_code": config.trust_remote_code,
+        "logging_steps": config.logging_steps,
+        "logging_nan_inf_filter": False,  # it would show the last loss in place of NaN
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "save_total_limit": config.save_total_limit,
+        "eval_strategy": "steps" if config.eval_steps else "no",
+        "eval_steps": config.eval_steps,
+        "report_to": config.report_to or "none",
+        "disable_tqdm": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "use_cpu": not cuda,
+        "dataloader_pin_memory": cuda,
+    }
+
+
+def _numbers(value: Any) -> Any:
+    """Return plain data with numbers for texts such as "1e-8", which YAML takes for text as they have no point."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) else value
+
+
+def _sft_problems(config: TrainConfig) -> list[str]:
+    known = {f.name for f in fields(SFTConfig) if f.init}
+    ours = {f.name for f in fields(TrainConfig)}
+    problems = []
+    for name in config.sft:
+        if name not in known:
+            problems.append(f"sft: TRL's SFTConfig has no option {name!r}{near_miss(name, known)}")
+        elif name in ours or _ELSEWHERE.get(name):
+            problems.append(f"sft: {name} is the option {_ELSEWHERE.get(name) or name!r} of qosora; set that")
+        elif name in _ELSEWHERE and _ELSEWHERE[name] is None:
+            problems.append(f"sft: {name} has no effect here, as qosora loads the model and prepares the data itself")
+    return problems
+
+
+def _missing_parts(config: TrainConfig) -> list[str]:
+    problems = []
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append("qosora trains in one process on one GPU; start it without torchrun or accelerate launch")
+    if config.use_liger and importlib.util.find_spec("liger_kernel") is None:
+        problems.append("use_liger needs the package liger-kernel: pip install liger-kernel")
+    if config.activation_offloading and not torch.cuda.is_available():
+        problems.append("activation_offloading moves activations from a GPU to host memory, and there is no GPU")
+    return problems

@@ -1,0 +1,144 @@
+"""TRL's `SFTTrainer` with qosora's evaluation, checkpoints of vectors alone, and a record of each step.
+
+Trainer's own evaluation averages over batches, its checkpoints carry the tokenizer and a pickle of the arguments, and
+its progress bar shows neither speed nor memory; these three are replaced, all else is TRL's.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from qosora.data import Example
+from qosora.errors import QosoraError
+from qosora.inference import mean_loss, perplexity
+from qosora.training.run_folder import MetricsLog
+
+__all__ = ["QosoraTrainer", "Recorder", "peak_memory_bytes"]
+
+_LOGGED = ("epoch", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy")
+
+
+class QosoraTrainer(SFTTrainer):
+    """As `SFTTrainer`.
+
+    Args:
+        eval_examples: What `evaluate` measures.
+        **kwargs: Of `SFTTrainer`.
+    """
+
+    control: Any
+
+    def __init__(self, *, eval_examples: Sequence[Example], **kwargs: Any) -> None:
+        self.eval_examples = eval_examples
+        super().__init__(**kwargs)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Return loss and perplexity per supervised token of the evaluation examples, and log them."""
+        start = time.perf_counter()
+        loss = mean_loss(self.model, self.eval_examples, self.args.per_device_eval_batch_size)
+        metrics = {"loss": loss, "perplexity": perplexity(loss), "runtime": time.perf_counter() - start}
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the adapter alone: not the tokenizer, which would be larger, and no pickle of the arguments."""
+        self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: TRL's would appear in the run's folder with the first checkpoint."""
+
+
+class Recorder(TrainerCallback):
+    """Writes metrics.jsonl, shows the progress bar, and stops a run whose loss is no number any more.
+
+    Args:
+        metrics: Where to write.
+        progress: Whether to show the bar, on stderr; a line now and then where that is no terminal.
+    """
+
+    def __init__(self, metrics: MetricsLog, progress: bool) -> None:
+        self.metrics, self.progress = metrics, progress
+        self.bar: Any = None
+        self.start = self.last_time = time.perf_counter()
+        self.last_tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar and the clock."""
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True,
+            mininterval=interval, maxinterval=interval, disable=not self.progress,
+        )  # fmt: skip
+        self.last_time, self.last_tokens = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write a line.
+
+        Raises:
+            QosoraError: The loss is infinite or not a number.
+        """
+        logs = logs or {}
+        if "eval_loss" in logs:
+            line = {"step": state.global_step, **{k: v for k, v in logs.items() if k.startswith("eval_")}}
+            self.metrics.append(line)
+            self.last_time = time.perf_counter()  # evaluation does not count as training time
+        elif "loss" in logs:
+            line = {"step": state.global_step, **{k: logs[k] for k in _LOGGED if k in logs}, **self._speed(state)}
+            self.metrics.append(line)
+            self._show(line)
+            if not math.isfinite(line["loss"]):
+                raise QosoraError(
+                    f"the loss is {line['loss']} at step {state.global_step}: training diverged. Lower learning_rate"
+                    + (", or train in bf16, which does not overflow as fp16 does" if args.fp16 else "")
+                )
+
+    def _speed(self, state: Any) -> dict[str, Any]:
+        now, tokens = time.perf_counter(), int(state.num_input_tokens_seen)
+        rate = (tokens - self.last_tokens) / max(now - self.last_time, 1e-9)
+        self.last_time, self.last_tokens = now, tokens
+        return {
+            "tokens": tokens,
+            "tokens_per_second": round(rate, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "wall_seconds": round(now - self.start, 3),
+        }
+
+    def _show(self, line: dict[str, Any]) -> None:
+        self.bar.set_postfix_str(
+            f"loss {line['loss']:.4f}, lr {line['learning_rate']:.2e}, {line['tokens_per_second']:,.0f} tokens/s, "
+            f"{line['peak_memory_bytes'] / 2**30:.2f} GiB",
+            refresh=False,
+        )
+
+    def close(self) -> None:
+        """End the bar, also after an error."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory used so far: the GPU's allocations, or the process's resident set without a GPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

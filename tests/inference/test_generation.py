@@ -1,0 +1,92 @@
+"""Generation: batches give what single prompts give, and it stops where it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_llama, make_tokenizer
+from transformers import AutoModelForCausalLM
+
+from qosora.errors import ConfigError, DataError
+from qosora.inference.generation import generate, inference, stop_token_ids
+
+PROMPTS = ["a", "hello world", "once upon a time", "x y"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder: Path = make_llama(tmp_path_factory.mktemp("llama"), initializer_range=0.3)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_greedy_batches_equal_a_loop_without_padding_or_cache(model: Any):
+    tokenizer = make_tokenizer()
+    expected = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt)["input_ids"]
+        written: list[int] = []
+        while len(written) < 12:
+            with torch.no_grad():
+                token = int(model(torch.tensor([ids + written])).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            written.append(token)
+        expected.append(tokenizer.decode(written, skip_special_tokens=True))
+    for batch_size in (1, 3):
+        assert generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size) == expected
+    assert len(set(expected)) > 1
+    assert tokenizer.pad_token is None
+
+
+def test_it_stops_at_any_stop_token(model: Any):
+    tokenizer = make_tokenizer()
+    with torch.no_grad():
+        first = int(model(torch.tensor([tokenizer("hello world")["input_ids"]])).logits[0, -1].argmax())
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, first]
+    try:
+        assert stop_token_ids(model, tokenizer) == sorted([tokenizer.eos_token_id, first])
+        assert generate(model, tokenizer, ["hello world"], max_new_tokens=8) == [""]
+    finally:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+
+def test_sampling_is_seeded_and_leaves_the_global_generator(model: Any):
+    tokenizer = make_tokenizer()
+    before = torch.get_rng_state()
+    options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9}
+    first = generate(model, tokenizer, PROMPTS, seed=1, **options)
+    assert first == generate(model, tokenizer, PROMPTS, seed=1, **options)
+    assert first != generate(model, tokenizer, PROMPTS, seed=2, **options)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_chat_is_the_rendered_prompt(model: Any):
+    tokenizer = make_tokenizer()
+    messages = [{"role": "user", "content": "hello"}]
+    by_hand = "<user>hello</s><assistant>"  # the tokenizer adds the beginning
+    expected = generate(model, tokenizer, [by_hand], max_new_tokens=8)
+    assert generate(model, tokenizer, ["hello"], max_new_tokens=8, chat=True) == expected
+    assert generate(model, tokenizer, [messages], max_new_tokens=8) == expected
+    with pytest.raises(DataError, match="no chat template"):
+        generate(model, make_tokenizer(chat=False), [messages])
+
+
+def test_what_is_refused(model: Any):
+    with pytest.raises(DataError, match="prompt 2 is empty"):
+        generate(model, make_tokenizer(), ["a", ""])
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        generate(model, make_tokenizer(), ["a"], max_new_tokens=0)
+    assert generate(model, make_tokenizer(), []) == []
+
+
+def test_inference_gives_the_mode_back(model: Any):
+    model.train()
+    with inference(model):
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        assert not torch.is_autocast_enabled("cpu")
+    assert model.training
+    model.eval()

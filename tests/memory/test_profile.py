@@ -1,0 +1,267 @@
+"""What is measured on the CPU is what was planned, and what the trainer does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
+from tiny_bases import load, make_base
+from tiny_models import make_base as make_base_with_tokenizer
+from tiny_models import make_llama, write_jsonl
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+import qosora
+from qosora.cli import main
+from qosora.config import QosoraConfig
+from qosora.errors import ConfigError, DataError
+from qosora.layers.decoder import decoder_layers
+from qosora.memory import step
+from qosora.memory.predict import StepOptions
+from qosora.memory.profile import profile, random_model
+from qosora.memory.shapes import model_config
+from qosora.memory.step import register_model, register_optimizer
+from qosora.memory.tracer import Tracer
+from qosora.training.trainer import QosoraTrainer
+
+FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "mixtral", "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: make_base(folder / name, name) for name in FAMILIES}
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the CPU")
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
+def test_planned_equals_measured(bases: dict[str, Path], name: str, batch_size: int, checkpointing: bool):
+    found = profile(
+        bases[name], batch_size=batch_size, seq_len=48, steps=1, gradient_checkpointing=checkpointing, precision="bf16"
+    )
+    assert found.planned is not None
+    assert found.difference == pytest.approx(0, abs=0.01)
+    for phase, measured in found.live.phases.items():
+        assert found.planned.phases[phase] == pytest.approx(measured, rel=0.01), phase
+    for name, measured in found.live.rows.items():
+        assert found.planned.rows[name] == pytest.approx(measured, abs=0.01 * found.measured_bytes), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunked_loss": False, "vectors": "o", "optimizer": "paged_lion_8bit"},
+        {"attn_implementation": "eager", "optimizer": "paged_adamw_8bit", "padding": False},
+        {"packing": True, "seq_len": 24},
+        {"tile_length": 16},
+        {"tile_length": 0},
+    ],
+)
+def test_planned_equals_measured_with_options(bases: dict[str, Path], options: dict[str, Any]):
+    found = profile(bases["llama"], **{"batch_size": 2, "seq_len": 48, "steps": 1, **options})
+    assert found.planned is not None
+    assert found.planned.phases == pytest.approx(found.live.phases, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the CPU")
+@pytest.mark.parametrize("chunked_loss", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+def test_autocast_and_a_scaled_loss_take_nothing(
+    bases: dict[str, Path], name: str, chunked_loss: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """As Trainer in fp16: the forward in autocast, its outputs in float32, the loss scaled, gradients unscaled."""
+    scaler, own_loss, clip = torch.amp.GradScaler("cpu"), step._loss, torch.nn.utils.clip_grad_norm_
+    autocast = []
+
+    def loss(model: Any, batch: dict[str, torch.Tensor], fused_head: bool) -> torch.Tensor:
+        if batch["input_ids"].is_meta:
+            return own_loss(model, batch, fused_head)
+        if "forward" not in vars(model):
+            model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.float16)(model.forward))
+            model.get_input_embeddings().register_forward_hook(
+                lambda *_: autocast.append(torch.is_autocast_enabled("cpu"))
+            )
+        return scaler.scale(own_loss(model, batch, fused_head))
+
+    def unscale_and_clip(params: Any, norm: float) -> torch.Tensor:
+        params = [p for p in params if p.requires_grad]
+        if not params[0].is_meta:
+            scaler.unscale_(torch.optim.SGD(params, lr=1))
+            scaler.update()
+        return clip(params, norm)
+
+    monkeypatch.setattr(step, "_loss", loss)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", unscale_and_clip)
+    found = profile(bases[name], batch_size=2, seq_len=48, steps=1, precision="fp16", chunked_loss=chunked_loss)
+    assert all(autocast)
+    assert len(autocast) == 3
+    assert found.planned is not None
+    for phase, measured in found.live.phases.items():
+        assert measured <= found.planned.phases[phase] * 1.01, phase
+    assert found.difference == pytest.approx(0, abs=0.01)
+
+
+def _route(monkeypatch: pytest.MonkeyPatch, experts: Callable[[int, int], list[int]]) -> None:
+    """Let routers choose for token t, where there are e experts, those that `experts(t, e)` gives."""
+    for kind in (MixtralTopKRouter, Qwen3MoeTopKRouter):
+
+        def forward(self: Any, x: torch.Tensor, own: Any = kind.forward) -> tuple[torch.Tensor, ...]:
+            logits, weights, _ = own(self, x)
+            return logits, weights, torch.tensor([experts(t, self.num_experts) for t in range(len(weights))])
+
+        monkeypatch.setattr(kind, "forward", forward)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_planned_equals_measured_with_the_experts_assumed(
+    bases: dict[str, Path], name: str, batch_size: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+):
+    _route(monkeypatch, lambda t, e: [e - 1, t % (e - 1)])
+    found = profile(bases[name], batch_size=batch_size, seq_len=48, steps=1, gradient_checkpointing=checkpointing)
+    assert found.planned is not None
+    assert found.planned.phases == pytest.approx(found.live.phases, rel=0.01)
+    for row, measured in found.live.rows.items():
+        assert found.planned.rows[row] == pytest.approx(measured, abs=0.01 * found.measured_bytes), row
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize(
+    "experts",
+    [
+        None,
+        lambda t, e: [t % e, (t + 1) % e],
+        lambda t, e: [0, 1],
+        lambda t, e: [e - 2, e - 1],
+        lambda t, e: [0, 1 + t % (e - 1)],
+        lambda t, e: [0, e - 1] if t % 2 else [1, e - 1],
+    ],
+    ids=["random", "even", "first two", "last two", "most to the first", "three"],
+)
+def test_no_choice_of_experts_takes_more_than_planned(
+    bases: dict[str, Path], experts: Any, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if experts is not None:
+        _route(monkeypatch, experts)
+    found = profile(bases["mixtral"], batch_size=1, seq_len=48, steps=1, gradient_checkpointing=checkpointing)
+    assert found.planned is not None
+    for phase, measured in found.live.phases.items():
+        assert measured <= found.planned.phases[phase], phase
+    assert found.difference < 0.1
+
+
+def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = make_base_with_tokenizer(make_llama(tmp_path / "llama", intermediate_size=512), tmp_path / "base")
+    rows = [{"prompt": "a" * 20, "completion": "b" * 20} for _ in range(8)]
+    data = str(write_jsonl(tmp_path / "data.jsonl", rows))
+    peaks = []
+    step = QosoraTrainer.training_step
+
+    def traced(self: QosoraTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        tracer = Tracer()
+        backbone, layers = decoder_layers(self.model.get_base_model())
+        with tracer, tracer.following(self.model, backbone, layers):
+            register_optimizer(tracer, self.optimizer.optimizer)
+            register_model(tracer, self.model)
+            tracer.register(inputs.values(), "batch")
+            tracer.enter_phase("forward")
+            loss = step(self, model, inputs, *args, **kwargs)
+        peaks.append({site.phase: 0 for site in tracer.sites})
+        for site, peak in tracer.sites.items():
+            peaks[-1][site.phase] = max(peaks[-1][site.phase], peak.total)
+        return loss
+
+    monkeypatch.setattr(QosoraTrainer, "training_step", traced)
+    for checkpointing in (True, False):
+        options = {"batch_size": 2, "gradient_checkpointing": checkpointing}
+        qosora.train(
+            qosora.TrainConfig(
+                model=str(base),
+                data=data,
+                output_dir=str(tmp_path / f"run-{checkpointing}"),
+                max_steps=3,
+                save_steps=0,
+                progress=False,
+                **options,
+            )
+        )
+        measured = profile(base, data=data, steps=1, padding=False, **options).live.phases
+        for phase in ("forward", "loss", "backward"):
+            assert measured[phase] == pytest.approx(peaks[-1][phase], rel=0.005), phase
+
+
+def test_data_gives_the_longest_examples(tmp_path: Path):
+    base = make_base_with_tokenizer(make_llama(tmp_path / "llama"), tmp_path / "base")
+    rows = [{"prompt": "a" * n, "completion": "b"} for n in (3, 30, 10, 20)]
+    data = str(write_jsonl(tmp_path / "data.jsonl", rows))
+    found = profile(base, data=data, batch_size=2, steps=1, compare=False)
+    assert (found.batch.size, found.batch.length, found.batch.padding) == (2, 33, True)
+    with pytest.raises(DataError, match="has 4 examples, fewer than the batch size 5"):
+        profile(base, data=data, batch_size=5)
+
+
+def test_a_loaded_base_and_random_weights(bases: dict[str, Path]):
+    model = load(bases["llama"], dtype=torch.float32)
+    found = profile(model, batch_size=1, seq_len=16, steps=1)
+    assert found.difference == pytest.approx(0, abs=0.01)
+    assert found.measured_bytes == found.live.allocated_bytes
+    config = model_config(bases["llama"])
+    shape = random_model(config, QosoraConfig(rank=8), StepOptions(precision="fp32", device="cpu"))
+    assert {n: p.shape for n, p in shape.named_parameters()} == {
+        n: p.shape for n, p in load(bases["llama"]).named_parameters()
+    }
+
+
+def test_random_weights_keep_ties(tmp_path: Path):
+    config = model_config("qwen3-0.6b")
+    config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64})
+    model = random_model(config, QosoraConfig(rank=8), StepOptions(precision="fp32", device="cpu"))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_options_that_cannot_be(bases: dict[str, Path]):
+    with pytest.raises(ConfigError, match="steps must be at least 1"):
+        profile(bases["llama"], steps=0)
+    with pytest.raises(ConfigError, match="seq_len 65 is longer than the model's 64 positions"):
+        profile(bases["llama"], seq_len=65)
+    with pytest.raises(ConfigError, match="packing leaves nothing to pad"):
+        profile(bases["llama"], packing=True, padding=True)
+    with pytest.raises(ConfigError, match="precision must be one of"):
+        profile(bases["llama"], precision="fp8")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="there is no GPU"):
+            profile(bases["llama"], activation_offloading=True, seq_len=16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offloading", [False, True])
+def test_on_a_gpu(bases: dict[str, Path], offloading: bool):
+    found = profile(bases["llama"], batch_size=2, seq_len=64, steps=1, activation_offloading=offloading)
+    assert list(found.allocated_bytes) == ["forward", "loss", "backward", "optimizer"]
+    assert found.live.allocated_bytes <= found.measured_bytes <= found.reserved_bytes <= found.device_used_bytes
+    assert found.device == torch.cuda.get_device_name()
+    # What CUDA counts besides live tensors: cuBLAS' workspaces and rounding, with which small tensors differ most
+    assert found.planned is not None
+    assert found.planned.rows["saved activations"] == pytest.approx(found.live.rows["saved activations"], rel=0.2)
+
+
+def test_command(bases: dict[str, Path], capsys: pytest.CaptureFixture[str]):
+    args = ["profile", str(bases["llama"]), "--seq-len", "16", "--batch-size", "1", "--steps", "1"]
+    assert main(args) == 0
+    text = capsys.readouterr().out
+    for part in ("base residual", "planned", "tokens/s", "resident memory"):
+        assert part in text
+    assert main([*args, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert abs(found["difference"]) < 0.01
+    assert found["tokens_per_second"] > 0

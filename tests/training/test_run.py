@@ -1,0 +1,376 @@
+"""Training end to end on a tiny base: what changes, what is written, and that an interrupted run goes on unchanged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import make_base, make_llama, make_tokenizer, sums, write_jsonl
+from training_runs import config, metrics
+
+import qosora.training.run
+from qosora.base.load import load_model, load_tokenizer
+from qosora.errors import CheckpointError, ConfigError, DataError, QosoraError
+from qosora.inference.evaluation import evaluate
+from qosora.inference.generation import generate
+from qosora.layers.tiling import apply_tiling
+from qosora.training.checks import prepare
+from qosora.training.config import TrainConfig
+from qosora.training.run import TrainResult, train
+from qosora.training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> TrainResult:
+    """An uninterrupted run of two and a half epochs with evaluation and checkpoints."""
+    return train(config(place, place / "run", **RUN, eval_data=str(place / "test.jsonl")))
+
+
+RUN: dict[str, Any] = {
+    "batch_size": 2, "gradient_accumulation": 2, "save_steps": 4, "save_total_limit": None, "tile_length": 16,
+}  # fmt: skip
+
+
+def tree(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# ---- what a run leaves
+
+
+def test_what_a_run_writes(place: Path, run: TrainResult):
+    folder = place / "run"
+    assert tree(folder) == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "checkpoint-4",
+        "checkpoint-8", "checkpoint-10", "metrics.jsonl", "result.json", "tokenizer.json", "tokenizer_config.json",
+        "train_config.yaml",
+    }  # fmt: skip
+    assert json.loads((folder / "result.json").read_text()) == run.to_dict()
+    assert TrainConfig.load(folder / "train_config.yaml").output_dir == str(folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(place / "base")
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}
+    assert len(modes) == 1
+
+
+def test_a_checkpoint_is_vectors_and_states_alone(place: Path, run: TrainResult):
+    checkpoint = place / "run" / "checkpoint-4"
+    assert tree(checkpoint) == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth",
+        "scheduler.pt", "trainer_state.json",
+    }  # fmt: skip
+    tensors = load_file(checkpoint / "adapter_model.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == run.trained_parameters
+    assert all(t.dtype == torch.float32 and t.ndim == 1 for t in tensors.values())
+
+
+def test_metrics_have_a_line_for_each_step(place: Path, run: TrainResult):
+    lines = [line for line in metrics(place / "run") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert set(lines[0]) == {
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy", "tokens",
+        "tokens_per_second", "peak_memory_bytes", "wall_seconds",
+    }  # fmt: skip
+    assert lines[7]["tokens"] == 2 * sum(len(r["prompt"] + r["completion"]) + 2 for r in sums(16))  # two epochs
+    assert lines[0]["peak_memory_bytes"] > 2**25
+    assert run.train_loss == lines[-1]["loss"]
+
+
+def test_it_learns_and_the_adapter_loads(place: Path, run: TrainResult):
+    folder = place / "run"
+    evaluations = [line for line in metrics(folder) if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 10]
+    assert (run.eval_loss_before, run.eval_loss_after) == (evaluations[0]["eval_loss"], evaluations[1]["eval_loss"])
+    assert run.eval_loss_after is not None
+    assert run.eval_loss_before is not None
+    assert run.eval_loss_after < run.eval_loss_before - 0.05
+    tokenizer = load_tokenizer(folder)
+    again = evaluate(load_model(folder), tokenizer, place / "test.jsonl")
+    assert again.loss == pytest.approx(run.eval_loss_after, rel=1e-6)
+    base = evaluate(load_model(place / "base"), tokenizer, place / "test.jsonl")
+    assert base.loss == pytest.approx(run.eval_loss_before, rel=1e-6)
+
+
+def test_summary(run: TrainResult):
+    text = "\n".join(run.summary())
+    assert f"trained {run.trained_parameters:,} parameters for 10 steps on 16 examples" in text
+    assert f"evaluation loss {run.eval_loss_before:.4f} -> {run.eval_loss_after:.4f}" in text
+
+
+@pytest.mark.parametrize(("base", "precision"), [("base", "fp32"), ("base", "bf16"), ("tied", "fp32")])
+def test_only_the_vectors_change(place: Path, tmp_path: Path, base: str, precision: str):
+    chosen = config(place, tmp_path / "run", model=str(place / base), precision=precision, learning_rate=1e-3)
+    trainer, _ = qosora.training.run._trainer(prepare(chosen, RunFolder(chosen)))
+    vectors = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all(".osora_s." in name or ".osora_o." in name for name in vectors)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+    before = {name: as_bytes(tensor) for name, tensor in trainer.model.state_dict().items()}
+    RunFolder(chosen).begin(-1)
+    trainer.train()
+    assert {name for name, t in trainer.model.state_dict().items() if as_bytes(t) != before[name]} == vectors
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+# ---- interruption
+
+KILLED = """
+import os, signal, sys, warnings
+warnings.simplefilter("error")
+from qosora.training.config import TrainConfig
+from qosora.training.run_folder import MetricsLog
+from qosora.training import train
+append = MetricsLog.append
+def append_and_die(self, line):
+    append(self, line)
+    if line["step"] == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+MetricsLog.append = append_and_die
+train(TrainConfig.load(sys.argv[1]))
+"""
+
+
+def test_a_killed_run_goes_on_bit_for_bit(place: Path, run: TrainResult, tmp_path: Path):
+    chosen = config(place, tmp_path / "run", **RUN, eval_data=str(place / "test.jsonl"))
+    chosen.save(tmp_path / "config.yaml")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "config.yaml")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+
+    result = train(TrainConfig.load(tmp_path / "config.yaml", {"resume": True}))
+    assert result.resumed_from == 4
+    assert (result.eval_loss_before, result.eval_loss_after) == (run.eval_loss_before, run.eval_loss_after)
+    timing = {"tokens_per_second", "peak_memory_bytes", "wall_seconds", "eval_runtime"}
+    untimed = [
+        [{key: value for key, value in line.items() if key not in timing} for line in metrics(folder)]
+        for folder in (place / "run", tmp_path / "run")
+    ]
+    assert untimed[0] == untimed[1]
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (place / "run" / name).read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(place: Path, run: TrainResult, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qosora.training.run.prepare", None)
+    again = TrainConfig.load(place / "run" / "train_config.yaml", {"resume": True})
+    assert train(again) == run
+
+
+def test_resuming_nothing_begins(place: Path, tmp_path: Path):
+    result = train(config(place, tmp_path / "run", resume=True, max_steps=1, save_steps=0))
+    assert (result.steps, result.resumed_from) == (1, None)
+    with pytest.raises(ConfigError, match="holds an earlier run"):
+        train(config(place, tmp_path / "run"))
+    assert train(config(place, tmp_path / "run", overwrite=True, max_steps=2)).steps == 2
+
+
+# ---- variants
+
+
+def test_packing_keeps_examples_apart(place: Path, tmp_path: Path):
+    options: dict[str, Any] = {"max_steps": 1, "limit": 4, "batch_size": 4}
+    plain = train(config(place, tmp_path / "a", **options))
+    packed = train(config(place, tmp_path / "b", **options, packing=True, max_length=64))
+    # Four examples in one sequence: the same tokens with the same contexts, so the same mean, to float32 rounding.
+    assert packed.train_loss == pytest.approx(plain.train_loss, rel=2e-6)
+
+
+def test_gradient_accumulation_is_a_larger_batch(place: Path, tmp_path: Path):
+    small = train(config(place, tmp_path / "a", max_steps=3, limit=8, batch_size=2, gradient_accumulation=4))
+    large = train(config(place, tmp_path / "b", max_steps=3, limit=8, batch_size=8))
+    assert small.train_loss == pytest.approx(large.train_loss, rel=1e-5)
+
+
+def test_modules_to_save_in_bf16(place: Path, tmp_path: Path):
+    chosen = config(place, tmp_path / "run", modules_to_save=["lm_head"], precision="bf16", max_steps=3)
+    result = train(TrainConfig(**{**chosen.to_dict(), "eval_data": str(place / "test.jsonl")}))
+    assert result.trained_parameters == 1120 + 258 * 64
+    assert result.eval_loss_after is not None
+    assert result.eval_loss_before is not None
+    assert result.eval_loss_after < result.eval_loss_before
+    model = load_model(tmp_path / "run", dtype=torch.bfloat16)
+    assert len(generate(model, make_tokenizer(), ["1 + 1 ="], max_new_tokens=2)) == 1
+    loss = evaluate(model, make_tokenizer(), place / "test.jsonl").loss
+    assert loss == pytest.approx(result.eval_loss_after, rel=1e-2)  # the head is rounded to bfloat16, or not
+
+
+def test_evaluation_on_the_way_and_one_vector(place: Path, tmp_path: Path):
+    result = train(
+        config(
+            place,
+            tmp_path / "run",
+            max_steps=4,
+            eval_data=str(place / "test.jsonl"),
+            eval_steps=2,
+            vectors="s",
+            target_modules=[r".*\.(q|v)_proj"],
+            optimizer="paged_lion_8bit",
+        )
+    )
+    assert [line["step"] for line in metrics(tmp_path / "run") if "eval_loss" in line] == [0, 2, 4]
+    assert result.trained_parameters == 2 * 2 * 16
+
+
+def test_trainers_own_machinery_is_reachable(place: Path, tmp_path: Path):
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "eval_loss"}
+    options: dict[str, Any] = {"eval_data": str(place / "test.jsonl"), "eval_steps": 2, "save_steps": 2}
+    result = train(config(place, tmp_path / "run", max_steps=4, sft=best, **options))
+    first = next(line for line in metrics(tmp_path / "run") if line["step"] == 2 and "eval_loss" in line)
+    assert result.eval_loss_after == first["eval_loss"]  # the worst, as was asked
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        ([{"text": "once upon a time"}], {}),
+        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], {}),
+        (sums(3), {"chat": True}),
+        ([{"question": "a", "answer": "b"}], {"prompt_column": "question", "completion_column": "answer"}),
+    ],
+)
+def test_kinds_of_data(place: Path, tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, Any]):
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    assert train(config(place, tmp_path / "run", data=str(data), max_steps=1, **options)).steps == 1
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_tiles_change_no_loss(place: Path, tmp_path: Path, checkpointing: bool):
+    losses = []
+    for tile_length in (0, 8):
+        folder = tmp_path / str(tile_length)
+        options = {"tile_length": tile_length, "gradient_checkpointing": checkpointing, "max_steps": 3}
+        train(config(place, folder, **options))
+        losses.append([line["loss"] for line in metrics(folder)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "mlps"),
+    [
+        ({}, True),
+        ({"gradient_checkpointing": False}, False),
+        ({"gradient_checkpointing": False, "tile_length": 8}, True),
+    ],
+)
+def test_mlps_are_tiled_where_it_costs_nothing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], mlps: bool
+):
+    tiled = []
+    monkeypatch.setattr(
+        "qosora.training.run.apply_tiling", lambda *args, **kwargs: tiled.extend(apply_tiling(*args, **kwargs))
+    )
+    train(config(place, tmp_path / "run", max_steps=1, **options))
+    assert any(name.endswith(".mlp") for name in tiled) is mlps
+    assert any(name.endswith(".input_layernorm") for name in tiled)
+
+
+def test_a_run_says_little(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    train(config(place, tmp_path / "run", max_steps=2, progress=True, save_steps=1))
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line]
+    assert all(line.startswith("train: ") for line in lines)
+    assert "loss 5." in lines[-1]
+    assert "tokens/s" in lines[-1]
+    assert "GiB" in lines[-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"activation_offloading": True}, {"packing": True}])
+def test_on_a_gpu(place: Path, tmp_path: Path, options: dict[str, Any]):
+    result = train(config(place, tmp_path / "run", eval_data=str(place / "test.jsonl"), **options))
+    assert result.precision == options.get("precision", "bf16")
+    assert result.eval_loss_after is not None
+    assert result.eval_loss_before is not None
+    assert result.eval_loss_after < result.eval_loss_before
+
+
+# ---- mistakes
+
+
+@pytest.fixture
+def nothing_left(tmp_path: Path) -> Iterator[Path]:
+    """An output folder that must not appear."""
+    yield tmp_path / "run"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ('{"prompt": "abcdefgh", "completion": "x"}\n', {"max_length": 4}, "the prompts alone fill max_length=4"),
+        ("", {}, "is empty: it has no example"),
+        ('{"prompt": "a", "completion": "x"}\n{"prompt"\n', {}, "line 2: broken JSON"),
+        ('{"question": "a"}\n', {}, "its columns are question"),
+        ('{"prompt": "' + "a" * 600 + '", "completion": "x"}\n', {}, "the model takes 512"),
+    ],
+)
+def test_bad_data(place: Path, nothing_left: Path, tmp_path: Path, text: str, options: dict[str, Any], expected: str):
+    (tmp_path / "data.jsonl").write_text(text)
+    with pytest.raises((DataError, ConfigError), match=expected) as caught:
+        train(config(place, nothing_left, data=str(tmp_path / "data.jsonl"), **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_evaluation_data(place: Path, nothing_left: Path):
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        train(config(place, nothing_left, eval_data=str(place / "none.jsonl")))
+
+
+def test_a_tokenizer_of_another_model(place: Path, nothing_left: Path, tmp_path: Path):
+    base = make_base(make_llama(tmp_path / "llama", vocab_size=250, eos_token_id=1, bos_token_id=2), tmp_path / "base")
+    with pytest.raises(DataError, match="belong to another model"):
+        train(config(place, nothing_left, model=str(base)))
+
+
+def test_a_model_that_is_no_base(place: Path, nothing_left: Path):
+    with pytest.raises(CheckpointError, match=r"an ordinary checkpoint, not a qosora base.*qosora quantize SRC OUT"):
+        train(config(place, nothing_left, model=str(place / "llama")))
+    with pytest.raises(CheckpointError, match="no model there"):
+        train(config(place, nothing_left, model=str(place / "none")))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["nonsense"]}, "nonsense"),
+        ({"attn_implementation": "nonsense"}, "nonsense"),
+        ({"sft": {"loss_type": "nonsense"}}, "Supported values are"),
+    ],
+)
+def test_what_only_the_trainer_can_tell(place: Path, nothing_left: Path, options: dict[str, Any], expected: str):
+    with pytest.raises(ConfigError, match=expected):
+        train(config(place, nothing_left, **options))
+
+
+def test_a_run_that_diverges_stops(place: Path, tmp_path: Path):
+    with pytest.raises(QosoraError, match=r"the loss is (nan|inf) at step \d: training diverged"):
+        train(config(place, tmp_path / "run", learning_rate=1e30, max_grad_norm=0, warmup_ratio=0))
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+
+
+def test_out_of_memory_says_what_to_lower(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(qosora.training.run.QosoraTrainer, "train", fail)
+    expected = r"out of GPU memory: lower batch_size \(4\), .*; or lower max_length \(1024\); or turn activation_off"
+    with pytest.raises(QosoraError, match=expected):
+        train(config(place, tmp_path / "run"))
+
+
+def test_the_cpu_is_told_of_once(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        train(config(place, tmp_path / "run", max_steps=1))
+    assert [record.name for record in caplog.records] == ["qosora"]
