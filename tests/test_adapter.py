@@ -19,7 +19,7 @@ from peft import (
 )
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny_bases import (
+from tiny import (
     assert_same_tensors,
     decompose,
     layer_dtypes,

@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny_bases import make_base
-from tiny_checkpoints import perturbed
-from tiny_models import make_llama
+from tiny import make_base, make_checkpoint, perturbed
 
 from qosora import QosoraConfig, quantize
 from qosora.base.load import load_base
@@ -30,7 +28,7 @@ def test_the_qlora_shaped_script(tmp_path: Path) -> None:
 
 
 def test_the_ways_out(tmp_path: Path) -> None:
-    quantize(make_llama(tmp_path / "original"), tmp_path / "base", QosoraConfig(rank=8))
+    quantize(make_checkpoint(tmp_path / "original", "llama-text"), tmp_path / "base", QosoraConfig(rank=8))
     perturbed(load_base(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
     command = [sys.executable, str(ROOT / "examples" / "export_merged.py"), "adapter", "out", "--base", "base"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from peft import get_peft_model
-from tiny_bases import load, make_base, train
+from tiny import load, make_base, train
 
 import qosora
 from qosora.config import OsoraConfig

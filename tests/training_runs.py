@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import make_base, make_gemma3, make_llama, sums, write_jsonl
+from tiny import make_base, make_checkpoint, sums, write_jsonl
 
+from qosora.config import QosoraConfig
 from qosora.training.config import TrainConfig
 from qosora.training.run_folder import MetricsLog
 
@@ -16,8 +17,8 @@ from qosora.training.run_folder import MetricsLog
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an ordinary checkpoint, two bases and data."""
     folder = tmp_path_factory.mktemp("place")
-    make_base(make_llama(folder / "llama"), folder / "base")
-    make_base(make_gemma3(folder / "gemma3"), folder / "tied", rank=8)
+    make_base(folder / "base", make_checkpoint(folder / "llama", "llama-text"), QosoraConfig(rank=16))
+    make_base(folder / "tied", make_checkpoint(folder / "gemma3", "gemma3-text"))
     write_jsonl(folder / "train.jsonl", sums(16))
     write_jsonl(folder / "test.jsonl", sums(6, 100))
     return folder

@@ -11,8 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_bases import load, logits, make_base, make_checkpoint, train
-from tiny_models import make_tokenizer
+from tiny import load, logits, make_base, make_checkpoint, make_tokenizer, train
 
 from qosora.base.load import load_base, load_model, load_tokenizer
 from qosora.checkpoints.stored_config import adapter_config, quantization_of, split_source

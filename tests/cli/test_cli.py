@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import perturbed
-from tiny_models import make_base, make_llama, sums, write_jsonl
+from tiny import make_base, make_checkpoint, perturbed, sums, write_jsonl
 
 from qosora import cli
 from qosora.base.load import load_base
 from qosora.cli.output import size, table
+from qosora.config import QosoraConfig
 from qosora.training.config import TrainConfig
 
 
@@ -23,7 +23,7 @@ from qosora.training.config import TrainConfig
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source, a base, and data; the tests add to it."""
     folder = tmp_path_factory.mktemp("cli")
-    make_base(make_llama(folder / "source"), folder / "base")
+    make_base(folder / "base", make_checkpoint(folder / "source", "llama-text"), QosoraConfig(rank=16))
     write_jsonl(folder / "train.jsonl", sums(24))
     write_jsonl(folder / "test.jsonl", sums(8, 24))
     return folder

@@ -15,15 +15,15 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import (
+from tiny import (
+    decompose,
     load,
-    load_quantized,
     logits,
     make_base,
-    make_original,
+    make_checkpoint,
     perturbed,
     relative_difference,
-    tokens,
+    token_ids,
 )
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
@@ -32,13 +32,24 @@ from qosora.checkpoints.folders import copy_files, read_json, write_json
 from qosora.checkpoints.names import MANIFEST_NAME
 from qosora.checkpoints.reader import CheckpointReader
 from qosora.checkpoints.work import Progress
+from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, FingerprintError
 from qosora.export import export_merged
 from qosora.layers.linear import qosora_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-FAMILIES = ("llama", "llama_tied", "mistral", "mixtral", "qwen3_moe", "qwen3_tied", "gemma3", "gemma3_vision", "gpt2")
+FAMILIES = (
+    "llama-bias",
+    "llama-tied",
+    "mistral",
+    "mixtral",
+    "qwen3_moe-sparse",
+    "qwen3",
+    "gemma3",
+    "gemma3-vision",
+    "gpt2",
+)
 
 #: Runs with -I, so that neither PYTHONPATH nor the current folder count; the finder covers an installed qosora.
 LOAD_WITHOUT_QOSORA = """
@@ -77,7 +88,7 @@ save_file(results, sys.argv[2])
 
 def logits_without_qosora(folders: list[Path], scratch: Path) -> dict[str, torch.Tensor]:
     """Load exports in a process that cannot import qosora; return their logits by folder."""
-    save_file({"ids": tokens()}, scratch / "ids.safetensors")
+    save_file({"ids": token_ids()}, scratch / "ids.safetensors")
     result = scratch / "logits.safetensors"
     command = [sys.executable, "-I", "-c", LOAD_WITHOUT_QOSORA, str(scratch / "ids.safetensors"), str(result)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -100,7 +111,7 @@ Tiny = namedtuple("Tiny", "base adapter")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A tied Llama base, and an adapter of it."""
     folder = tmp_path_factory.mktemp("tiny")
-    base = make_base(folder / "base", make_original(folder / "original", "llama_tied"))
+    base = make_base(folder / "base", make_checkpoint(folder / "original", "llama-tied"))
     perturbed(load(base)).save_pretrained(folder / "adapter")
     return Tiny(base, folder / "adapter")
 
@@ -129,7 +140,7 @@ def test_plain_transformers_gives_the_adapted_logits(tmp_path: Path):
     expected, unadapted = {}, {}
     for family in FAMILIES:
         folder = tmp_path / family
-        base = make_base(folder / "base", make_original(folder / "original", family), {"max_shard_size": "30KB"})
+        base = make_base(folder / "base", make_checkpoint(folder / "original", family), max_shard_size="20KB")
         assert (base / "model.safetensors.index.json").is_file()
         model = load(base)
         output = folder / "export"
@@ -137,20 +148,20 @@ def test_plain_transformers_gives_the_adapted_logits(tmp_path: Path):
         model = perturbed(model)
         model.save_pretrained(folder / "adapter")
         expected[str(output)] = logits(model)
-        report = export_merged(base, output, folder / "adapter", dtype="float32", max_shard_bytes=100_000)
+        report = export_merged(base, output, folder / "adapter", dtype="float32", max_shard_bytes=50_000)
         assert report.shard_count == len(list(output.glob("*.safetensors"))) > 1
         assert report.merged_layers == report.adapted_layers == len(list(qosora_modules(model)))
         assert report.total_bytes == sum(t.nbytes for t in tensors_of(output).values())
         assert sorted(tensors_of(output)) == sorted(tensors_of(folder / "original"))
     # Variants that only one family needs to show.
     for name, options in (("s", {"vectors": "s"}), ("o", {"vectors": "o"}), ("layer", {"layers_to_transform": [1]})):
-        folder = tmp_path / "llama"
+        folder = tmp_path / "llama-bias"
         model = perturbed(load(folder / "base"), **options)
         model.save_pretrained(folder / name)
         report = export_merged(folder / "base", tmp_path / name, folder / name, dtype=torch.float32)
         assert report.adapted_layers == (7 if name == "layer" else 14)
         expected[str(tmp_path / name)] = logits(model)
-        unadapted[str(tmp_path / name)] = unadapted[str(tmp_path / "llama" / "export")]
+        unadapted[str(tmp_path / name)] = unadapted[str(tmp_path / "llama-bias" / "export")]
 
     got = logits_without_qosora([Path(folder) for folder in expected], tmp_path)
     for folder, wanted in expected.items():
@@ -161,21 +172,21 @@ def test_plain_transformers_gives_the_adapted_logits(tmp_path: Path):
 @pytest.mark.parametrize(
     ("family", "modules", "untied"),
     [
-        ("llama", ["lm_head", "norm"], []),
-        ("llama_tied", ["lm_head"], ["lm_head.weight"]),
-        ("llama_tied", ["embed_tokens"], ["lm_head.weight"]),
-        ("llama_tied", ["embed_tokens", "lm_head"], ["lm_head.weight"]),
+        ("llama-bias", ["lm_head", "norm"], []),
+        ("llama-tied", ["lm_head"], ["lm_head.weight"]),
+        ("llama-tied", ["embed_tokens"], ["lm_head.weight"]),
+        ("llama-tied", ["embed_tokens", "lm_head"], ["lm_head.weight"]),
         ("gpt2", ["ln_f", "lm_head"], ["lm_head.weight"]),
-        ("gemma3_vision", ["lm_head"], ["lm_head.weight"]),
+        ("gemma3-vision", ["lm_head"], ["lm_head.weight"]),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_modules_to_save_replace_the_bases(tmp_path: Path, family: str, modules: list[str], untied: list[str]):
-    base = make_base(tmp_path / "base", make_original(tmp_path / "original", family))
+    base = make_base(tmp_path / "base", make_checkpoint(tmp_path / "original", family))
     model = perturbed(load(base), modules_to_save=modules)
     model.save_pretrained(tmp_path / "adapter")
     report = export_merged(base, tmp_path / "export", tmp_path / "adapter")
-    assert report.untied == [name if family != "gemma3_vision" else "language_model.lm_head.weight" for name in untied]
+    assert report.untied == [name if family != "gemma3-vision" else "language_model.lm_head.weight" for name in untied]
     assert len(report.replaced) >= len(modules)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     assert not plain.config.get_text_config().tie_word_embeddings
@@ -191,9 +202,9 @@ def test_a_tied_embedding_that_did_not_move_stays_tied(tiny: Tiny, copies: Tiny,
     assert "lm_head.weight" not in tensors_of(tmp_path / "export")
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
 def test_without_an_adapter_it_is_what_dequantize_gives(tmp_path: Path, family: str):
-    base = make_base(tmp_path / "base", make_original(tmp_path / "original", family))
+    base = make_base(tmp_path / "base", make_checkpoint(tmp_path / "original", family))
     report = export_merged(base, tmp_path / "export")
     assert (report.adapters, report.adapted_layers, report.dtype) == ({}, 0, "float32")
     model = load(base)
@@ -216,7 +227,7 @@ def test_it_is_cast_once_from_float32(tiny: Tiny, tmp_path: Path, dtype: str):
 
 
 def test_a_bfloat16_base_stays_so_by_default(tmp_path: Path):
-    base = make_base(tmp_path / "base", make_original(tmp_path / "original", "llama", torch.bfloat16))
+    base = make_base(tmp_path / "base", make_checkpoint(tmp_path / "original", "llama-bias", dtype=torch.bfloat16))
     report = export_merged(base, tmp_path / "export")
     assert report.dtype == "bfloat16"
     assert {t.dtype for t in tensors_of(tmp_path / "export").values()} == {torch.bfloat16}
@@ -225,9 +236,9 @@ def test_a_bfloat16_base_stays_so_by_default(tmp_path: Path):
 
 
 def test_another_quantization_format(tmp_path: Path):
-    original = make_original(tmp_path / "original", "llama")
+    original = make_checkpoint(tmp_path / "original", "llama-bias")
     options = {"quant_type": "fp4", "blocksize": 32, "double_quant": False, "rank": 1000, "rank_pattern": {"v_proj": 1}}
-    base = make_base(tmp_path / "base", original, **options)
+    base = make_base(tmp_path / "base", original, QosoraConfig(**options))
     model = perturbed(load(base))
     model.save_pretrained(tmp_path / "adapter")
     export_merged(base, tmp_path / "export", tmp_path / "adapter")
@@ -397,7 +408,7 @@ def test_not_an_adapter(tiny: Tiny, copies: Tiny, tmp_path: Path):
 
 
 def test_an_adapter_of_another_base(tiny: Tiny, tmp_path: Path):
-    other = make_base(tmp_path / "other", tiny.base.parent / "original", rank=7)
+    other = make_base(tmp_path / "other", tiny.base.parent / "original", QosoraConfig(rank=7))
     with pytest.raises(FingerprintError) as info:
         export_merged(other, tmp_path / "export", tiny.adapter)
     fingerprint = read_json(tiny.adapter / "adapter_config.json")["base_fingerprint"]
@@ -427,7 +438,7 @@ def test_float16_overflow_is_named(tiny: Tiny, copies: Tiny, tmp_path: Path):
         (lambda t: t.update({"base_model.model.model.layers.0.mlp.up_proj.osora_s": torch.ones(9)}), r"\(9,\)"),
         (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(5)}), r"norm.weight.*\(5,\)"),
         (lambda t: t.update({"base_model.model.model.other.weight": torch.ones(5)}), "other.weight is neither"),
-        (lambda t: t.update({"base_model.model.model.norm.weight": torch.full((48,), torch.nan)}), "norm.weight.*NaN"),
+        (lambda t: t.update({"base_model.model.model.norm.weight": torch.full((32,), torch.nan)}), "norm.weight.*NaN"),
     ],
 )
 def test_a_damaged_adapter(tiny: Tiny, copies: Tiny, tmp_path: Path, edit: Any, match: str):
@@ -440,10 +451,10 @@ def test_a_damaged_adapter(tiny: Tiny, copies: Tiny, tmp_path: Path, edit: Any, 
     [
         (lambda t: t.pop("model.norm.weight"), "1 tensors .* missing, among them 'model.norm.weight'"),
         (lambda t: t.pop("model.layers.0.mlp.up_proj.V"), "layers.0.mlp.up_proj.V is missing"),
-        (lambda t: t.pop("model.layers.0.mlp.up_proj.U_absmax"), r"up_proj.weight has shape \(1728,\)"),
+        (lambda t: t.pop("model.layers.0.mlp.up_proj.U_absmax"), r"up_proj.weight has shape \(896,\)"),
         (lambda t: t.pop("model.layers.0.mlp.up_proj.weight_absmax_scale"), "up_proj.weight_absmax_scale .* nothing"),
         (lambda t: t.update({"model.norm.weight": torch.ones(5)}), r"norm.weight has shape \(5,\)"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.o": torch.ones(73)}), r"up_proj\.\w+ must have shape"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.o": torch.ones(57)}), r"up_proj\.\w+ must have shape"),
     ],
 )
 def test_a_damaged_base(copies: Tiny, tmp_path: Path, edit: Any, match: str):
@@ -454,7 +465,7 @@ def test_a_damaged_base(copies: Tiny, tmp_path: Path, edit: Any, match: str):
 def test_a_base_with_the_wrong_config(copies: Tiny, tmp_path: Path):
     config = read_json(copies.base / "config.json")
     write_json(copies.base / "config.json", {**config, "intermediate_size": 80})
-    refused(tmp_path, r"down_proj has shape \(48, 72\), but config.json makes it \(48, 80\)", copies.base)
+    refused(tmp_path, r"down_proj has shape \(32, 56\), but config.json makes it \(32, 80\)", copies.base)
     storage = {**config["quantization_config"], "blocksize": 128}
     write_json(copies.base / "config.json", {**config, "quantization_config": storage})
     refused(tmp_path, "absmax must have shape", copies.base)
@@ -486,8 +497,8 @@ def test_a_full_disk(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_an_adapter_exports_as_it_loads(tmp_path: Path):
     """On-the-fly quantization, the saved base, and the files all carry the same fingerprint."""
-    original = make_original(tmp_path / "original", "qwen3_tied")
-    model = load_quantized(original)
+    original = make_checkpoint(tmp_path / "original", "qwen3")
+    model = decompose(original)
     model.save_pretrained(tmp_path / "base")
     adapted = perturbed(model, target_modules=["q_proj", "down_proj"])
     adapted.save_pretrained(tmp_path / "adapter")

@@ -16,11 +16,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import (
+from tiny import (
     Trained,
     load,
     logits,
-    make_original,
+    make_checkpoint,
     make_trained,
     perturbed,
     relative_difference,
@@ -47,7 +47,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return make_trained(tmp_path_factory.mktemp("tiny"), "llama_tied")
+    return make_trained(tmp_path_factory.mktemp("tiny"), "llama-tied")
 
 
 def tensors_of(folder: Path, stem: str = "model") -> dict[str, torch.Tensor]:
@@ -87,7 +87,7 @@ def expected_logits(trained: Trained) -> torch.Tensor:
     return logits(model.float())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3_tied", "gemma3", "gpt2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama-bias", "mistral", "qwen3", "gemma3", "gpt2", "mixtral", "qwen3_moe-sparse"])
 def test_merged_and_lora_are_the_original_plus_what_was_learned(tmp_path: Path, family: str):
     trained = make_trained(tmp_path, family)
     report = export_merged(trained.base, tmp_path / "merged", trained.adapter, onto="original", max_shard_bytes=50_000)
@@ -121,7 +121,7 @@ def test_without_an_adapter_it_is_the_original(tiny: Trained, tmp_path: Path):
 
 
 def test_lora_config(tmp_path: Path):
-    trained = make_trained(tmp_path, "llama", target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
+    trained = make_trained(tmp_path, "llama-bias", target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
     report = export_lora(trained.base, tmp_path / "lora", trained.adapter, dtype="float16")
     config = LoraConfig.from_pretrained(tmp_path / "lora")
     assert config.lora_alpha == config.r == report.rank == 8
@@ -130,13 +130,13 @@ def test_lora_config(tmp_path: Path):
     tensors = tensors_of(tmp_path / "lora", "adapter_model")
     assert {t.dtype for t in tensors.values()} == {torch.float16}
     key = "base_model.model.model.layers.1.mlp.down_proj.lora_"
-    assert (tensors[f"{key}A.weight"].shape, tensors[f"{key}B.weight"].shape) == ((8, 72), (48, 8))
+    assert (tensors[f"{key}A.weight"].shape, tensors[f"{key}B.weight"].shape) == ((8, 56), (32, 8))
     assert len(tensors) == 4
     assert "base_model: original" in (tmp_path / "lora" / "README.md").read_text()
 
 
 def test_ranks_that_differ_keep_the_scaling(tmp_path: Path):
-    original = make_original(tmp_path / "original", "gpt2")
+    original = make_checkpoint(tmp_path / "original", "gpt2")
     quantize(original, tmp_path / "base", QosoraConfig(rank=8, rank_pattern={"c_attn": 5, "h.0.mlp.c_fc": 3}))
     model = perturbed(load(tmp_path / "base"))
     model.save_pretrained(tmp_path / "adapter")
@@ -152,7 +152,7 @@ def test_ranks_that_differ_keep_the_scaling(tmp_path: Path):
 
 
 def test_modules_trained_in_full_are_in_both(tmp_path: Path):
-    trained = make_trained(tmp_path, "llama", modules_to_save=["lm_head", "norm"])
+    trained = make_trained(tmp_path, "llama-bias", modules_to_save=["lm_head", "norm"])
     export_merged(trained.base, tmp_path / "merged", trained.adapter, onto="original")
     report = export_lora(trained.base, tmp_path / "lora", trained.adapter)
     assert {"lm_head.weight", "model.norm.weight"} < set(report.replaced)
@@ -235,12 +235,12 @@ def refused(tmp_path: Path, match: str, *args: Any, error: type[Exception] = Che
 def test_another_original(tiny: Trained, tmp_path: Path, export: Any):
     onto: dict[str, Any] = {"export": export} | ({"onto": "original"} if export is export_merged else {})
     args = (tiny.base, tiny.adapter)
-    make_original(tmp_path / "same", "llama_tied", seed=1)
+    make_checkpoint(tmp_path / "same", "llama-tied", seed=1)
     tensors = tensors_of(tiny.original)
-    cut = {**tensors, "model.layers.1.mlp.up_proj.weight": torch.zeros(70, 48)}
+    cut = {**tensors, "model.layers.1.mlp.up_proj.weight": torch.zeros(54, 32)}
     shutil.copytree(tiny.original, tmp_path / "wide")
     save_file(cut, tmp_path / "wide" / "model.safetensors", metadata={"format": "pt"})
-    shapes = r"up_proj.weight has shape \(70, 48\), but .* one with \(72, 48\)"
+    shapes = r"up_proj.weight has shape \(54, 32\), but .* one with \(56, 32\)"
     refused(tmp_path, shapes, *args, original=tmp_path / "wide", **onto)
     refused(tmp_path, r"down_proj.weight is 1.\d+ of its norm away", *args, original=tmp_path / "same", **onto)
     # A fine-tuned version of the original: nearer than 4 bits can tell, but the base remembers its own error.
@@ -290,7 +290,7 @@ def test_a_base_with_an_adapter_merged_into_it_has_no_original(tiny: Trained, tm
 
 
 def test_lora_refuses_what_it_cannot_hold(tmp_path: Path):
-    original = make_original(tmp_path / "original", "qwen3_moe")
+    original = make_checkpoint(tmp_path / "original", "qwen3_moe-sparse")
     config = QosoraConfig(rank=8, modules_to_not_convert=[r"model\.layers\.1\.mlp\.experts\.2\.up_proj"])
     quantize(original, tmp_path / "base", config)
     perturbed(load(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
@@ -303,7 +303,7 @@ def test_lora_refuses_what_it_cannot_hold(tmp_path: Path):
 
 
 def test_pickled_original_in_another_dtype(tmp_path: Path):
-    trained = make_trained(tmp_path, "llama", torch.bfloat16)
+    trained = make_trained(tmp_path, "llama-bias", dtype=torch.bfloat16)
     tensors = tensors_of(trained.original)
     (trained.original / "model.safetensors").unlink()
     torch.save(tensors, trained.original / "pytorch_model.bin")

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoints import Trained, load, make_trained, perturbed
-from tiny_models import make_llama
+from tiny import Trained, load, make_checkpoint, make_trained, perturbed
 from transformers import AutoModelForCausalLM
 
 from qosora import QosoraConfig
@@ -50,7 +49,7 @@ def test_all_kinds_pass(tiny: Trained, tmp_path: Path):
 
 
 def test_bfloat16_and_a_tokenizer(tmp_path: Path):
-    original = make_llama(tmp_path / "original")  # with a tokenizer
+    original = make_checkpoint(tmp_path / "original", "llama-text")  # with a tokenizer
     AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).save_pretrained(original)
     quantize(original, tmp_path / "base", QosoraConfig(rank=8))
     perturbed(load(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
@@ -62,7 +61,7 @@ def test_bfloat16_and_a_tokenizer(tmp_path: Path):
 
 
 def test_lora_of_experts_in_bfloat16(tmp_path: Path):
-    trained = make_trained(tmp_path, "mixtral", torch.bfloat16)
+    trained = make_trained(tmp_path, "mixtral", dtype=torch.bfloat16)
     found = export_lora(trained.base, tmp_path / "lora", trained.adapter, verify=True).verification
     assert found.relative_difference < 2**-5
 
@@ -79,7 +78,7 @@ merged = Source.merged
 def test_a_wrong_export_leaves_nothing(tiny: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = tmp_path / "new" / "export"
     monkeypatch.setattr(Source, "merged", wrong_vectors)
-    with pytest.raises(CheckpointError, match=r"logits differ .* by 0\.\d+ .* Nothing of the export is kept$") as info:
+    with pytest.raises(CheckpointError, match=r"logits differ .* by \d\.\d+ .* Nothing of the export is kept$") as info:
         export_merged(tiny.base, output, tiny.adapter, verify=True)
     assert "\n" not in str(info.value)
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_bases import (
+from tiny import (
     MIXTURES,
     assert_same_tensors,
     decompose,

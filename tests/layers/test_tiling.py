@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_bases import FAMILIES, decompose, logits, make_checkpoint, token_ids
+from tiny import decompose, logits, make_checkpoint, make_model, token_ids
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,7 +73,7 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 def names(family: str) -> set[str]:
     """Module names that are tiled, without the layers' numbers."""
     with torch.device("meta"):
-        model = FAMILIES[family]()
+        model = make_model(family)
     return {name.split(".", 3)[-1] for name in apply_tiling(model)}
 
 
@@ -394,7 +394,7 @@ def test_offloaded(adapted: Adapted, checkpointing: bool):
 
 def test_on_meta(adapted: Adapted):
     with torch.device("meta"):
-        model = FAMILIES["llama"]()
+        model = make_model("llama")
     apply_tiling(model, 5)
     model(input_ids=torch.zeros(2, 23, dtype=torch.int64, device="meta")).logits.sum().backward()
     assert model.get_parameter("model.layers.0.mlp.up_proj.weight").grad.shape == (56, 32)

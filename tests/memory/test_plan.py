@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_bases import make_base
+from tiny import make_base
 from transformers import Gemma2Config, GptOssConfig, MixtralConfig
 
 from qosora.cli import main

@@ -9,7 +9,7 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_bases import make_checkpoint
+from tiny import make_checkpoint
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,

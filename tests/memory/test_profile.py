@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
-from tiny_bases import load, make_base
-from tiny_models import make_base as make_base_with_tokenizer
-from tiny_models import make_llama, write_jsonl
+from tiny import load, make_base, make_checkpoint, write_jsonl
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
@@ -159,7 +157,11 @@ def test_no_choice_of_experts_takes_more_than_planned(
 
 
 def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    base = make_base_with_tokenizer(make_llama(tmp_path / "llama", intermediate_size=512), tmp_path / "base")
+    base = make_base(
+        tmp_path / "base",
+        make_checkpoint(tmp_path / "llama", "llama-text", intermediate_size=512),
+        QosoraConfig(rank=16),
+    )
     rows = [{"prompt": "a" * 20, "completion": "b" * 20} for _ in range(8)]
     data = str(write_jsonl(tmp_path / "data.jsonl", rows))
     peaks = []
@@ -199,7 +201,7 @@ def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_data_gives_the_longest_examples(tmp_path: Path):
-    base = make_base_with_tokenizer(make_llama(tmp_path / "llama"), tmp_path / "base")
+    base = make_base(tmp_path / "base", make_checkpoint(tmp_path / "llama", "llama-text"), QosoraConfig(rank=16))
     rows = [{"prompt": "a" * n, "completion": "b"} for n in (3, 30, 10, 20)]
     data = str(write_jsonl(tmp_path / "data.jsonl", rows))
     found = profile(base, data=data, batch_size=2, steps=1, compare=False)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_base, make_llama, make_tokenizer, sums, write_jsonl
+from tiny import make_base, make_checkpoint, make_tokenizer, sums, write_jsonl
 from training_runs import config, metrics
 
 import qosora.training.run
@@ -329,7 +329,10 @@ def test_bad_evaluation_data(place: Path, nothing_left: Path):
 
 
 def test_a_tokenizer_of_another_model(place: Path, nothing_left: Path, tmp_path: Path):
-    base = make_base(make_llama(tmp_path / "llama", vocab_size=250, eos_token_id=1, bos_token_id=2), tmp_path / "base")
+    base = make_base(
+        tmp_path / "base",
+        make_checkpoint(tmp_path / "llama", "llama-text", vocab_size=250, eos_token_id=1, bos_token_id=2),
+    )
     with pytest.raises(DataError, match="belong to another model"):
         train(config(place, nothing_left, model=str(base)))
 
