@@ -9,8 +9,6 @@ import torch
 from qosora.checkpoints.shards import Shards, StoredSpec
 
 INDEX = "model.safetensors.index.json"
-
-
 TENSORS = {
     "b.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
     "a.packed": torch.arange(7, dtype=torch.uint8),

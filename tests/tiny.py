@@ -118,9 +118,14 @@ _CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
 }  # fmt: skip
 
 
+def tiny_config(family: str = "llama", **config: Any) -> PreTrainedConfig:
+    """Return the configuration of a family, `config` put over its own options."""
+    return _CONFIGS[family](**config)
+
+
 def make_model(family: str = "llama", **config: Any) -> PreTrainedModel:
     """Return a random model of a family, `config` put over its own options."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(_CONFIGS[family](**config))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family, **config))
     return model
 
 

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny import decompose, load, make_base, make_checkpoint, perturbed
@@ -40,7 +39,6 @@ def test_a_layers_stored_tensors_are_grouped(tmp_path: Path):
     assert all(set(group) <= set(names) for group in groups.values())
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_the_fingerprint_is_stable(tmp_path: Path):
     original = make_checkpoint(tmp_path / "original", "llama-bias")
     model = decompose(original)
@@ -96,7 +94,6 @@ def test_the_fingerprint_tells_bases_apart(tmp_path: Path):
     assert len(set(found)) == len(variants), dict(zip(map(str, variants), found, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_without_a_base_there_is_no_fingerprint(tmp_path: Path):
     assert model_fingerprint(torch.nn.Linear(3, 3)) is None
     model = decompose(make_checkpoint(tmp_path / "original", "llama-bias"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qosora.checkpoints import folders
-from qosora.checkpoints.folders import check_target, local_folder, read_json, require_space
+from qosora.checkpoints.folders import check_target, copy_files, local_folder, read_json, require_space
 from qosora.errors import CheckpointError
 
 
@@ -70,3 +70,14 @@ def test_pickled_weights_are_downloaded_only_without_safetensors(
     assert ["pytorch_model*.bin" in each for each in patterns] == [False, True][:downloads]
     local_folder("owner/model")
     assert "pytorch_model*.bin" not in patterns[-1]
+
+
+def test_code_is_carried_only_where_it_is_trusted(tmp_path: Path):
+    for name in ("base", "trusted", "untrusted"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "modeling_tiny.py").touch()
+    (tmp_path / "base" / "tokenizer_tiny.py").touch()
+    copy_files(tmp_path / "untrusted", tmp_path / "base", None, with_code=False)
+    copy_files(tmp_path / "trusted", tmp_path / "base", None, with_code=True)
+    assert not list((tmp_path / "untrusted").iterdir())
+    assert sorted(f.name for f in (tmp_path / "trusted").iterdir()) == ["modeling_tiny.py", "tokenizer_tiny.py"]

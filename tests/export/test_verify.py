@@ -20,8 +20,6 @@ from qosora.export import export_lora, export_merged
 from qosora.export.merged import _finite
 from qosora.export.stored import Source
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Trained:

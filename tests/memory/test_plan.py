@@ -14,7 +14,7 @@ from transformers import Gemma2Config, GptOssConfig, MixtralConfig
 from qosora.cli import main
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, QosoraError
-from qosora.memory.cards import GIB, parse_bytes, the_card
+from qosora.memory.cards import GIB, the_card
 from qosora.memory.plan import OUTSIDE, _Planner, plan
 from qosora.memory.predict import StepOptions
 from qosora.memory.shapes import SHAPES, model_config
@@ -227,30 +227,6 @@ def test_a_model_without_sdpa_is_planned_with_what_it_has():
     assert plan(Gemma2Config(head_dim=16, **sizes), seq_len=64, grid=False, compare=False).usage.total_bytes > 0
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("24GiB", 24 * GIB), ("24 GB", 24 * 10**9), ("1.5gib", int(1.5 * GIB)), ("512MiB", 2**29), ("7B", 7)],
-)
-def test_sizes(text: str, expected: int):
-    assert parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "24", "GiB", "-1GiB", "0GiB", "24XiB", "24 GiB extra", "1e3GiB"])
-def test_sizes_that_are_none(text: str):
-    with pytest.raises(ConfigError, match="memory size"):
-        parse_bytes(text)
-
-
-@pytest.mark.parametrize(("name", "expected"), [("RTX 4090", "RTX 4090"), ("NVIDIA GeForce RTX 3090", "RTX 3090")])
-def test_cards_by_name(name: str, expected: str):
-    assert the_card(name).name == expected
-
-
-def test_a_name_that_means_several_cards_is_refused():
-    with pytest.raises(ConfigError, match="A100 40GB, A100 80GB"):
-        the_card("A100")
-
-
 # ---- the command ----
 
 
@@ -273,10 +249,3 @@ def test_command_prints_json(tiny: Path, capsys: pytest.CaptureFixture[str]):
     assert found["usage"]["total_bytes"] == sum(found["usage"]["rows"].values())
     assert (found["batch"]["size"], found["batch"]["padding"], found["qlora"]) == (2, True, None)
     assert "CUDA context" not in found["usage"]["rows"]
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes_are_configs(name: str):
-    config = model_config(name)
-    assert config.hidden_size == SHAPES[name]["hidden_size"]
-    assert config.tie_word_embeddings == SHAPES[name].get("tie_word_embeddings", "gemma" in name)
