@@ -289,3 +289,19 @@ def test_only_floating_point_matrices(weight: Tensor):
 def test_unknown_svd():
     with pytest.raises(ConfigError, match="svd method"):
         factorize(torch.randn(4, 4), 2, svd="magic")
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_wherever_the_weight_lies(dtype: torch.dtype, offset: int, seed: int):
+    """As in a mapped file, where it begins anywhere: some processors' products round differently there."""
+    weight = torch.randn(56, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    moved = torch.empty(weight.numel() + offset, dtype=dtype)[offset:].view(weight.shape).copy_(weight)
+    assert moved.data_ptr() % 64
+    expected, got = factorize(weight, 8), factorize(moved, 8)
+    assert torch.equal(got.sigma, expected.sigma)
+    for part in ("residual", "U", "V"):
+        for name, tensor in vars(getattr(expected, part)).items():
+            found = getattr(getattr(got, part), name)
+            assert torch.equal(found, tensor) if isinstance(tensor, torch.Tensor) else found == tensor, (part, name)
+    assert measure_error(moved, got) == measure_error(weight, expected)

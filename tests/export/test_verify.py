@@ -23,9 +23,11 @@ from qosora.export.stored import Source
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Of a family with a tied embedding that is scaled, instead of that of the other tests."""
     return make_trained(tmp_path_factory.mktemp("verified"), "gemma3")
 
 
+@pytest.mark.usefixtures("outsider_here")
 def test_all_kinds_pass(tiny: Trained, tmp_path: Path):
     base, adapter = tiny.base, tiny.adapter
     found = [
@@ -46,6 +48,7 @@ def test_all_kinds_pass(tiny: Trained, tmp_path: Path):
     assert read_json(tmp_path / "lora" / MANIFEST_NAME)["verification"]["tokens"] == 256
 
 
+@pytest.mark.usefixtures("outsider_here")
 def test_bfloat16_and_a_tokenizer(tmp_path: Path):
     original = make_checkpoint(tmp_path / "original", "llama-text")  # with a tokenizer
     AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).save_pretrained(original)
@@ -73,6 +76,7 @@ def wrong_vectors(self: Source, layer: Any, factors: Any) -> torch.Tensor:
 merged = Source.merged
 
 
+@pytest.mark.usefixtures("outsider_here")
 def test_a_wrong_export_leaves_nothing(tiny: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = tmp_path / "new" / "export"
     monkeypatch.setattr(Source, "merged", wrong_vectors)
@@ -97,6 +101,7 @@ def break_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "unheard-of"}')
 
 
+@pytest.mark.usefixtures("outsider_here")
 def test_a_wrong_lora_leaves_nothing(tiny: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     low_rank = Source.low_rank
     monkeypatch.setattr(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import decompose, logits, make_checkpoint, make_model, token_ids
+from tiny import decompose, logits, make_checkpoint, make_model, relative_difference, rounding, token_ids
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,11 +64,25 @@ def step(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Compare by norm, tensor by tensor."""
+    """Compare by norm, tensor by tensor, relative to the norm of all gradients of the decoder layer.
+
+    A tensor's own norm is no measure of its roundings: its gradient may be the small rest of large terms. So that of
+    the keys: attention's softmax takes no notice of what is added to all scores of a query. Relative to its own norm
+    a gradient may be out by 50 times the tolerance, which no mistake is small enough for.
+    """
     assert got.keys() == expected.keys()
+    norms = {name: tensor.double().norm() for name, tensor in expected.items()}
     for name, tensor in expected.items():
-        error = (got[name].double() - tensor.double()).norm() / tensor.double().norm()
-        assert error < tolerance, f"{name}: {error:.2e}"
+        error = (got[name].double() - tensor.double()).norm()
+        beside = torch.stack([norm for other, norm in norms.items() if layer_of(other) == layer_of(name)]).norm()
+        assert error < tolerance * beside, f"{name}: {error / beside:.2e} of its layer's gradients"
+        assert error < min(50 * tolerance, 0.5) * norms[name], f"{name}: {error / norms[name]:.2e} of its own norm"
+
+
+def layer_of(name: str) -> str:
+    """Return the name of the decoder layer that a parameter is in; its own name, if it is in none."""
+    found = re.match(r".*\.(?:layers|h)\.\d+\.", name)
+    return found[0] if found else name
 
 
 def names(family: str) -> set[str]:
@@ -104,8 +119,8 @@ def test_what_is_tiled(family: str, expected: set[str]):
 
 # ---- outputs and gradients
 
-#: Sums of at most 56 products and 46 positions in another order: some 50 roundings of 2^-24, of cancelling terms.
-FP32 = 2e-5
+#: Sums in another order, in three passes: forward, forward again, and the gradients' own products. 2.4e-5.
+FP32 = rounding(torch.float32) * 3**0.5
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -232,7 +247,7 @@ def test_evaluation(adapted: Adapted):
     model = adapted()
     expected = logits(model)
     apply_tiling(model, 3)
-    torch.testing.assert_close(logits(model), expected)
+    assert relative_difference(logits(model), expected) < rounding(torch.float32)
 
 
 # ---- memory and work

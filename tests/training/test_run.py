@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_tokenizer, sums, write_jsonl
+from tiny import make_tokenizer, rounding, sums, write_jsonl
 from training_runs import RUN, config, metrics, names_in
 
 import qosora.training.run
@@ -53,9 +53,9 @@ def test_it_learns_and_the_adapter_loads(place: Path, run: TrainResult):
     assert run.eval_loss_after < run.eval_loss_before - 0.05
     tokenizer = load_tokenizer(folder)
     again = evaluate(load_model(folder), tokenizer, place / "test.jsonl")
-    assert again.loss == pytest.approx(run.eval_loss_after, rel=1e-6)
+    assert again.loss == pytest.approx(run.eval_loss_after, rel=rounding(torch.float32))
     base = evaluate(load_model(place / "base"), tokenizer, place / "test.jsonl")
-    assert base.loss == pytest.approx(run.eval_loss_before, rel=1e-6)
+    assert base.loss == pytest.approx(run.eval_loss_before, rel=rounding(torch.float32))
 
 
 def test_summary(run: TrainResult):
@@ -87,6 +87,8 @@ def as_bytes(tensor: torch.Tensor) -> bytes:
 KILLED = """
 import os, signal, sys, warnings
 warnings.simplefilter("error")
+import torch
+torch.set_num_threads(int(sys.argv[2]))  # as many as go on with it: sums depend on them
 from qosora.training.config import TrainConfig
 from qosora.training.run_folder import MetricsLog
 from qosora.training import train
@@ -103,7 +105,8 @@ train(TrainConfig.load(sys.argv[1]))
 def test_a_killed_run_goes_on_bit_for_bit(place: Path, run: TrainResult, tmp_path: Path):
     chosen = config(place, tmp_path / "run", **RUN, eval_data=str(place / "test.jsonl"))
     chosen.save(tmp_path / "config.yaml")
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "config.yaml")], check=False)
+    threads = str(torch.get_num_threads())
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "config.yaml"), threads], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "run" / "adapter_config.json").exists()
@@ -143,13 +146,13 @@ def test_packing_keeps_examples_apart(place: Path, tmp_path: Path):
     plain = train(config(place, tmp_path / "a", **options))
     packed = train(config(place, tmp_path / "b", **options, packing=True, max_length=64))
     # Four examples in one sequence: the same tokens with the same contexts, so the same mean, to float32 rounding.
-    assert packed.train_loss == pytest.approx(plain.train_loss, rel=2e-6)
+    assert packed.train_loss == pytest.approx(plain.train_loss, rel=rounding(torch.float32))
 
 
 def test_gradient_accumulation_is_a_larger_batch(place: Path, tmp_path: Path):
     small = train(config(place, tmp_path / "a", max_steps=3, limit=8, batch_size=2, gradient_accumulation=4))
     large = train(config(place, tmp_path / "b", max_steps=3, limit=8, batch_size=8))
-    assert small.train_loss == pytest.approx(large.train_loss, rel=1e-5)
+    assert small.train_loss == pytest.approx(large.train_loss, rel=rounding(torch.float32))
 
 
 def test_modules_to_save_in_bf16(place: Path, tmp_path: Path):
