@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny import make_base, make_checkpoint, perturbed
 
 from qosora import QosoraConfig, quantize
@@ -16,6 +17,7 @@ from qosora.demo import assets
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_qlora_shaped_script(tmp_path: Path) -> None:
     with assets() as source:
         command = [sys.executable, ROOT / "examples" / "finetune_7b.py", "--model", source / "model"]
@@ -27,6 +29,7 @@ def test_the_qlora_shaped_script(tmp_path: Path) -> None:
     assert adapter_config(tmp_path / "adapter").vectors == "both"
 
 
+@pytest.mark.slow
 def test_the_ways_out(tmp_path: Path) -> None:
     quantize(make_checkpoint(tmp_path / "original", "llama-text"), tmp_path / "base", QosoraConfig(rank=8))
     perturbed(load_base(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
@@ -38,6 +41,7 @@ def test_the_ways_out(tmp_path: Path) -> None:
     assert "reference='original model with the adapter'" in lines[1]
 
 
+@pytest.mark.slow
 def test_profile_memory(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     command = [sys.executable, ROOT / "examples" / "profile_memory.py", base, "--seq-len", "16"]

@@ -49,6 +49,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", names())
+@pytest.mark.slow
 def test_each_part_in_miniature(name: str, run_all: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Scripts run in this process, which has their imports, and compile nothing.
 

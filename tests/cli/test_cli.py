@@ -122,6 +122,7 @@ def test_train_evaluate_generate_export(adapter: Path, folder: Path, capsys: pyt
     assert (folder / "export" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_ways_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "quantize", folder / "source", tmp_path / "base", "--rank", 8)[0] == 0
     perturbed(load_base(tmp_path / "base")).save_pretrained(tmp_path / "adapter")

@@ -159,6 +159,7 @@ else:
 
 
 @pytest.mark.parametrize("kind", ["original", "lora"])
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on(tiny: Trained, tmp_path: Path, kind: str):
     output = tmp_path / "export"
     command = [sys.executable, "-c", KILLED, str(tiny.base), str(output), str(tiny.adapter), kind]

@@ -106,6 +106,7 @@ def test_any_number_of_rows():
 
 
 @pytest.mark.parametrize(("checkpointing", "precision"), [(True, "bf16"), (False, "fp32")])
+@pytest.mark.slow
 def test_a_decoder_layer_is_one_graph_for_all(checkpointing: bool, precision: str):
     shape = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -131,6 +132,7 @@ def test_a_decoder_layer_is_one_graph_for_all(checkpointing: bool, precision: st
     assert counters["stats"]["unique_graphs"] == (1 if checkpointing else 2)
 
 
+@pytest.mark.slow
 def test_training_compiled(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     losses = []

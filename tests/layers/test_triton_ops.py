@@ -193,6 +193,7 @@ class TestOnADevice:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter, and is in it")
+@pytest.mark.slow
 def test_in_the_interpreter(seed: int):
     pytest.importorskip("triton")
     tests = f"{Path(__file__)}::{TestOnADevice.__name__}"
@@ -233,6 +234,7 @@ class NoGPU:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.slow
 def test_all_launches_compile(capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Each launch that a layer makes compiles to machine code, with the roundings of the plain code."""
     triton = pytest.importorskip("triton")

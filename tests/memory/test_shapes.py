@@ -27,8 +27,8 @@ def test_a_name_in_any_case_is_a_shape_of_its_own():
 def test_folders_and_files(tmp_path: Path):
     tiny_config("gemma3").save_pretrained(tmp_path)
     for place in (tmp_path, str(tmp_path), tmp_path / "config.json"):
-        assert model_config(place).to_dict() == model_config(tmp_path).to_dict()
-    assert model_config(tmp_path).sliding_window == 16
+        found = model_config(place)
+        assert (found.model_type, found.hidden_size, found.sliding_window) == ("gemma3_text", 32, 16)
 
 
 def test_what_is_no_model_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

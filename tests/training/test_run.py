@@ -102,6 +102,7 @@ train(TrainConfig.load(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(place: Path, run: TrainResult, tmp_path: Path):
     chosen = config(place, tmp_path / "run", **RUN, eval_data=str(place / "test.jsonl"))
     chosen.save(tmp_path / "config.yaml")
