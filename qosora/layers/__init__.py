@@ -2,6 +2,7 @@
 
 | module | one line |
 |---|---|
+| `precision` | which dtype a CPU computes quickly in |
 | `ops` | the operations on 4-bit tensors, in plain PyTorch |
 | `triton_ops` | the same as Triton kernels |
 | `product` | the layer's product and its gradients |
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
     from qosora.layers.linear import float32_kept as float32_kept
     from qosora.layers.linear import qosora_modules as qosora_modules
     from qosora.layers.ops import fused as fused
+    from qosora.layers.precision import fast_dtype as fast_dtype
     from qosora.layers.tiling import TILE_LENGTH as TILE_LENGTH
     from qosora.layers.tiling import apply_tiling as apply_tiling
 
 __getattr__, __dir__ = door(
     __name__,
     {
+        "precision": ["fast_dtype"],
         "ops": ["fused"],
         "linear": ["QosoraLinear", "float32_kept", "qosora_modules"],
         "experts": [
