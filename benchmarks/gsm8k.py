@@ -3,8 +3,8 @@
     python benchmarks/gsm8k.py --model gemma-3-270m.Q4_K_M.gguf --data-dir gsm8k --output results.json
 
 Losses are cross-entropies of the answers' tokens, end-of-sequence token included, in nats per token, computed in
---precision, as in training. The rival, PEFT's LoRA on NF4 values, gets the same examples in the same order from the same
-trainer. The vocabulary is cut to what GSM8K needs (see vocabulary.py), for a CPU's sake; --keep-vocabulary leaves
+--precision, as in training. The rival, PEFT's LoRA on NF4 values, gets the same examples in the same order from the
+same trainer. The vocabulary is cut to what GSM8K needs (see vocabulary.py), for a CPU's sake; --keep-vocabulary leaves
 it whole. `--resume` goes on from the stages that the output holds, with the same --work-dir.
 """
 
