@@ -2,9 +2,10 @@
 
 | module | one line |
 |---|---|
+| `device` | which device a computation is for |
 | `precision` | which dtype a CPU computes quickly in |
-| `ops` | the operations on 4-bit tensors, in plain PyTorch |
-| `triton_ops` | the same as Triton kernels |
+| `triton_ops` | operations on 4-bit tensors as Triton kernels |
+| `ops` | the same operations in plain PyTorch, and which of the two runs |
 | `product` | the layer's product and its gradients |
 | `linear` | `QosoraLinear` |
 | `experts` | experts as linear layers |
@@ -21,6 +22,7 @@ from qosora._lazy import door
 if TYPE_CHECKING:
     from qosora.layers.decoder import compile_layers as compile_layers
     from qosora.layers.decoder import decoder_layers as decoder_layers
+    from qosora.layers.device import planning_for as planning_for
     from qosora.layers.experts import LinearExperts as LinearExperts
     from qosora.layers.experts import router_names as router_names
     from qosora.layers.experts import split_experts as split_experts
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door(
     __name__,
     {
+        "device": ["planning_for"],
         "precision": ["fast_dtype"],
         "ops": ["fused"],
         "linear": ["QosoraLinear", "float32_kept", "qosora_modules"],

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from qosora.decompose import Factors, FourBitTensor
 from qosora.layers import ops
+from qosora.layers.device import device_type
 
 __all__ = ["osora_product"]
 
@@ -71,11 +72,16 @@ def _gradients(
     """Return those of dL/ds (r,) and dL/do (m,), and of dL/dx (T, n), that are wanted."""
     found: list[torch.Tensor] = []
     with _no_autocast(g.device.type):
-        if h is not None:
+        if h is None:
+            B = ops.scaled_U(factors.U, s, o, g.dtype)
+        elif of_x:
+            *found, B = ops.gradients_and_scaled_U(_product_float32(h.T, g), factors.U, s, o, g.dtype)
+        else:
             found += ops.vector_gradients(_product_float32(h.T, g), factors.U, s, o)
         if of_x:
+            dh = g @ B.T
+            del B
             dx = g @ ops.dequantize(factors.residual, g.dtype)
-            dh = g @ ops.scaled_U(factors.U, s, o, g.dtype).T
             found.append(dx.addmm_(dh, ops.dequantize(factors.V, g.dtype)))
     return found
 
@@ -216,6 +222,6 @@ def _product_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Multiply in float32, a @ b from operands of 16 bits, without float32 copies of them."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.device.type == "cuda":
+    if device_type(a) == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a.contiguous() @ b).float()  # CPU products accumulate in float32, too, but come out rounded

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 import trl.kernels.chunked_logprob as chunked
 import trl.trainer.utils as trl_utils
 
-import qosora.layers.experts
-import qosora.layers.product
+from qosora.layers import planning_for
 from qosora.memory.tracer import Workspace
 
 __all__ = ["CPU_WORKSPACES", "CUDA_WORKSPACES", "MetaKernels", "computing_as"]
@@ -38,7 +37,6 @@ def computing_as(device: str) -> Iterator[None]:
     changes: list[tuple[Any, dict[str, Any]]] = [
         (torch, {"is_autocast_enabled": lambda device=None: device != "meta" and _autocast(device)}),
         (F, {"scaled_dot_product_attention": _cuda_attention if device == "cuda" else _cpu_attention}),
-        (qosora.layers.experts, {"_tokens_of_each": _most_to_one}),
     ]
     if device == "cuda":
         kernel = _FusedKernel()
@@ -46,9 +44,9 @@ def computing_as(device: str) -> Iterator[None]:
             (chunked, {"_use_triton": _always, "_forward_kernel": kernel, "_backward_kernel": kernel}),
             (chunked, {"_addmm_fp32": _nothing, "triton": SimpleNamespace(cdiv=lambda a, b: -(-a // b))}),
             (trl_utils, {"_use_triton": _always}),
-            (qosora.layers.product, {"_product_float32": _product_float32}),
         ]
     with ExitStack() as stack:
+        stack.enter_context(planning_for(device))
         for module, names in changes:
             stack.enter_context(patch.multiple(module, create=True, **names))
         yield
@@ -66,28 +64,11 @@ def _nothing(*_: Any) -> None:
     """An accumulating product without a temporary: cuBLAS adds to the float32 result itself."""
 
 
-def _most_to_one(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
-    """Give the last expert every token, and the others even shares of what is left: no choice of experts takes more.
-
-    What experts save for backward, and the gradients of vectors whose expert has any token, add up to the same however
-    tokens are spread. What one expert's backward needs goes with its tokens, and that of the last comes first, when
-    all is still saved.
-    """
-    tokens, top_k = top_k_index.shape
-    rest = max(tokens * (top_k - 1), min(num_experts, tokens * top_k) - 1)
-    share, more = divmod(rest, num_experts - 1)
-    return [share + (i < more) for i in range(num_experts - 1)] + [tokens * top_k - rest]
-
-
 class _FusedKernel:
     """A Triton kernel: launched as `kernel[grid](...)`, allocates nothing."""
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *args, **kwargs: None
-
-
-def _product_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _cuda_attention(

@@ -26,6 +26,7 @@ from qosora.decompose import nf4
 from qosora.decompose.nf4 import FourBitTensor
 from qosora.errors import QosoraError
 from qosora.layers import ops
+from qosora.layers.device import planning_for
 
 V32 = 2.0**-24  # unit roundoff of float32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,8 +79,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     launch = ops._launch
 
-    def recorded(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        names.append(kernel.fn.__name__)
+    def recorded(kernel: str, *args: Any, **kwargs: Any) -> None:
+        names.append(kernel)
         launch(kernel, *args, **kwargs)
 
     monkeypatch.setattr(ops, "_launch", recorded)
@@ -114,7 +115,8 @@ class TestOnADevice:
     @EXAMPLES
     def test_scaled_U(self, dtype: torch.dtype, r: int, m: int, seed: int, **storage: Any):
         operands = factor(r, m, seed, **storage)
-        expected = ops.scaled_U(*operands, dtype)
+        with ops.fused(False):
+            expected = ops.scaled_U(*operands, dtype)
         with ops.fused():
             assert_same(ops.scaled_U(*operands, dtype), expected)
 
@@ -128,6 +130,8 @@ class TestOnADevice:
             again = ops.vector_gradients(P.clone(), U, s, o)
         assert torch.equal(ds, again[0])
         assert torch.equal(do, again[1])
+        with ops.fused(False):
+            plain_gradients = ops.vector_gradients(P.clone(), U, s, o)
         # K terms of two rounded products each, added in any order.
         product = P.double() * nf4.dequantize(U).double()
         to_ds, to_do = product * o.double(), product * s.double()[:, None]
@@ -135,7 +139,7 @@ class TestOnADevice:
             (to_ds.sum(1), to_do.sum(0)),
             ((m + 2) * V32 * to_ds.abs().sum(1), (r + 2) * V32 * to_do.abs().sum(0)),
             (ds, do),
-            ops.vector_gradients(P, U, s, o),
+            plain_gradients,
             strict=True,
         ):
             assert_close(fused, expected, tolerance, "fused")
@@ -143,7 +147,7 @@ class TestOnADevice:
 
     @given(
         dtype=st.sampled_from(DTYPES),
-        rows=st.sampled_from([1, 2, 16]),
+        rows=st.sampled_from([1, 2, ops.FEW_ROWS]),
         bias=st.booleans(),
         seed=SEED,
         **FACTORS,
@@ -172,7 +176,8 @@ class TestOnADevice:
     def test_layer(self, m: int, rows: int, dtype: torch.dtype, launched: list[str]):
         """Output and gradients, within the tolerances of the plain layer; which kernels run."""
         layer = build(70, m, 24, device=DEVICE)
-        check(layer, rows, dtype, 0)
+        with ops.fused(False):
+            check(layer, rows, dtype, 0)
         assert not launched
         with ops.fused():
             check(layer, rows, dtype, 0)
@@ -251,10 +256,11 @@ def test_all_launches_compile(capability: int, monkeypatch: pytest.MonkeyPatch, 
             return lambda *args, **options: compiled.append(self.kernel.warmup(*args, grid=grid, **options))
 
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU(capability))
+    kernels = ops._triton()
     with ops.fused():
-        monkeypatch.setattr(ops._kernels, "INTERPRETED", True)  # CPU tensors shall pass
+        monkeypatch.setattr(kernels, "INTERPRETED", True)  # CPU tensors shall pass
         for name in ("dequantize", "vector_gradients", "add_low_rank"):
-            monkeypatch.setattr(ops._kernels, name, Compile(getattr(ops._kernels, name)))
+            monkeypatch.setattr(kernels, name, Compile(getattr(kernels, name)))
         ops.dequantize(U, torch.bfloat16)
         ops.scaled_U(U, s, o, torch.bfloat16)
         ops.vector_gradients(torch.empty(100, 96), U, s, o)
@@ -280,9 +286,11 @@ class TestTheSwitch:
         monkeypatch.setitem(sys.modules, "triton", None)
         monkeypatch.delitem(sys.modules, "qosora.layers.triton_ops", raising=False)
         monkeypatch.delattr(qosora.layers, "triton_ops", raising=False)
-        with pytest.raises(QosoraError, match=r"need triton, which cannot be imported here .*leave the kernels off"):
+        with pytest.raises(
+            QosoraError, match=r"need triton, which cannot be imported here .*leave the choice to qosora"
+        ):
             ops.fused().__enter__()
-        assert ops._kernels is None
+        assert ops._wanted is None
 
     @pytest.mark.skipif(INTERPRETED, reason="CPU tensors are what the interpreter is for")
     @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -295,3 +303,38 @@ class TestTheSwitch:
             layer(x)
         again = layer(x)  # the error has left the block
         assert device == "meta" or torch.equal(again, expected)
+
+    def test_planning_for_a_gpu_takes_the_kernels_ways(self, launched: list[str], monkeypatch: pytest.MonkeyPatch):
+        """On the meta device nothing runs, and what would on a GPU is allocated."""
+        monkeypatch.setattr(ops, "_working", lambda: True)
+        layer = build(64, 96, 8).to("meta")
+        for device, kernels in (("cuda", {"dequantize", "vector_gradients"}), ("cpu", set())):
+            launched.clear()
+            x, s, o = torch.empty(40, 64, device="meta", requires_grad=True), *vectors(layer)
+            with planning_for(device):
+                layer.apply_vectors(x, s, o).sum().backward()
+            assert set(launched) == kernels
+            assert (x.grad is not None, s.grad is not None) == (True, True)
+
+    def test_a_gpu_on_which_they_fail_runs_the_plain_code(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ):
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("no C compiler\nmore")
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch, "linspace", fail)
+        assert not ops._working.__wrapped__()
+        assert "do not work here: no C compiler" in caplog.text
+        assert ops._wanted is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_and_scaled_U_are_those_of_each(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cpu")
+    U, s, o = factor(12, 64, 0)
+    P = draw(12, 64, seed=1, dtype=torch.float32)
+    with ops.fused(False):
+        ds, do, B = ops.gradients_and_scaled_U(P.clone(), U, s, o, dtype)
+        expected = (*ops.vector_gradients(P.clone(), U, s, o), ops.scaled_U(U, s, o, dtype))
+    assert all(torch.equal(a, b) for a, b in zip((ds, do, B), expected, strict=True))
