@@ -7,6 +7,7 @@
 | `triton_ops` | operations on 4-bit tensors as Triton kernels |
 | `ops` | the same operations in plain PyTorch, and which of the two runs |
 | `product` | the layer's product and its gradients |
+| `kept` | what a layer keeps while it generates on a CPU |
 | `linear` | `QosoraLinear` |
 | `experts` | experts as linear layers |
 | `tiling` | MLPs and norms in tiles along the sequence |

@@ -19,6 +19,7 @@ from torch import nn
 from qosora.decompose import Factors, FourBitTensor, nf4, reconstruct
 from qosora.errors import QosoraError
 from qosora.layers import ops
+from qosora.layers.kept import KEPT_ROWS, Kept
 from qosora.layers.product import osora_product
 
 __all__ = ["QosoraLinear", "float32_kept", "qosora_modules"]
@@ -74,6 +75,7 @@ class QosoraLinear(nn.Module):
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.compute_dtype = compute_dtype
         self.fan_in_fan_out = fan_in_fan_out
+        self._kept: Kept | None = None
         for part, prefix in _PREFIXES.items():
             numel = self._shape(part)[0] * self._shape(part)[1]
             for field, (shape, kind) in nf4.stored_shapes(numel, blocksize, double_quant).items():
@@ -158,14 +160,32 @@ class QosoraLinear(nn.Module):
         factors = self.factors
         if torch.is_grad_enabled() and (x.requires_grad or s.requires_grad or o.requires_grad):
             y = osora_product(rows, s, o, factors, bias)
+        elif (kept := self._kept_for(rows, s, o, factors)) is not None:
+            y = kept.product(rows, factors.residual, bias)
         else:
             h = nf4.matmul(rows, factors.V)
             y = nf4.matmul(rows, factors.residual)
             ops.add_low_rank_(y, h, factors.U, s, o, bias)
         return y.to(out_dtype).view(*x.shape[:-1], self.out_features)
 
+    def _kept_for(self, x: torch.Tensor, s: torch.Tensor, o: torch.Tensor, factors: Factors) -> Kept | None:
+        """Return the matrices to generate with, made anew where the vectors have changed; None where none are kept."""
+        few = x.device.type == "cpu" and 0 < len(x) <= KEPT_ROWS
+        if self.training or not few or torch.compiler.is_compiling():
+            return None
+        if self._kept is None or not self._kept.is_for(s, o, x.dtype):
+            self._kept = None  # first, for its memory
+            self._kept = Kept(factors, s, o, x.dtype) if Kept.affordable(factors, x.dtype) else None
+        return self._kept
+
+    def train(self, mode: bool = True) -> QosoraLinear:
+        """Set the mode, as of any module; what is kept for generation is dropped in training."""
+        self._kept = None if mode else self._kept
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QosoraLinear:
         """Move or cast, but keep float32 statistics and vectors float32: `model.to(torch.bfloat16)` is common."""
+        self._kept = None
         with float32_kept(self, [name for name in self._parameters if name != "bias"]):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
