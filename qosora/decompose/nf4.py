@@ -130,7 +130,18 @@ def _quantize(tensor: torch.Tensor, quant_type: str, blocksize: int) -> tuple[to
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
         tensor.contiguous(), blocksize, quant_type, torch.uint8
     )
-    return packed.view(-1), absmax
+    return _zeros_kept(packed.view(-1), absmax, quant_type, blocksize), absmax
+
+
+def _zeros_kept(packed: torch.Tensor, absmax: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
+    """Write the code of 0 into blocks of zeros, in place.
+
+    CUDA's kernel computes 0 · 1/0 there, and a NaN falls through its comparisons to the code of -1. With double
+    quantization the block's absmax may come back as a small number other than 0, and its values with it.
+    """
+    table = _table(quant_type, torch.device("cpu"))
+    zero = int(table.abs().argmin())
+    return packed.masked_fill_((absmax == 0).repeat_interleave(blocksize // 2)[: len(packed)], 17 * zero)
 
 
 def _quantize_cpu(tensor: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
