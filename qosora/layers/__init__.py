@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from qosora.layers.linear import float32_kept as float32_kept
     from qosora.layers.linear import qosora_modules as qosora_modules
     from qosora.layers.ops import fused as fused
+    from qosora.layers.ops import meta_as as meta_as
     from qosora.layers.tiling import TILE_LENGTH as TILE_LENGTH
     from qosora.layers.tiling import apply_tiling as apply_tiling
 
 __getattr__, __dir__ = door(
     __name__,
     {
-        "ops": ["fused"],
+        "ops": ["fused", "meta_as"],
         "linear": ["QosoraLinear", "float32_kept", "qosora_modules"],
         "experts": [
             "LinearExperts",

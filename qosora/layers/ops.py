@@ -21,7 +21,7 @@ import torch
 from qosora.decompose import FourBitTensor, nf4
 from qosora.errors import QosoraError
 
-__all__ = ["add_low_rank_", "dequantize", "fused", "scaled_U", "vector_gradients"]
+__all__ = ["add_low_rank_", "dequantize", "device_of", "fused", "meta_as", "scaled_U", "vector_gradients"]
 
 #: More rows than this multiply by a matrix B that is made once.
 FEW_ROWS = 16
@@ -30,6 +30,8 @@ ROWS = 64
 
 #: `triton_ops` inside of `fused()`, else None. Of the process: CUDA's backward runs on a thread of its own.
 _kernels: Any = None
+#: What tensors on the meta device stand for; of the process, too.
+_meta_is = "cpu"
 
 
 @contextmanager
@@ -59,6 +61,28 @@ def fused() -> Iterator[None]:
         yield
     finally:
         _kernels = before
+
+
+@contextmanager
+def meta_as(device: str) -> Iterator[None]:
+    """Let tensors on the meta device take the ways of another's, in the whole process, until the block is left.
+
+    A planner traces on the meta device what a step takes on a GPU, and there it is another product that is chosen.
+
+    Args:
+        device: "cuda" or "cpu", which it is outside of all blocks.
+    """
+    global _meta_is
+    before, _meta_is = _meta_is, device
+    try:
+        yield
+    finally:
+        _meta_is = before
+
+
+def device_of(tensor: torch.Tensor) -> str:
+    """Return the type of device whose ways a tensor takes."""
+    return _meta_is if tensor.is_meta else tensor.device.type
 
 
 def dequantize(q: FourBitTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -154,14 +178,14 @@ def _launch(kernel: Any, programs: int, q: FourBitTensor, *args: Any, warps: int
             f"the fused kernels run on CUDA devices, got a tensor on {device.type!r}: move the model to a CUDA device, "
             "or leave `qosora.layers.ops.fused()`"
         )
-    code = None if q.absmax_scale is None else nf4._absmax_code(device)
+    code = None if q.absmax_scale is None else nf4.absmax_code(device)
     stored = (
         q.packed,
         q.absmax,
         q.absmax_scale,
         q.absmax_offset,
         code,
-        nf4._table(q.quant_type, device),
+        nf4.code_table(q.quant_type, device),
         q.packed.numel(),
     )
     with torch.cuda.device_of(q.packed):  # type: ignore[no-untyped-call]

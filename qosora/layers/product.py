@@ -216,6 +216,6 @@ def _product_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Multiply in float32, a @ b from operands of 16 bits, without float32 copies of them."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.device.type == "cuda":
+    if ops.device_of(a) == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a.contiguous() @ b).float()  # CPU products accumulate in float32, too, but come out rounded
