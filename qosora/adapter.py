@@ -18,16 +18,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    check_adapters_to_merge,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from qosora import register
 from qosora.checkpoints import base_fingerprint
+from qosora.compat.peft import check_adapters_to_merge, check_target_module_exists
 from qosora.config import OsoraConfig
 from qosora.errors import CheckpointError, ConfigError, FingerprintError
 from qosora.layers import QosoraLinear, float32_kept, qosora_modules

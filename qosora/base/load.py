@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qosora.checkpoints import ADAPTER_CONFIG, adapter_config, quantization_of, split_source
+from qosora.compat.peft import missing_keys_warning
+from qosora.compat.transformers import says_other_shapes
 from qosora.config import QUANT_METHOD
 from qosora.errors import CheckpointError, QosoraError, first_line
 
@@ -51,7 +53,7 @@ def load_base(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{source}: {first_line(error)}; get another copy") from error
     except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
+        if not says_other_shapes(error):
             raise
         raise CheckpointError(
             f"{source}: the tensors have other shapes than config.json makes them (transformers names them above); "
@@ -92,7 +94,7 @@ def load_model(source: str | Path, *, base: str | Path | None = None, **kwargs: 
 
 def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        warnings.filterwarnings("error", missing_keys_warning(), UserWarning)
         try:
             return PeftModel.from_pretrained(model, adapter)
         except QosoraError:

@@ -22,14 +22,24 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from bitsandbytes.functional import create_dynamic_map, get_4bit_type
 
+from qosora.compat.bitsandbytes import (
+    create_dynamic_map,
+    dequantize_4bit,
+    dequantize_blockwise,
+    gemm_4bit,
+    get_4bit_type,
+    quantize_4bit,
+    quantize_blockwise,
+)
 from qosora.decompose.threads import panels, parallel_map, reproducible
 
 __all__ = [
     "BLOCKSIZES",
     "QUANT_TYPES",
     "FourBitTensor",
+    "absmax_code",
+    "code_table",
     "dequantize",
     "matmul",
     "quantize",
@@ -120,16 +130,14 @@ def quantize(
     scale = offset = None
     if double_quant:
         offset = absmax.mean()
-        code = _absmax_code(tensor.device)
-        absmax, scale = torch.ops.bitsandbytes.quantize_blockwise.default(absmax - offset, code, ABSMAX_BLOCKSIZE)
+        code = absmax_code(tensor.device)
+        absmax, scale = quantize_blockwise(absmax - offset, code, ABSMAX_BLOCKSIZE)
     return FourBitTensor(packed, absmax, scale, offset, tuple(tensor.shape), quant_type, blocksize)
 
 
 def _quantize(tensor: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `packed` and the float32 `absmax`."""
-    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
-        tensor.contiguous(), blocksize, quant_type, torch.uint8
-    )
+    packed, absmax = quantize_4bit(tensor.contiguous(), blocksize, quant_type, torch.uint8)
     return _zeros_kept(packed.view(-1), absmax, quant_type, blocksize), absmax
 
 
@@ -139,7 +147,7 @@ def _zeros_kept(packed: torch.Tensor, absmax: torch.Tensor, quant_type: str, blo
     CUDA's kernel computes 0 · 1/0 there, and a NaN falls through its comparisons to the code of -1. With double
     quantization the block's absmax may come back as a small number other than 0, and its values with it.
     """
-    table = _table(quant_type, torch.device("cpu"))
+    table = code_table(quant_type, torch.device("cpu"))
     zero = int(table.abs().argmin())
     return packed.masked_fill_((absmax == 0).repeat_interleave(blocksize // 2)[: len(packed)], 17 * zero)
 
@@ -197,7 +205,7 @@ def _code_cells(quant_type: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
     A value's code is that of its cell unless a midpoint lies in the same cell, which is marked with `SPLIT`.
     """
-    table = _table(quant_type, torch.device("cpu"))
+    table = code_table(quant_type, torch.device("cpu"))
     order = table.argsort()
     bounds = (table[order[:-1]] + table[order[1:]]) / 2
     order = order.to(torch.uint8)
@@ -262,9 +270,7 @@ def dequantize(q: FourBitTensor, dtype: torch.dtype = torch.float32) -> torch.Te
     # 32), and for odd rows compiles a fallback, for seconds. As one even row the values are right, on one thread.
     if shape[-1] % q.blocksize:
         shape = (numel + numel % 2,)
-    out: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        q.packed, _absmax(q), q.blocksize, q.quant_type, shape, dtype
-    )
+    out: torch.Tensor = dequantize_4bit(q.packed, _absmax(q), q.blocksize, q.quant_type, shape, dtype)
     return out.view(-1)[:numel].view(q.shape)  # the kernel returns a vector as a matrix of one row
 
 
@@ -283,10 +289,8 @@ def matmul(x: torch.Tensor, q: FourBitTensor) -> torch.Tensor:
     absmax: tuple[torch.Tensor | None, ...] = (q.absmax,)
     double: tuple[torch.Tensor | None, ...] = ()
     if q.absmax_scale is not None:
-        absmax, double = (q.absmax_scale,), (q.absmax, _absmax_code(q.packed.device), q.absmax_offset)
-    out: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
-        x, q.packed.view(-1, 1), q.shape, *absmax, q.blocksize, q.quant_type, None, *double
-    )
+        absmax, double = (q.absmax_scale,), (q.absmax, absmax_code(q.packed.device), q.absmax_offset)
+    out: torch.Tensor = gemm_4bit(x, q.packed.view(-1, 1), q.shape, *absmax, q.blocksize, q.quant_type, None, *double)
     return out
 
 
@@ -294,21 +298,21 @@ def _absmax(q: FourBitTensor) -> torch.Tensor:
     """(blocks,), float32."""
     if q.absmax_scale is None or q.absmax_offset is None:
         return q.absmax
-    absmax: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(
-        q.absmax, q.absmax_scale, _absmax_code(q.absmax.device), ABSMAX_BLOCKSIZE, torch.float32
+    absmax: torch.Tensor = dequantize_blockwise(
+        q.absmax, q.absmax_scale, absmax_code(q.absmax.device), ABSMAX_BLOCKSIZE, torch.float32
     )
     return absmax.add_(q.absmax_offset)
 
 
 @cache
-def _table(quant_type: str, device: torch.device) -> torch.Tensor:
+def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
     """The 16-entry table of a type, float32, made once per device."""
     table: torch.Tensor = get_4bit_type(quant_type, device=device)
     return table
 
 
 @torch.compiler.assume_constant_result
-def _absmax_code(device: torch.device) -> torch.Tensor:
+def absmax_code(device: torch.device) -> torch.Tensor:
     """The 256-entry table of the 8-bit absmax values."""
     return _made_absmax_code(device)
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 
 from qosora.base import PlainModel
 from qosora.checkpoints import ADAPTER_CONFIG, ADAPTER_STEM, CheckpointReader, StoredSpec, adapter_config, local_folder
+from qosora.compat.peft import check_target_module_exists
 from qosora.config import OsoraConfig
 from qosora.errors import CheckpointError, ConfigError, FingerprintError
 

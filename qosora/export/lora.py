@@ -24,8 +24,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 from qosora import __version__
 from qosora.base import natural_order
@@ -39,6 +37,7 @@ from qosora.checkpoints import (
     refuse_input_as_output,
     stream,
 )
+from qosora.compat.peft import check_target_module_exists, convert_peft_config_for_transformers
 from qosora.errors import CheckpointError, ConfigError
 from qosora.export.adapters import Adapter, AdapterChoice, weighted
 from qosora.export.merged import checked_dtype

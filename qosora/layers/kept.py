@@ -67,9 +67,9 @@ def _residual_layer(q: FourBitTensor) -> nn.Module | None:
     if q.shape[0] % _REPACKED_ROWS or q.shape[1] % q.blocksize or q.absmax_scale is None:
         return None
     (m, n), device = q.shape, q.packed.device
-    nested = QuantState(q.absmax_scale, code=nf4._absmax_code(device), blocksize=ABSMAX_BLOCKSIZE, dtype=torch.float32)
+    nested = QuantState(q.absmax_scale, code=nf4.absmax_code(device), blocksize=ABSMAX_BLOCKSIZE, dtype=torch.float32)
     state = QuantState(
-        q.absmax, torch.Size((m, n)), nf4._table(q.quant_type, device), q.blocksize, q.quant_type, torch.bfloat16,
+        q.absmax, torch.Size((m, n)), nf4.code_table(q.quant_type, device), q.blocksize, q.quant_type, torch.bfloat16,
         q.absmax_offset, nested,
     )  # fmt: skip
     with torch.device("meta"):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from qosora.compat.torch import own_parameters
 from qosora.decompose import Factors, FourBitTensor, nf4, reconstruct
 from qosora.errors import QosoraError
 from qosora.layers import ops
@@ -211,11 +212,12 @@ def float32_kept(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
     A parameter that stays on its device stays the same object, which an optimizer may hold, and keeps its gradient.
     """
-    params = {name: p for name in names if (p := module._parameters[name]) is not None and p.dtype == torch.float32}
+    own = own_parameters(module)
+    params = {name: p for name in names if (p := own[name]) is not None and p.dtype == torch.float32}
     kept = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in params.items()}
     yield
     for name, (data, grad) in kept.items():
-        param = module._parameters[name]
+        param = own[name]
         assert param is not None
         if param.dtype != torch.float32:
             device = param.device

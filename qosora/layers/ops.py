@@ -226,14 +226,14 @@ def _launch(kernel: str, programs: int, q: FourBitTensor, *args: Any, warps: int
             f"the fused kernels run on CUDA devices, got a tensor on {device.type!r}: move the model to a CUDA device, "
             "or leave the block of `qosora.fused()`"
         )
-    code = None if q.absmax_scale is None else nf4._absmax_code(device)
+    code = None if q.absmax_scale is None else nf4.absmax_code(device)
     stored = (
         q.packed,
         q.absmax,
         q.absmax_scale,
         q.absmax_offset,
         code,
-        nf4._table(q.quant_type, device),
+        nf4.code_table(q.quant_type, device),
         q.packed.numel(),
     )
     with torch.cuda.device_of(q.packed):  # type: ignore[no-untyped-call]

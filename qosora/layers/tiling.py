@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from qosora.compat.torch import changes
 from qosora.errors import ConfigError
 
 __all__ = ["TILE_LENGTH", "apply_tiling"]
@@ -138,7 +139,7 @@ class _Tiled:
         if not (torch.is_grad_enabled() and (x.requires_grad or params)):
             return tiles.map(self.forward, x)
         source: _Source | None = getattr(x, "_tiled_source", None)
-        if source is not None and x._version == source.version and not params:
+        if source is not None and changes(x) == source.version and not params:
             # A norm of an MLP's output (Gemma, OLMo 2): computed again from the MLP's input, it need not save its own
             y: torch.Tensor = _Value.apply(source.handle, source.call, self.forward, x.detach())  # type: ignore[no-untyped-call]
             return y
@@ -146,7 +147,7 @@ class _Tiled:
         handle = _Saved.apply(call, x, *params)  # type: ignore[no-untyped-call]
         y = _Value.apply(handle, call, None, x.detach())  # type: ignore[no-untyped-call]
         if self.is_mlp:
-            y._tiled_source = _Source(call, handle, y._version)  # type: ignore[attr-defined]
+            y._tiled_source = _Source(call, handle, changes(y))  # type: ignore[attr-defined]
         return y
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 from transformers import PreTrainedConfig
-from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
+from qosora.compat.trl import TOKEN_CHUNK_SIZE
 from qosora.config import QUANT_METHOD, QosoraConfig
 from qosora.errors import ConfigError
 from qosora.layers import TILE_LENGTH

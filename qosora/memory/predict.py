@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import peft.tuners.lora.bnb  # noqa: F401, its import is what tells PEFT that bitsandbytes works
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qosora.base import decompose_structure, skipped_modules
+from qosora.compat.peft import load_bnb_layers
+from qosora.compat.transformers import attention_of, should_convert_module
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.errors import CheckpointError, QosoraError
 from qosora.layers import decoder_layers, stacked_names
@@ -158,7 +158,7 @@ class TracedModel:
                 "and what their kernels allocate depends on the GPU and the data. Measure it with `qosora profile`"
             )
         self.vocab: int = model.config.get_text_config().vocab_size
-        self.attention: str = model.config._attn_implementation
+        self.attention = attention_of(model.config)
         model.requires_grad_(False)
         adapter = OsoraConfig(vectors=options.vectors) if options.method == "qosora" else _lora(options)
         with torch.device("meta"):
@@ -311,6 +311,7 @@ def quantize_linears(model: Any, storage: QosoraConfig, options: StepOptions) ->
 
 
 def _lora(options: StepOptions) -> LoraConfig:
+    load_bnb_layers()
     return LoraConfig(r=options.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 

@@ -19,9 +19,10 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from trl.models import get_act_offloading_ctx_manager
 
 from qosora.base import load_base, load_tokenizer
+from qosora.compat.torch import own_buffers, own_parameters
+from qosora.compat.trl import get_act_offloading_ctx_manager
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.data import IGNORED, Columns, Records, load_records, tokenize
 from qosora.errors import ConfigError, DataError
@@ -197,7 +198,7 @@ def fill_at_random(model: nn.Module, device: str) -> None:
     """Put random numbers on a device in place of all tensors on the meta device; tied ones stay tied."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (own_parameters(module), own_buffers(module)):
             for name, tensor in tensors.items():
                 if tensor is None or not tensor.is_meta:
                     continue

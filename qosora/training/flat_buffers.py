@@ -34,12 +34,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
+from qosora.compat.bitsandbytes import PAGED_NUMEL, allocate_states, is_paged
+from qosora.compat.torch import foreach_copy_, foreach_zero_
 from qosora.errors import QosoraError
 
 __all__ = ["OPTIMIZERS", "PAGED_NUMEL", "Kind", "MemoryUse", "Pack", "layout_mismatch", "parameter_problems"]
 
 ALIGNMENT = 256  # elements; the block size of bitsandbytes' 8-bit states
-PAGED_NUMEL = 100_000  # bitsandbytes pages states from this many elements on (Optimizer8bit.get_state_buffer)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what bitsandbytes' kernels update
 
 
@@ -124,9 +125,9 @@ class Pack:
         missing = [view for p, view in pairs if p.grad is None]
         fresh = [(view, p.grad) for p, view in pairs if p.grad is not None and p.grad.data_ptr() != view.data_ptr()]
         if missing:
-            torch._foreach_zero_(missing)
+            foreach_zero_(missing)
         if fresh:
-            torch._foreach_copy_([view for view, _ in fresh], [grad for _, grad in fresh])
+            foreach_copy_([view for view, _ in fresh], [grad for _, grad in fresh])
         for p, view in pairs:
             p.grad = view
 
@@ -165,7 +166,7 @@ class Pack:
     def prepare(self, saved: dict[str, Any]) -> list[str]:
         """Have bitsandbytes allocate the states (paged where it pages); return the keys that `saved` lacks."""
         if saved and not self.tensors():
-            self.inner.init_state(self.inner.param_groups[0], self.flat, 0, 0)
+            allocate_states(self.inner)
         expected = {key: value.shape for key, value in self.tensors().items()} if saved else {}
         wrong = [key for key, shape in expected.items() if getattr(saved.get(key), "shape", None) != shape]
         return wrong + ["step"] * (bool(saved) and "step" not in saved)
@@ -189,7 +190,7 @@ class Pack:
     def memory(self) -> MemoryUse:
         """Bytes of the flat tensor, its gradient and its states."""
         grad, states = self.flat.grad, self.tensors().values()
-        paged = sum(t.nbytes for t in states if getattr(t, "is_paged", False))
+        paged = sum(t.nbytes for t in states if is_paged(t))
         return MemoryUse(self.flat.nbytes, 0 if grad is None else grad.nbytes, sum(t.nbytes for t in states), paged)
 
 

@@ -77,12 +77,12 @@ class PackedPagedOptimizer(torch.optim.Optimizer):
         if optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {optimizer!r}")
         self._name, self._kind = optimizer, OPTIMIZERS[optimizer]
-        self._packs: list[Pack] = []
+        self.packs: list[Pack] = []
         defaults = {"lr": lr, "betas": betas or self._kind.betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
-        if not self._packs:
+        if not self.packs:
             raise ConfigError("the optimizer got no trainable parameters: attach an adapter (get_peft_model) first")
-        if any(pack.flat.device.type == "cpu" for pack in self._packs):
+        if any(pack.flat.device.type == "cpu" for pack in self.packs):
             logger.warning("%s runs on the CPU: optimizer states are ordinary tensors, not paged", optimizer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class PackedPagedOptimizer(torch.optim.Optimizer):
             packs.setdefault(i if p.numel() >= PAGED_NUMEL else (p.dtype, p.device), []).append(i)
         for members in packs.values():
             chosen = [params[i] for i in members], [names[i] for i in members]
-            self._packs.append(Pack(*chosen, index, self._kind))
+            self.packs.append(Pack(*chosen, index, self._kind))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -116,15 +116,15 @@ class PackedPagedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for pack in self._packs:  # all before the first update: an error leaves no half-done step
+        for pack in self.packs:  # all before the first update: an error leaves no half-done step
             pack.check()
-        for pack in self._packs:
+        for pack in self.packs:
             pack.update(self.param_groups[pack.group_index])
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients. Packed ones stay views of the flat buffer; `set_to_none` is for large parameters."""
-        for pack in self._packs:
+        for pack in self.packs:
             pack.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class PackedPagedOptimizer(torch.optim.Optimizer):
         Beside torch's two keys there is `layout`, by which `load_state_dict` knows the vectors again. `state` is keyed
         by pack and, as in torch, refers to the live tensors: copy them to keep them past the next step.
         """
-        state = {i: pack.save() for i, pack in enumerate(self._packs)}
+        state = {i: pack.save() for i, pack in enumerate(self.packs)}
         return {**super().state_dict(), "state": state, "layout": self._layout()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,21 +150,21 @@ class PackedPagedOptimizer(torch.optim.Optimizer):
         """
         problem = layout_mismatch(self._layout(), state_dict.get("layout"))
         saved = state_dict.get("state", {})
-        for i, pack in enumerate(self._packs if not problem else []):
+        for i, pack in enumerate(self.packs if not problem else []):
             if wrong := pack.prepare(saved.get(i, {})):
                 problem = f"{', '.join(wrong)} of pack {i} are missing or of another size: the file is damaged"
         if problem:
             raise CheckpointError(f"cannot load this optimizer state: {problem}")
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for i, pack in enumerate(self._packs):
+        for i, pack in enumerate(self.packs):
             pack.load(saved.get(i, {}))
 
     def _layout(self) -> dict[str, Any]:
-        return {"optimizer": self._name, "packs": [pack.layout() for pack in self._packs]}
+        return {"optimizer": self._name, "packs": [pack.layout() for pack in self.packs]}
 
     def memory(self) -> MemoryUse:
         """Bytes of the parameters (padding included), gradients and states that the optimizer holds now."""
-        return MemoryUse(*(sum(column) for column in zip(*(p.memory() for p in self._packs), strict=True)))
+        return MemoryUse(*(sum(column) for column in zip(*(p.memory() for p in self.packs), strict=True)))
 
 
 def create_optimizer(

@@ -21,6 +21,8 @@ from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback
 
 from qosora.base import load_base
+from qosora.compat.transformers import TRAINER_LOGGER, is_of_mtime, old_names_warning
+from qosora.compat.trl import liger_warning
 from qosora.data import no_progress_bars
 from qosora.errors import ConfigError, QosoraError
 from qosora.inference import perplexity
@@ -226,15 +228,15 @@ def _advice_on_memory(config: TrainConfig) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back what libraries say that is not for the user of a training run; each with its reason."""
-    mtime = logging.getLogger("transformers.trainer_utils")
+    mtime = logging.getLogger(TRAINER_LOGGER)
     mtime.addFilter(_no_mtime)
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings(), no_progress_bars():
         # see sft_options
-        warnings.filterwarnings("ignore", message=".*use_liger_kernel.*")
+        warnings.filterwarnings("ignore", message=liger_warning())
         # PEFT and TRL call methods of transformers by names that it has changed
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=old_names_warning(), category=FutureWarning)
         try:
             yield
         finally:
@@ -245,4 +247,4 @@ def _quiet() -> Iterator[None]:
 
 def _no_mtime(record: logging.LogRecord) -> bool:
     """Drop Trainer's remark that it orders checkpoints by their numbers, and not by their time."""
-    return "mtime may not be reliable" not in record.getMessage()
+    return not is_of_mtime(record.getMessage())

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from qosora.compat.transformers import use_one_gpu
+from qosora.compat.trl import liger_warning
 from qosora.errors import ConfigError, near_miss
 from qosora.training.config import TrainConfig
 
@@ -73,13 +75,12 @@ def sft_config(config: TrainConfig, precision: str, output_dir: Path) -> SFTConf
     options = {**_options(config, precision, output_dir), **_numbers(config.sft)}
     with warnings.catch_warnings():
         # TRL points to kernels of the hub instead of Liger; its FutureWarning is for programmers
-        warnings.filterwarnings("ignore", message=".*use_liger_kernel.*")
+        warnings.filterwarnings("ignore", message=liger_warning())
         try:
             arguments = SFTConfig(**options)
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"TRL refuses the options: {error}") from error
-    # Where there are several GPUs, Trainer would wrap the model in nn.DataParallel, which copies the base at each step
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    use_one_gpu(arguments)  # several would copy the base at each step
     return arguments
 
 

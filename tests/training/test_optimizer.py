@@ -148,7 +148,7 @@ def test_padding_stays_out_of_the_way(name: str) -> None:
     model = Vectors((*SIZES, 5000))
     optimizer = create_optimizer(model, lr=1e-2, optimizer=name, weight_decay=0.1)
     train(model, optimizer)
-    (pack,) = optimizer._packs
+    (pack,) = optimizer.packs
     inside = torch.zeros_like(pack.flat, dtype=torch.bool)
     offset = 0
     for p in pack.params:
@@ -189,7 +189,7 @@ def test_scheduler_reaches_the_update_and_groups_have_their_own_rates() -> None:
 def grads_are_views(optimizer: PackedPagedOptimizer) -> bool:
     return all(
         p.grad is not None and p.grad.untyped_storage().data_ptr() == pack.grad.untyped_storage().data_ptr()
-        for pack in optimizer._packs
+        for pack in optimizer.packs
         for p in pack.params
         if pack.grad is not None
     )
@@ -199,7 +199,7 @@ def grads_are_views(optimizer: PackedPagedOptimizer) -> bool:
 def test_zero_grad_keeps_the_flat_gradient(set_to_none: bool) -> None:
     model = Vectors()
     optimizer = create_optimizer(model, lr=1e-2)
-    address = optimizer._packs[0].grad.data_ptr()
+    address = optimizer.packs[0].grad.data_ptr()
     assert grads_are_views(optimizer)
     for _ in range(2):
         model().backward()
@@ -208,7 +208,7 @@ def test_zero_grad_keeps_the_flat_gradient(set_to_none: bool) -> None:
         optimizer.zero_grad(set_to_none=set_to_none)
         assert grads_are_views(optimizer)
         assert all(v.grad.eq(0).all() for v in model.vectors)
-        assert optimizer._packs[0].grad.data_ptr() == address
+        assert optimizer.packs[0].grad.data_ptr() == address
 
 
 @pytest.mark.parametrize("zero", ["optimizer", "model", "fresh"])
@@ -559,11 +559,11 @@ def test_loading_fills_existing_buffers() -> None:
     fresh = copy.deepcopy(optimizer.state_dict())
     start = copy.deepcopy(model.state_dict())
     expected = train(model, optimizer)
-    addresses = [t.data_ptr() for t in optimizer._packs[0].tensors().values()]
+    addresses = [t.data_ptr() for t in optimizer.packs[0].tensors().values()]
     saved = copy.deepcopy(optimizer.state_dict())
     train(model, optimizer)
     optimizer.load_state_dict(saved)
-    assert [t.data_ptr() for t in optimizer._packs[0].tensors().values()] == addresses
+    assert [t.data_ptr() for t in optimizer.packs[0].tensors().values()] == addresses
     assert torch.equal(optimizer.state_dict()["state"][0]["state1"], saved["state"][0]["state1"])
     optimizer.load_state_dict(fresh)  # saved before the first step: as new
     model.load_state_dict(start)
@@ -590,7 +590,7 @@ def test_loading_goes_through_the_buffers_that_bitsandbytes_pages(
     assert not any(hasattr(t, "is_paged") for t in state["state"][0].values())
     made.clear()
     resumed.load_state_dict(state)
-    tensors = resumed._packs[0].tensors()
+    tensors = resumed.packs[0].tensors()
     assert [id(t) for t in tensors.values()] == [id(t) for t in made]
     assert resumed.memory().paged_bytes == resumed.memory().state_bytes > 0
     assert all(torch.equal(tensors[key], state["state"][0][key]) for key in tensors)
@@ -685,7 +685,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         inner = getattr(optimizer, "optimizer", optimizer)
         assert isinstance(inner, PackedPagedOptimizer)
-        self.sizes.append(len(inner._packs))
+        self.sizes.append(len(inner.packs))
 
 
 @pytest.mark.parametrize("way", ["instance", "class", "factory"])
@@ -768,7 +768,7 @@ LARGE = (11_008, 4096, 128) * 10  # 153,600 elements with padding: over bitsandb
 
 
 def paged(optimizer: PackedPagedOptimizer) -> dict[str, bool]:
-    tensors = optimizer._packs[0].tensors()
+    tensors = optimizer.packs[0].tensors()
     return {key: getattr(t, "is_paged", False) for key, t in tensors.items() if key.startswith("state")}
 
 
@@ -782,7 +782,7 @@ def test_gpu_state_is_paged_and_stays_paged(name: str, tmp_path: Path, caplog: p
     keys = {"state1", "state2"} if "adamw" in name else {"state1"}
     assert paged(optimizer) == dict.fromkeys(keys, True)
     use = optimizer.memory()
-    assert use.paged_bytes == len(keys) * OPTIMIZERS[name].bits // 8 * optimizer._packs[0].flat.numel()
+    assert use.paged_bytes == len(keys) * OPTIMIZERS[name].bits // 8 * optimizer.packs[0].flat.numel()
     assert not [r for r in caplog.records if r.name == "qosora"]
 
     state = round_trip(optimizer.state_dict(), tmp_path / "state.pt")
@@ -808,7 +808,7 @@ def test_gpu_paged_equals_unpaged(name: str, updates: list[int]) -> None:
     model, reference = Vectors(LARGE, device="cuda"), Vectors(LARGE, device="cuda")
     optimizer = create_optimizer(model, lr=1e-2, optimizer=name, weight_decay=0.01)
     unpaged = create_optimizer(reference, lr=1e-2, optimizer=name, weight_decay=0.01)
-    unpaged._packs[0].inner.is_paged = False
+    unpaged.packs[0].inner.is_paged = False
     mine = train(model, optimizer)
     assert len(updates) == 10
     assert_equal(mine, train(reference, unpaged))
