@@ -23,7 +23,7 @@ PYTEST_ARGS ?= -n auto
 PIP_INSTALL := -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # What comes in versions of its own with a torch that is not the lock's, and with one for another CUDA.
 UNLOCKED := nothing$(if $(TORCH),|torch|triton)$(if $(TORCH)$(TORCH_INDEX),|cuda-.*|nvidia-.*)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: install demo lint format test test-fast test-newest lock clean
 
