@@ -20,7 +20,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?= -n auto
 
 # Where both indexes have a version PyTorch's is taken, as 2.13.0+cpu counts as newer than 2.13.0.
-PIP_INSTALL := -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP_INSTALL := python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # What comes in versions of its own with a torch that is not the lock's, and with one for another CUDA.
 UNLOCKED := nothing$(if $(TORCH),|torch|triton)$(if $(TORCH)$(TORCH_INDEX),|cuda-.*|nvidia-.*)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -33,8 +33,8 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "qosora needs Python 3.11 or newer, this is " + sys.version.split()[0]'
 	$(PYTHON) -m venv $(VENV)
 	grep -vE '^($(UNLOCKED))==' $(LOCK) > $(VENV)/constraints.txt
-	$(BIN)/python $(PIP_INSTALL) --constraint $(VENV)/constraints.txt --upgrade pip setuptools
-	$(BIN)/python $(PIP_INSTALL) --constraint $(VENV)/constraints.txt --no-build-isolation $(if $(TORCH),'$(TORCH)') --editable '.[dev]'
+	$(BIN)/$(PIP_INSTALL) --constraint $(VENV)/constraints.txt --upgrade pip setuptools
+	$(BIN)/$(PIP_INSTALL) --constraint $(VENV)/constraints.txt --no-build-isolation $(if $(TORCH),'$(TORCH)') --editable '.[dev]'
 	touch $@
 
 demo: install
@@ -63,8 +63,8 @@ test-newest:
 	    groups = [project["dependencies"], *project["optional-dependencies"].values()]; \
 	    print(*(re.sub(r"^([\w-]+)[^;]*", r"\1", each) for group in groups for each in group if "qosora[" not in each), sep="\n")' \
 	    > $(VENV)-newest/requirements.txt
-	$(BIN)/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager pip setuptools --requirement $(VENV)-newest/requirements.txt
-	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	$(BIN)/$(PIP_INSTALL) --upgrade --upgrade-strategy eager pip setuptools -r $(VENV)-newest/requirements.txt
+	$(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m pip list
 	$(PYTEST) $(PYTEST_ARGS)
 
@@ -72,8 +72,9 @@ test-newest:
 lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet --upgrade uv
-	printf 'torch==2.13.0\npip\n' | $(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras \
-	    --annotation-style line --custom-compile-command 'make lock' $(LOCK_ARGS) --output-file $(LOCK) pyproject.toml -
+	printf 'torch==2.13.0\npip\n' | $(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
+	    --fork-strategy fewest --all-extras --annotation-style line --custom-compile-command 'make lock' \
+	    $(LOCK_ARGS) --output-file $(LOCK) pyproject.toml -
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-lock build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
