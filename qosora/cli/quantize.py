@@ -50,11 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    import torch
-
     from qosora.base import quantize
     from qosora.checkpoints import Processes, Progress
     from qosora.config import QosoraConfig
+    from qosora.dtypes import dtype_named
 
     config = QosoraConfig(
         rank=args.rank,
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
             args.source,
             args.output,
             config,
-            dtype=args.dtype and getattr(torch, args.dtype),
+            dtype=args.dtype and dtype_named(args.dtype),
             device=args.device,
             max_shard_bytes=int(args.max_shard_size * 1e9),
             overwrite=args.overwrite,

@@ -26,6 +26,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qosora.base import decompose_structure, skipped_modules
 from qosora.config import OsoraConfig, QosoraConfig
+from qosora.dtypes import PRECISIONS, dtype_named
 from qosora.errors import CheckpointError, QosoraError
 from qosora.layers import decoder_layers, stacked_names
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
@@ -42,11 +43,10 @@ from qosora.memory.tracer import Event, Peak, Site, Tracer
 from qosora.training import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
 
 __all__ = [
-    "DTYPES", "Prediction", "StepOptions", "TracedModel", "has_experts", "meta_model", "prediction", "quantize_linears",
+    "Prediction", "StepOptions", "TracedModel", "has_experts", "meta_model", "prediction", "quantize_linears",
     "stacked_experts",
 ]  # fmt: skip
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GRANULARITY = {"cuda": 512, "cpu": 1}  # bytes; what PyTorch's CUDA allocator rounds to
 
 
@@ -85,7 +85,7 @@ class StepOptions:
         choices = {
             "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"),
             "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS),
-            "precision": tuple(DTYPES), "device": tuple(_GRANULARITY),
+            "precision": tuple(PRECISIONS), "device": tuple(_GRANULARITY),
         }  # fmt: skip
         problems = [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
         if self.activation_offloading and self.device == "cpu":
@@ -291,7 +291,7 @@ def meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                config, dtype=DTYPES[options.precision], attn_implementation=options.attn_implementation
+                config, dtype=dtype_named(options.precision), attn_implementation=options.attn_implementation
             )
     except (ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,13 +24,13 @@ from trl.models import get_act_offloading_ctx_manager
 from qosora.base import load_base, load_tokenizer
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.data import IGNORED, Columns, Records, load_records, tokenize
+from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError, DataError
 from qosora.layers import decoder_layers
 from qosora.memory.cards import the_card
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES
 from qosora.memory.plan import Usage, shape_problems, storage_of, usage_of
 from qosora.memory.predict import (
-    DTYPES,
     StepOptions,
     TracedModel,
     meta_model,
@@ -178,7 +178,7 @@ def _load(
         return random_model(config, storage := storage_of(config, rank), step), storage
     return load_base(
         model,
-        dtype=DTYPES[step.precision],
+        dtype=dtype_named(step.precision),
         **({"attn_implementation": step.attn_implementation} if step.attn_implementation else {}),
         trust_remote_code=trust_remote_code,
     ), storage_of(config, rank)

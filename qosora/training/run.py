@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from qosora.base import load_base
 from qosora.data import no_progress_bars
+from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError, QosoraError
 from qosora.inference import perplexity
 from qosora.layers import TILE_LENGTH, apply_tiling, compile_layers
@@ -37,7 +38,6 @@ logger = logging.getLogger("qosora")
 
 #: Tokens of a tile to advise where memory runs out. Each tile dequantizes the weights: shorter ones take more time.
 _SHORT_TILE = 1024
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
     try:
         model = load_base(
             run.source,
-            dtype=_DTYPES[run.precision],
+            dtype=dtype_named(run.precision),
             trust_remote_code=config.trust_remote_code,
             **({"attn_implementation": attention} if attention else {}),
         )
