@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qosora.checkpoints import ADAPTER_CONFIG, adapter_config, quantization_of, split_source
-from qosora.config import QUANT_METHOD
+from qosora.checkpoints import ADAPTER_CONFIG, adapter_config, load_config, require_base, split_source
 from qosora.errors import CheckpointError, QosoraError, first_line
 
 __all__ = ["load_base", "load_model", "load_tokenizer"]
@@ -21,6 +20,7 @@ __all__ = ["load_base", "load_model", "load_tokenizer"]
 def load_base(
     source: str | Path,
     *,
+    config: PreTrainedConfig | None = None,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     trust_remote_code: bool = False,
@@ -30,6 +30,7 @@ def load_base(
 
     Args:
         source: Folder or hub id of a base, as `qosora quantize` or `save_pretrained` wrote it.
+        config: Its configuration, where that has been read already.
         dtype: Of the parameters that are not decomposed; "auto" takes the checkpoint's.
         device_map: As in transformers; the current GPU, or the CPU without one, by default.
         trust_remote_code: Whether to run model code that the checkpoint brings.
@@ -38,12 +39,10 @@ def load_base(
     Raises:
         CheckpointError: If `source` is no qosora base.
     """
-    stored = quantization_of(source, trust_remote_code=trust_remote_code)
-    if stored is None or stored.get("quant_method") != QUANT_METHOD:
-        kind = "an ordinary checkpoint" if stored is None else f"quantized with {stored.get('quant_method')!r}"
-        raise CheckpointError(
-            f"{source} is {kind}, not a qosora base. Make one of the original weights: qosora quantize SRC OUT"
-        )
+    read = config or load_config(source, trust_remote_code=trust_remote_code)
+    require_base(source, read)
+    if config is not None or not kwargs:  # else transformers reads it again, as some of kwargs may be values for it
+        kwargs["config"] = read
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **kwargs

@@ -14,9 +14,9 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from qosora.base import load_base, load_tokenizer
-from qosora.checkpoints import quantization_of
-from qosora.config import QUANT_METHOD, OsoraConfig
+from qosora.base import load_tokenizer
+from qosora.checkpoints import load_config, require_base
+from qosora.config import OsoraConfig
 from qosora.data import Columns, Tokenized, load_records, tokenize
 from qosora.errors import ConfigError, DataError
 from qosora.training.config import TrainConfig
@@ -80,9 +80,7 @@ def prepare(config: TrainConfig, folder: RunFolder) -> Prepared:
 def _source(config: TrainConfig) -> str:
     """Return the base's place, absolute (the adapter records it), after a look at what it is."""
     source = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
-    stored = quantization_of(source, trust_remote_code=config.trust_remote_code) or {}
-    if stored.get("quant_method") != QUANT_METHOD:
-        load_base(source, trust_remote_code=config.trust_remote_code)  # says what it is instead, loading nothing
+    require_base(source, load_config(source, trust_remote_code=config.trust_remote_code))
     return source
 
 
