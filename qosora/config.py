@@ -16,7 +16,7 @@ from peft import PeftConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qosora import register
-from qosora.decompose import BLOCKSIZES, QUANT_TYPES
+from qosora.decompose import BLOCKSIZES, QUANT_TYPES, SVD_ITERATIONS, SVD_METHODS, SVD_OVERSAMPLING
 from qosora.dtypes import COMPUTE_DTYPES as COMPUTE_DTYPES
 from qosora.dtypes import dtype_name, dtype_named
 from qosora.errors import ConfigError
@@ -24,7 +24,6 @@ from qosora.errors import ConfigError
 __all__ = ["OSORA", "OsoraConfig", "QosoraConfig"]
 
 QUANT_METHOD = "qosora"
-SVD_METHODS = ("randomized", "exact")
 VECTORS = ("both", "s", "o")
 
 
@@ -61,9 +60,9 @@ class QosoraConfig(QuantizationConfigMixin):
         self,
         rank: int = 128,
         rank_pattern: dict[str, int] | None = None,
-        svd: str = "randomized",
-        svd_iterations: int = 4,
-        svd_oversampling: int = 16,
+        svd: str = SVD_METHODS[0],
+        svd_iterations: int = SVD_ITERATIONS,
+        svd_oversampling: int = SVD_OVERSAMPLING,
         seed: int = 0,
         quant_type: str = "nf4",
         blocksize: int = 64,

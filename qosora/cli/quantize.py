@@ -23,15 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("source", metavar="SRC", help="model folder, hub id, or GGUF file")
     parser.add_argument("output", metavar="OUT", help="folder to make")
-    parser.add_argument("--rank", type=int, default=128, help="singular triplets per layer (default: 128)")
+    # What is not given stays out: the defaults are those of `QosoraConfig`, which needs torch
+    parser.add_argument("--rank", type=int, help="singular triplets per layer (default: 128)")
     parser.add_argument(
         "--rank-pattern", action="append", default=[], metavar="NAME=RANK", help="rank of some layers; repeatable"
     )
-    parser.add_argument("--svd", choices=("randomized", "exact"), default="randomized", help="(default: randomized)")
-    parser.add_argument("--svd-iterations", type=int, default=4, help="of the randomized SVD (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the randomized SVD")
-    parser.add_argument("--quant-type", choices=("nf4", "fp4"), default="nf4", help="4-bit format (default: nf4)")
-    parser.add_argument("--blocksize", type=int, default=64, help="values per quantization block (default: 64)")
+    parser.add_argument("--svd", choices=("randomized", "exact"), help="(default: randomized)")
+    parser.add_argument("--svd-iterations", type=int, help="of the randomized SVD (default: 4)")
+    parser.add_argument("--seed", type=int, help="seed of the randomized SVD")
+    parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="4-bit format (default: nf4)")
+    parser.add_argument("--blocksize", type=int, help="values per quantization block (default: 64)")
     parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
     parser.add_argument("--skip", nargs="+", metavar="NAME", help="linear layers to leave as they are")
     parser.add_argument(
@@ -48,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+#: Options of `QosoraConfig` that are called the same here.
+_STORAGE = ("rank", "svd", "svd_iterations", "seed", "quant_type", "blocksize", "compute_dtype")
+
+
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qosora.base import quantize
@@ -56,16 +61,10 @@ def run(args: argparse.Namespace) -> None:
     from qosora.dtypes import dtype_named
 
     config = QosoraConfig(
-        rank=args.rank,
         rank_pattern=_ranks(args.rank_pattern),
-        svd=args.svd,
-        svd_iterations=args.svd_iterations,
-        seed=args.seed,
-        quant_type=args.quant_type,
-        blocksize=args.blocksize,
         double_quant=not args.no_double_quant,
         modules_to_not_convert=args.skip,
-        compute_dtype=args.compute_dtype,
+        **{name: value for name in _STORAGE if (value := getattr(args, name)) is not None},
     )
     with progress_bar("decomposing", hidden=args.json) as show:
 
