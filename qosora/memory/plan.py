@@ -22,7 +22,6 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from qosora.config import QUANT_METHOD, QosoraConfig
 from qosora.errors import ConfigError
-from qosora.layers import TILE_LENGTH
 from qosora.memory.cards import ASSUMPTIONS, CONTEXT, OF_EXPERTS, OF_FP16, OVERHEAD, Card, the_card
 from qosora.memory.predict import Prediction, StepOptions, TracedModel, has_experts
 from qosora.memory.shapes import model_config
@@ -268,8 +267,7 @@ class _Planner:
         text = config.get_text_config()
         self.positions: int = getattr(text, "max_position_embeddings", None) or 2**20
         self.window: int = getattr(text, "sliding_window", None) or 2**30
-        length = TILE_LENGTH if step.tile_length is None else step.tile_length
-        self.tile = length if step.method == "qosora" else 0
+        self.tile = step.tiling.length if step.method == "qosora" else 0
         self._known: dict[Batch, Prediction] = {}
         self._families: dict[Any, dict[Site, _Family]] = {}
 

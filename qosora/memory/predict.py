@@ -28,7 +28,7 @@ from qosora.base import decompose_structure, skipped_modules
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.dtypes import PRECISIONS, dtype_named
 from qosora.errors import CheckpointError, QosoraError
-from qosora.layers import decoder_layers, stacked_names
+from qosora.layers import Tiling, decoder_layers, stacked_names
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
 from qosora.memory.standins import (
     STASH,
@@ -79,6 +79,11 @@ class StepOptions:
     optimizer: str = "paged_adamw_32bit"
     precision: str = "bf16"
     device: str = "cuda"
+
+    @property
+    def tiling(self) -> Tiling:
+        """What computes in tiles."""
+        return Tiling.of(self.tile_length, gradient_checkpointing=self.gradient_checkpointing)
 
     def problems(self) -> list[str]:
         """Return a sentence for every value that there is not."""
@@ -170,7 +175,7 @@ class TracedModel:
             self.model,
             gradient_checkpointing=options.gradient_checkpointing,
             fused_head=options.chunked_loss,
-            tile_length=options.tile_length,
+            tiling=options.tiling,
         )
         self.trained_parameters = self._in_all(lambda: sum(p.numel() for p in self._trained()))
         self.pack_elements = self._in_all(lambda: sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self._trained()))

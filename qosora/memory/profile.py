@@ -238,7 +238,7 @@ def _measure(base: PreTrainedModel, inputs: dict[str, torch.Tensor], step: StepO
         model,
         gradient_checkpointing=step.gradient_checkpointing,
         fused_head=step.chunked_loss,
-        tile_length=step.tile_length,
+        tiling=step.tiling,
     )
     optimizer = create_optimizer(model, lr=1e-6, optimizer=step.optimizer)
     return measure(model, inputs, optimizer, step, steps)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from qosora.decompose import nf4
-from qosora.layers import apply_tiling, qosora_modules
+from qosora.layers import Tiling, apply_tiling, qosora_modules
 from qosora.memory.tracer import Tracer
 
 __all__ = ["Batch", "prepare_model", "register_model", "register_optimizer", "training_step"]
@@ -68,9 +68,7 @@ class Batch:
         return made | {"attention_mask": mask}
 
 
-def prepare_model(
-    model: Any, *, gradient_checkpointing: bool, fused_head: bool = True, tile_length: int | None = None
-) -> None:
+def prepare_model(model: Any, *, gradient_checkpointing: bool, tiling: Tiling, fused_head: bool = True) -> None:
     """Do to a PEFT model what `train` and TRL's trainer do to it before it trains; other methods have no tiles."""
     base: PreTrainedModel = model.get_base_model()
     if fused_head:
@@ -79,7 +77,7 @@ def prepare_model(
         base.enable_input_require_grads()
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if qosora_modules(model):
-        apply_tiling(model, tile_length, mlps=gradient_checkpointing or tile_length is not None)
+        apply_tiling(model, tiling.length, mlps=tiling.mlps)
     model.train()
 
 

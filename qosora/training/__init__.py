@@ -5,7 +5,7 @@
 | `config` | `TrainConfig`: what a user says |
 | `sft_options` | the same in TRL's words |
 | `run_folder` | the folder of a run |
-| `checks` | all that is checked before a model is loaded |
+| `checks` | a run, checked and resolved before its model is loaded |
 | `flat_buffers` | vectors as windows of flat buffers |
 | `optimizer` | the packed paged optimizer |
 | `trainer` | TRL's trainer with our evaluation, checkpoints and record |

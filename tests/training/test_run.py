@@ -23,7 +23,7 @@ from qosora.errors import CheckpointError, ConfigError, DataError, QosoraError
 from qosora.inference.evaluation import evaluate
 from qosora.inference.generation import generate
 from qosora.layers.tiling import apply_tiling
-from qosora.training.checks import prepare
+from qosora.training.checks import resolve_run
 from qosora.training.config import TrainConfig
 from qosora.training.run import TrainResult, train
 from qosora.training.run_folder import RunFolder
@@ -108,7 +108,7 @@ def test_summary(run: TrainResult):
 @pytest.mark.parametrize(("base", "precision"), [("base", "fp32"), ("base", "bf16"), ("tied", "fp32")])
 def test_only_the_vectors_change(place: Path, tmp_path: Path, base: str, precision: str):
     chosen = config(place, tmp_path / "run", model=str(place / base), precision=precision, learning_rate=1e-3)
-    trainer, _ = qosora.training.run._trainer(prepare(chosen, RunFolder(chosen)))
+    trainer, _ = qosora.training.run._trainer(resolve_run(chosen, RunFolder(chosen)))
     vectors = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert all(".osora_s." in name or ".osora_o." in name for name in vectors)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
@@ -162,7 +162,7 @@ def test_a_killed_run_goes_on_bit_for_bit(place: Path, run: TrainResult, tmp_pat
 
 
 def test_a_finished_run_is_not_trained_again(place: Path, run: TrainResult, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("qosora.training.run.prepare", None)
+    monkeypatch.setattr("qosora.training.run.resolve_run", None)
     again = TrainConfig.load(place / "run" / "train_config.yaml", {"resume": True})
     assert train(again) == run
 
