@@ -20,6 +20,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
+from qosora.checkpoints import quantization_in
 from qosora.config import QUANT_METHOD, QosoraConfig
 from qosora.errors import ConfigError
 from qosora.memory.cards import ASSUMPTIONS, CONTEXT, OF_EXPERTS, OF_FP16, OVERHEAD, Card, the_card
@@ -230,11 +231,8 @@ def events(model: str | Path | PreTrainedConfig, found: Plan, *, trust_remote_co
 
 def storage_of(config: PreTrainedConfig, rank: int | None) -> QosoraConfig:
     """Return how a base is decomposed, or how a model would be at a rank."""
-    stored = getattr(config, "quantization_config", None)
-    stored = stored if isinstance(stored, dict) or stored is None else stored.to_dict()
-    if stored is None:
-        return QosoraConfig() if rank is None else QosoraConfig(rank=rank)
-    if stored.get("quant_method") != QUANT_METHOD:
+    stored = quantization_in(config)
+    if stored is None or stored.get("quant_method") != QUANT_METHOD:
         return QosoraConfig() if rank is None else QosoraConfig(rank=rank)
     if rank not in (None, stored["rank"]):
         raise ConfigError(f"the base is decomposed at rank {stored['rank']}, so rank {rank} cannot be planned for it")

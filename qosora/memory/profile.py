@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trl.models import get_act_offloading_ctx_manager
 
 from qosora.base import load_base, load_tokenizer
+from qosora.checkpoints import quantization_in
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.data import IGNORED, Columns, Records, load_records, tokenize
 from qosora.dtypes import dtype_named
@@ -173,15 +174,12 @@ def _load(
     if isinstance(model, PreTrainedModel):
         return model, storage_of(model.config, rank)
     config = model_config(model, trust_remote_code=trust_remote_code)
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return random_model(config, storage := storage_of(config, rank), step), storage
-    return load_base(
-        model,
-        dtype=dtype_named(step.precision),
-        **({"attn_implementation": step.attn_implementation} if step.attn_implementation else {}),
-        trust_remote_code=trust_remote_code,
-    ), storage_of(config, rank)
+    storage = storage_of(config, rank)
+    if quantization_in(config) is None:
+        return random_model(config, storage, step), storage
+    attention = {"attn_implementation": step.attn_implementation} if step.attn_implementation else {}
+    dtype = dtype_named(step.precision)
+    return load_base(model, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **attention), storage
 
 
 def random_model(config: PreTrainedConfig, storage: QosoraConfig, step: StepOptions) -> PreTrainedModel:
