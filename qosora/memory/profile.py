@@ -24,7 +24,7 @@ from trl.models import get_act_offloading_ctx_manager
 from qosora.base import load_base, load_tokenizer
 from qosora.checkpoints import quantization_in
 from qosora.config import OsoraConfig, QosoraConfig
-from qosora.data import IGNORED, Columns, Records, load_records, tokenize
+from qosora.data import Columns, Records, load_records, padded_batch, tokenize
 from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError, DataError
 from qosora.layers import decoder_layers
@@ -217,17 +217,8 @@ def _longest(records: Records, model: str, like: Batch) -> tuple[Batch, dict[str
             if like.packing
             else f"{records.name} has {len(examples)} examples, fewer than the batch size {like.size}"
         )
-    length = len(examples[0].input_ids)
-    inputs = {
-        name: torch.full((like.size, length), fill, dtype=torch.int64)
-        for name, fill in (("input_ids", 0), ("labels", IGNORED), ("attention_mask", 0))
-    }
-    for row, example in enumerate(examples):
-        end = len(example.input_ids)
-        inputs["input_ids"][row, :end] = torch.from_numpy(example.input_ids)
-        inputs["labels"][row, :end] = torch.from_numpy(example.labels)
-        inputs["attention_mask"][row, :end] = 1
-    return Batch(like.size, length, padding=len(examples[-1].input_ids) < length), inputs
+    shortest, longest = len(examples[-1].input_ids), len(examples[0].input_ids)
+    return Batch(like.size, longest, padding=shortest < longest), padded_batch(examples)
 
 
 def _measure(base: PreTrainedModel, inputs: dict[str, torch.Tensor], step: StepOptions, steps: int) -> dict[str, Any]:
