@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from qosora.checkpoints import ADAPTER_CONFIG, adapter_config, load_config, require_base, split_source
 from qosora.errors import CheckpointError, QosoraError, first_line
 
-__all__ = ["load_base", "load_model", "load_tokenizer"]
+__all__ = ["load_adapted", "load_base", "load_model", "load_tokenizer"]
 
 
 def load_base(
@@ -74,16 +74,19 @@ def load_model(source: str | Path, *, base: str | Path | None = None, **kwargs: 
         CheckpointError: If one of them cannot be loaded.
         FingerprintError: If they do not belong together.
     """
-    found, adapter = split_source(source, base)
-    if adapter is not None:
-        adapter_config(adapter)
+    return load_adapted(*split_source(source, base), **kwargs)
+
+
+def load_adapted(base: str, adapter: str | None, **kwargs: Any) -> Any:
+    """Do as `load_model` with what `split_source` makes of its arguments."""
+    recorded = None if adapter is None else adapter_config(adapter).base_model_name_or_path
     try:
-        model = load_base(found, **kwargs)
+        model = load_base(base, **kwargs)
     except CheckpointError as error:
-        if adapter is None or base is not None:
+        if base != recorded:
             raise
         raise CheckpointError(
-            f"{error}. ({found} is the base that {adapter}/{ADAPTER_CONFIG} names; if it has moved, give its new place "
+            f"{error}. ({base} is the base that {adapter}/{ADAPTER_CONFIG} names; if it has moved, give its new place "
             "as the base)"
         ) from error
     return (model if adapter is None else _load_adapter(model, adapter)).eval()

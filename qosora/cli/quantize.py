@@ -7,7 +7,8 @@ import json
 from statistics import fmean
 from typing import Any
 
-from qosora.cli.output import add_json, add_overwrite, add_shards, print_json, progress_bar, size, table
+from qosora.cli.options import add_json, add_overwrite, add_shards
+from qosora.cli.output import print_json, progress_bar, size, table
 from qosora.errors import ConfigError
 
 NAME = "quantize"
