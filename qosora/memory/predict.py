@@ -178,7 +178,9 @@ class TracedModel:
             tiling=options.tiling,
         )
         self.trained_parameters = self._in_all(lambda: sum(p.numel() for p in self._trained()))
-        self.pack_elements = self._in_all(lambda: sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self._trained()))
+        self.buffer_elements = self._in_all(
+            lambda: sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self._trained())
+        )
         self.paged_bytes = self._in_all(self._paged_bytes)
 
     def _trained(self) -> list[nn.Parameter]:
@@ -207,7 +209,7 @@ class TracedModel:
             return 0
         sizes = [p.numel() for p in self._trained()]
         if self.options.method == "qosora":
-            sizes = [sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)] * (self.pack_elements >= PAGED_NUMEL)
+            sizes = [sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)] * (self.buffer_elements >= PAGED_NUMEL)
         else:
             sizes = [n for n in sizes if n >= PAGED_NUMEL]
         shapes = (shape for n in sizes for shape in state_shapes(n, self.options.optimizer))
@@ -264,7 +266,7 @@ class TracedModel:
     def _optimizer(self, tracer: Tracer, trained: list[nn.Parameter]) -> Any:
         paged = self.options.device == "cuda"
         if self.options.method == "qosora":
-            return PackedStandIn(trained, tracer, self.options.optimizer, paged, self.pack_elements)
+            return PackedStandIn(trained, tracer, self.options.optimizer, paged, self.buffer_elements)
         return PerTensorStandIn(trained, tracer, self.options.optimizer, paged)
 
 

@@ -19,6 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 from qosora.decompose import nf4
 from qosora.layers import Tiling, apply_tiling, qosora_modules
 from qosora.memory.tracer import Tracer
+from qosora.training import PackedPagedOptimizer
 
 __all__ = ["Batch", "prepare_model", "register_model", "register_optimizer", "training_step"]
 
@@ -111,11 +112,11 @@ def _new(tracer: Tracer, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 def register_optimizer(tracer: Tracer, optimizer: Any) -> None:
     """Count an optimizer's states, and the buffers that the packed one keeps parameters and gradients in."""
-    for pack in getattr(optimizer, "_packs", []):
-        tracer.register([pack.flat], "adapter")
-        if pack.grad is not None:
-            tracer.register([pack.grad], "gradients")
-        tracer.register(_unpaged(pack.tensors()), "optimizer state")
+    for buffer in optimizer.buffers if isinstance(optimizer, PackedPagedOptimizer) else []:
+        tracer.register([buffer.flat], "adapter")
+        if buffer.grad is not None:
+            tracer.register([buffer.grad], "gradients")
+        tracer.register(_unpaged(buffer.tensors()), "optimizer state")
     for state in optimizer.state.values():
         tracer.register(_unpaged(state), "optimizer state")
 
