@@ -42,7 +42,7 @@ from qosora.memory.predict import (
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch, prepare_model, register_model, register_optimizer, training_step
 from qosora.memory.tracer import Event, Tracer
-from qosora.training import create_optimizer
+from qosora.training import choose_precision, create_optimizer
 
 __all__ = ["Measurement", "fill_at_random", "measure", "offloading", "profile", "random_model"]
 
@@ -138,7 +138,8 @@ def profile(
         DataError: Data that cannot be used.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.setdefault("precision", "bf16" if device == "cuda" else "fp32")
+    if "precision" not in options:
+        options["precision"] = choose_precision("auto")
     step = StepOptions(**options, device=device)
     problems = step.problems() + ["steps must be at least 1"] * (steps < 1)
     if packing and padding:

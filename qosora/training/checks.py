@@ -76,7 +76,7 @@ def resolve_run(config: TrainConfig, folder: RunFolder) -> Run:
         CheckpointError: The model is no qosora base.
     """
     _check_schedule(config)
-    precision = choose_precision(config)
+    precision = choose_precision(config.precision)
     arguments, adapter = sft_config(config, precision, folder.path), _adapter_config(config)
     source = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
     model_config = load_config(source, trust_remote_code=config.trust_remote_code)
