@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import make_base, make_llama, make_tokenizer, sums, write_jsonl
 from training_runs import config, metrics
+from transformers import AutoConfig
 
 import qosora.training.run
 from qosora.base.load import load_model, load_tokenizer
@@ -242,6 +243,26 @@ def test_trainers_own_machinery_is_reachable(place: Path, tmp_path: Path):
 def test_kinds_of_data(place: Path, tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, Any]):
     data = write_jsonl(tmp_path / "data.jsonl", rows)
     assert train(config(place, tmp_path / "run", data=str(data), max_steps=1, **options)).steps == 1
+
+
+@pytest.mark.parametrize(("options", "rate"), [({}, 5e-5), ({"modules_to_save_learning_rate": 3e-3}, 3e-3)])
+def test_learning_rates_reach_the_optimizer(place: Path, tmp_path: Path, options: dict[str, Any], rate: float):
+    chosen = config(place, tmp_path / "run", modules_to_save=["lm_head"], learning_rate=5e-3, **options)
+    trainer, _ = qosora.training.run._trainer(resolve_run(chosen, RunFolder(chosen)))
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [5e-3, rate]
+
+
+def test_config_json_is_read_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tokenizer, own, sources = load_tokenizer(place / "base"), AutoConfig.from_pretrained, []
+
+    def from_pretrained(source: str, **options: Any) -> Any:
+        sources.append(source)
+        return own(source, **options)
+
+    monkeypatch.setattr("qosora.training.checks.load_tokenizer", lambda *_, **__: tokenizer)  # transformers' affair
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    train(config(place, tmp_path / "run", max_steps=1))
+    assert sources == [str(place / "base")]
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
