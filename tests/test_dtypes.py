@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import qosora.training.config as training_config
 from qosora.dtypes import COMPUTE_DTYPES, PRECISIONS, dtype_name, dtype_named
 from qosora.errors import ConfigError
 
@@ -18,6 +19,10 @@ def test_names_and_dtypes_are_inverse():
     assert [dtype_name(dtype_named(name)) for name in COMPUTE_DTYPES] == list(COMPUTE_DTYPES)
     assert {dtype_name(dtype) for dtype in PRECISIONS.values()} == set(COMPUTE_DTYPES)
     assert dtype_name(torch.float64) == dtype_name("torch.float64") == dtype_name("float64") == "float64"
+
+
+def test_precisions_of_a_run():
+    assert set(training_config.PRECISIONS) == {"auto", *PRECISIONS}
 
 
 @pytest.mark.parametrize("name", ["bfloat61", "nn", "", "auto"])

@@ -23,6 +23,7 @@ def load_base(
     config: PreTrainedConfig | None = None,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -33,6 +34,7 @@ def load_base(
         config: Its configuration, where that has been read already.
         dtype: Of the parameters that are not decomposed; "auto" takes the checkpoint's.
         device_map: As in transformers; the current GPU, or the CPU without one, by default.
+        attn_implementation: As in transformers, which chooses by default.
         trust_remote_code: Whether to run model code that the checkpoint brings.
         **kwargs: Handed to `AutoModelForCausalLM.from_pretrained`.
 
@@ -43,6 +45,8 @@ def load_base(
     require_base(source, read)
     if config is not None or not kwargs:  # else transformers reads it again, as some of kwargs may be values for it
         kwargs["config"] = read
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **kwargs

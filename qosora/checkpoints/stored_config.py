@@ -13,7 +13,7 @@ from qosora.checkpoints.names import ADAPTER_CONFIG
 from qosora.config import QUANT_METHOD, OsoraConfig
 from qosora.errors import CheckpointError, first_line
 
-__all__ = ["adapter_config", "load_config", "quantization_in", "require_base", "split_source"]
+__all__ = ["adapter_config", "base_storage", "load_config", "quantization_in", "require_base", "split_source"]
 
 
 def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -34,8 +34,14 @@ def quantization_in(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, A
     return dict(found if isinstance(found, Mapping) else found.to_dict()) if found else None
 
 
+def base_storage(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how a base is stored, the arguments of its `QosoraConfig`; None if the model is no base."""
+    stored = quantization_in(config)
+    return stored if stored is not None and stored.get("quant_method") == QUANT_METHOD else None
+
+
 def require_base(source: str | Path, config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a base is stored: the arguments of its `QosoraConfig`.
+    """Return how a base is stored, as `base_storage`.
 
     Args:
         source: Folder or hub id, for the message.
@@ -44,13 +50,13 @@ def require_base(source: str | Path, config: PreTrainedConfig | Mapping[str, Any
     Raises:
         CheckpointError: If it is no base, saying what it is instead.
     """
-    stored = quantization_in(config)
-    if stored is None or stored.get("quant_method") != QUANT_METHOD:
-        kind = "an ordinary checkpoint" if stored is None else f"quantized with {stored.get('quant_method')!r}"
-        raise CheckpointError(
-            f"{source} is {kind}, not a qosora base. Make one of the original weights: qosora quantize SRC OUT"
-        )
-    return stored
+    if (stored := base_storage(config)) is not None:
+        return stored
+    other = quantization_in(config)
+    kind = "an ordinary checkpoint" if other is None else f"quantized with {other.get('quant_method')!r}"
+    raise CheckpointError(
+        f"{source} is {kind}, not a qosora base. Make one of the original weights: qosora quantize SRC OUT"
+    )
 
 
 def adapter_config(adapter: str | Path) -> OsoraConfig:

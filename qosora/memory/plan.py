@@ -1,6 +1,6 @@
 """`plan`: will it fit, at which batch and length, and where do the bytes go? From the model's class, without weights.
 
-The step is traced on the meta device (`traced`), and what a GPU needs beside live tensors is added (`devices`). Batch
+The step is traced on the meta device (`predict`), and what a GPU needs beside live tensors is added (`cards`). Batch
 sizes and lengths that were not traced are interpolated. At any place of a step, what is live is a sum of tensors whose
 sizes are constant, or go with the tokens N = B·T, with the rows of the loss's tile, min(N, 4096), or, for masks and
 eager attention's scores, with B·T²; so three or four traces give all others, but for the cosines and sines of T
@@ -20,8 +20,8 @@ import numpy as np
 from transformers import PreTrainedConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
-from qosora.checkpoints import quantization_in
-from qosora.config import QUANT_METHOD, QosoraConfig
+from qosora.checkpoints import base_storage
+from qosora.config import QosoraConfig
 from qosora.errors import ConfigError
 from qosora.memory.cards import ASSUMPTIONS, CONTEXT, OF_EXPERTS, OF_FP16, OVERHEAD, Card, the_card
 from qosora.memory.predict import Prediction, StepOptions, TracedModel, has_experts
@@ -231,8 +231,8 @@ def events(model: str | Path | PreTrainedConfig, found: Plan, *, trust_remote_co
 
 def storage_of(config: PreTrainedConfig, rank: int | None) -> QosoraConfig:
     """Return how a base is decomposed, or how a model would be at a rank."""
-    stored = quantization_in(config)
-    if stored is None or stored.get("quant_method") != QUANT_METHOD:
+    stored = base_storage(config)
+    if stored is None:
         return QosoraConfig() if rank is None else QosoraConfig(rank=rank)
     if rank not in (None, stored["rank"]):
         raise ConfigError(f"the base is decomposed at rank {stored['rank']}, so rank {rank} cannot be planned for it")

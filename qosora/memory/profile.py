@@ -178,9 +178,14 @@ def _load(
     storage = storage_of(config, rank)
     if quantization_in(config) is None:
         return random_model(config, storage, step), storage
-    attention = {"attn_implementation": step.attn_implementation} if step.attn_implementation else {}
-    dtype = dtype_named(step.precision)
-    return load_base(model, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **attention), storage
+    loaded = load_base(
+        model,
+        config=config,
+        dtype=dtype_named(step.precision),
+        attn_implementation=step.attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return loaded, storage
 
 
 def random_model(config: PreTrainedConfig, storage: QosoraConfig, step: StepOptions) -> PreTrainedModel:

@@ -110,15 +110,15 @@ def train(config: TrainConfig) -> TrainResult:
 
 def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
     """Load the base and build the trainer; nothing stays on disk if that fails."""
-    config, attention = run.config, run.config.attn_implementation
+    config = run.config
     recorder = Recorder(run.folder.metrics, config.progress)
     try:
         model = load_base(
             run.source,
             config=run.model_config,
             dtype=run.dtype,
+            attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
-            **({"attn_implementation": attention} if attention else {}),
         )
         trainer = QosoraTrainer(
             model=model,
@@ -218,7 +218,7 @@ def _advice_on_memory(run: Run) -> Iterator[None]:
         advice += [] if config.gradient_checkpointing else ["turn gradient_checkpointing on"]
         advice += [] if config.activation_offloading else ["turn activation_offloading on"]
         tiled = 0 < run.tiling.length <= _SHORT_TILE or config.batch_size * config.max_length <= _SHORT_TILE
-        advice += [] if tiled else [f"set tile_length to {_SHORT_TILE}"]
+        advice += [] if tiled else [f"set tile_length to {_SHORT_TILE}{', without compile' * config.compile}"]
         reason = str(error).splitlines()[0]
         raise QosoraError(f"out of GPU memory: {'; or '.join(advice)} ({reason})") from error
 

@@ -75,6 +75,7 @@ class TestBase:
 
     def test_values_for_the_configuration(self, place: Path):
         assert load_base(place / "base", max_position_embeddings=7).config.max_position_embeddings == 7
+        assert load_base(place / "base", attn_implementation="eager").config._attn_implementation == "eager"
 
     def test_an_ordinary_checkpoint(self, place: Path):
         with pytest.raises(
