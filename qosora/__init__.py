@@ -18,8 +18,8 @@ a model goes through them:
 | `export` | merged weights or a LoRA, for programs that know nothing of qosora |
 | `cli` | the command line |
 
-Below all of them: `errors`, `config` (the two configurations that a user names), `compat` (undocumented names of other
-packages, all of them), `register` (entries in other packages' tables).
+Below all of them: `errors`, `dtypes`, `config` (the two configurations that a user names), `compat` (undocumented names
+of other packages, all of them), `register` (entries in other packages' tables).
 """
 
 from __future__ import annotations

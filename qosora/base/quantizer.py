@@ -33,6 +33,7 @@ from qosora.compat.transformers import (
 )
 from qosora.config import QosoraConfig
 from qosora.decompose.factorize import factorize
+from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, ConfigError
 from qosora.layers import LinearExperts, QosoraLinear, qosora_modules, stack_experts, without_stacking
 
@@ -163,7 +164,8 @@ class QosoraHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ConfigError("the model has adapters: dequantize what merge_and_unload() or unload() returns")
-        dtype, loaded_dtype = _torch_dtype(dtype), _torch_dtype(model.config.dtype)
+        # `save_pretrained` leaves a str in the model's config
+        dtype, loaded_dtype = (None if d is None else dtype_named(d) for d in (dtype, model.config.dtype))
         for name, module in qosora_modules(model).items():
             model.set_submodule(name, _plain_linear(module, dtype))
         stack_experts(model)
@@ -197,11 +199,6 @@ def _refuse_missing(model: PreTrainedModel) -> None:
             f"{model.config.name_or_path}: {len(missing)} tensors that the model needs are not in the checkpoint, "
             f"among them {missing[0]!r}; {cure}"
         )
-
-
-def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return a dtype that is a str in a model's config after `save_pretrained`."""
-    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
 
 
 @torch.no_grad()

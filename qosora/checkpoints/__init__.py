@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     from qosora.checkpoints.source import SourceCheckpoint as SourceCheckpoint
     from qosora.checkpoints.source import open_source as open_source
     from qosora.checkpoints.stored_config import adapter_config as adapter_config
-    from qosora.checkpoints.stored_config import quantization_of as quantization_of
+    from qosora.checkpoints.stored_config import base_storage as base_storage
+    from qosora.checkpoints.stored_config import load_config as load_config
+    from qosora.checkpoints.stored_config import quantization_in as quantization_in
+    from qosora.checkpoints.stored_config import require_base as require_base
     from qosora.checkpoints.stored_config import split_source as split_source
     from qosora.checkpoints.work import Processes as Processes
     from qosora.checkpoints.work import Progress as Progress
@@ -56,7 +59,14 @@ __getattr__, __dir__ = door(
         "reader": ["CheckpointReader"],
         "shards": ["Shards", "StoredSpec"],
         "fingerprint": ["base_fingerprint", "group_modules", "stored_fingerprint"],
-        "stored_config": ["adapter_config", "quantization_of", "split_source"],
+        "stored_config": [
+            "adapter_config",
+            "base_storage",
+            "load_config",
+            "quantization_in",
+            "require_base",
+            "split_source",
+        ],
         "source": ["SourceCheckpoint", "open_source"],
         "work": ["Processes", "Progress", "Unit", "stream"],
     },

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qosora.layers.linear import qosora_modules as qosora_modules
     from qosora.layers.ops import fused as fused
     from qosora.layers.precision import fast_dtype as fast_dtype
-    from qosora.layers.tiling import TILE_LENGTH as TILE_LENGTH
+    from qosora.layers.tiling import Tiling as Tiling
     from qosora.layers.tiling import apply_tiling as apply_tiling
 
 __getattr__, __dir__ = door(
@@ -53,7 +53,7 @@ __getattr__, __dir__ = door(
             "stacked_names",
             "without_stacking",
         ],
-        "tiling": ["TILE_LENGTH", "apply_tiling"],
+        "tiling": ["Tiling", "apply_tiling"],
         "decoder": ["compile_layers", "decoder_layers"],
     },
 )

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,11 +32,42 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from qosora.compat.torch import changes
 from qosora.errors import ConfigError
 
-__all__ = ["TILE_LENGTH", "apply_tiling"]
+__all__ = ["TILE_LENGTH", "Tiling", "apply_tiling"]
 
 #: Tokens of a tile. Of 2048 tokens on a CPU, tiles of 256, 512 and 1024 made a step 15, 8 and 1 % longer; a GPU, whose
 #: products are faster in relation to its memory, wants longer ones.
 TILE_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What of a model computes in tiles; `Tiling.of` makes one of what a user says.
+
+    Attributes:
+        length: Tokens of a tile, over all sequences of a batch; with 0 nothing does.
+        mlps: Whether MLPs do, too, and not norms alone.
+    """
+
+    length: int
+    mlps: bool
+
+    @classmethod
+    def of(cls, tile_length: int | None = None, *, gradient_checkpointing: bool = True) -> Tiling:
+        """Return what `tile_length` means.
+
+        Args:
+            tile_length: Tokens of a tile; by default `TILE_LENGTH`, and MLPs only where that costs nothing: without
+                checkpointing they would be computed a second time. Norms cost little.
+            gradient_checkpointing: Whether layers are computed again in backward.
+
+        Raises:
+            ConfigError: `tile_length` is negative.
+        """
+        if tile_length is None:
+            return cls(TILE_LENGTH, mlps=gradient_checkpointing)
+        if tile_length < 0:
+            raise ConfigError(f"tile_length must be at least 0, got {tile_length}")
+        return cls(tile_length, mlps=True)
 
 
 def apply_tiling(model: nn.Module, tile_length: int | None = None, *, mlps: bool = True) -> list[str]:
@@ -46,7 +78,7 @@ def apply_tiling(model: nn.Module, tile_length: int | None = None, *, mlps: bool
     Args:
         model: A transformers model or PEFT's wrapper of one.
         tile_length: Tokens of a tile, over all sequences of a batch; `TILE_LENGTH` by default, 0 undoes tiling.
-        mlps: Whether to tile MLPs. Without gradient checkpointing this computes them a second time; norms cost little.
+        mlps: Whether to tile MLPs, too, and not norms alone.
 
     Returns:
         The names of the modules that are tiled now.
@@ -58,9 +90,7 @@ def apply_tiling(model: nn.Module, tile_length: int | None = None, *, mlps: bool
         >>> model = get_peft_model(model, OsoraConfig())  # doctest: +SKIP
         >>> apply_tiling(model, 2048)  # doctest: +SKIP
     """
-    length = TILE_LENGTH if tile_length is None else tile_length
-    if length < 0:
-        raise ConfigError(f"tile_length must be at least 0, got {length}")
+    length = Tiling.of(tile_length).length
     hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
     tiled = []
     for name, module in model.named_modules():

@@ -67,7 +67,7 @@ class PackedStandIn(_StandIn):
         tracer: Entered.
         optimizer: One of `OPTIMIZERS`.
         paged: Whether the device is one where bitsandbytes pages.
-        in_all: Elements of the pack in the whole model, of which this may be the first layers.
+        in_all: Elements of the buffer in the whole model, of which this may be the first layers.
     """
 
     def __init__(

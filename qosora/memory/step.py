@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from qosora.compat.bitsandbytes import is_paged, quant_tensors
 from qosora.compat.trl import add_fused_lm_head
 from qosora.decompose import nf4
-from qosora.layers import apply_tiling, qosora_modules
+from qosora.layers import Tiling, apply_tiling, qosora_modules
 from qosora.memory.tracer import Tracer
+from qosora.training import PackedPagedOptimizer
 
 __all__ = ["Batch", "prepare_model", "register_model", "register_optimizer", "training_step"]
 
@@ -69,9 +70,7 @@ class Batch:
         return made | {"attention_mask": mask}
 
 
-def prepare_model(
-    model: Any, *, gradient_checkpointing: bool, fused_head: bool = True, tile_length: int | None = None
-) -> None:
+def prepare_model(model: Any, *, gradient_checkpointing: bool, tiling: Tiling, fused_head: bool = True) -> None:
     """Do to a PEFT model what `train` and TRL's trainer do to it before it trains; other methods have no tiles."""
     base: PreTrainedModel = model.get_base_model()
     if fused_head:
@@ -80,7 +79,7 @@ def prepare_model(
         base.enable_input_require_grads()
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if qosora_modules(model):
-        apply_tiling(model, tile_length, mlps=gradient_checkpointing or tile_length is not None)
+        apply_tiling(model, tiling.length, mlps=tiling.mlps)
     model.train()
 
 
@@ -108,11 +107,11 @@ def _new(tracer: Tracer, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 def register_optimizer(tracer: Tracer, optimizer: Any) -> None:
     """Count an optimizer's states, and the buffers that the packed one keeps parameters and gradients in."""
-    for pack in getattr(optimizer, "packs", []):
-        tracer.register([pack.flat], "adapter")
-        if pack.grad is not None:
-            tracer.register([pack.grad], "gradients")
-        tracer.register(_unpaged(pack.tensors()), "optimizer state")
+    for buffer in optimizer.buffers if isinstance(optimizer, PackedPagedOptimizer) else []:
+        tracer.register([buffer.flat], "adapter")
+        if buffer.grad is not None:
+            tracer.register([buffer.grad], "gradients")
+        tracer.register(_unpaged(buffer.tensors()), "optimizer state")
     for state in optimizer.state.values():
         tracer.register(_unpaged(state), "optimizer state")
 

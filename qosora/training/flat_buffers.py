@@ -8,10 +8,10 @@ launch one kernel for each. Here the vectors become windows on one flat buffer,
     grad    [ ds_0 ........ pad | do_0 ................ pad | ds_1 ........ pad | ... ]    p.grad are views of it
     state1, state2          of the same length, each one paged tensor of bitsandbytes (in 8 bits with absmax beside it)
 
-and bitsandbytes sees one parameter: one paged state, one update a step. There is one such pack for each (group, dtype,
-device). A parameter of 100,000 elements or more (a head or embedding of `modules_to_save`) is a pack of its own on the
-memory it has: bitsandbytes pages it as it is, and a copy would double it. A pack of fewer elements than that is not
-paged, and need not be: its states are under 0.8 MB.
+and bitsandbytes sees one parameter: one paged state, one update a step. There is one such buffer for each (group,
+dtype, device). A parameter of 100,000 elements or more (a head or embedding of `modules_to_save`) is a buffer of its
+own on the memory it has: bitsandbytes pages it as it is, and a copy would double it. A buffer of fewer elements than
+that is not paged, and need not be: its states are under 0.8 MB.
 
 Layout. Each vector starts at a multiple of 256 elements, the block of the 8-bit states: a block shared by a vector of
 singular values and one of output scales, whose gradients differ by orders of magnitude, would round the smaller away.
@@ -38,7 +38,7 @@ from qosora.compat.bitsandbytes import PAGED_NUMEL, allocate_states, is_paged
 from qosora.compat.torch import foreach_copy_, foreach_zero_
 from qosora.errors import QosoraError
 
-__all__ = ["OPTIMIZERS", "PAGED_NUMEL", "Kind", "MemoryUse", "Pack", "layout_mismatch", "parameter_problems"]
+__all__ = ["OPTIMIZERS", "PAGED_NUMEL", "FlatBuffer", "Kind", "MemoryUse", "layout_mismatch", "parameter_problems"]
 
 ALIGNMENT = 256  # elements; the block size of bitsandbytes' 8-bit states
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what bitsandbytes' kernels update
@@ -70,7 +70,7 @@ class MemoryUse(NamedTuple):
     paged_bytes: int  # the part of state_bytes in managed memory, outside torch.cuda.max_memory_allocated
 
 
-class Pack:
+class FlatBuffer:
     """Parameters of one group, dtype and device as one flat tensor, and bitsandbytes' optimizer for it."""
 
     def __init__(self, params: list[nn.Parameter], names: list[str], group_index: int, kind: Kind) -> None:
@@ -163,7 +163,7 @@ class Pack:
         saved: dict[str, Any] = {key: value.detach() for key, value in self.tensors().items()}
         return {"step": self.inner.state[self.flat]["step"], **saved} if saved else {}
 
-    def prepare(self, saved: dict[str, Any]) -> list[str]:
+    def allocate(self, saved: dict[str, Any]) -> list[str]:
         """Have bitsandbytes allocate the states (paged where it pages); return the keys that `saved` lacks."""
         if saved and not self.tensors():
             allocate_states(self.inner)
@@ -211,12 +211,13 @@ def parameter_problems(params: list[Tensor], names: list[str]) -> list[str]:
 
 def layout_mismatch(here: dict[str, Any], saved: Any) -> str | None:
     """The first difference between two layouts in words, or None."""
+    # The key is older than the name of the class; saved states have it
     if not isinstance(saved, dict) or "packs" not in saved:
         return "it has no `layout`, so it was not saved by PackedPagedOptimizer"
     if saved.get("optimizer") != here["optimizer"]:
         return f"it was saved by {saved.get('optimizer')}, this is {here['optimizer']}"
     if len(saved["packs"]) != len(here["packs"]):
-        return f"it has {len(saved['packs'])} packs of parameters, this optimizer has {len(here['packs'])}"
+        return f"it has {len(saved['packs'])} buffers of parameters, this optimizer has {len(here['packs'])}"
     for mine, theirs in zip(here["packs"], saved["packs"], strict=True):
         if len(mine["names"]) != len(theirs["names"]):
             return f"it has {len(theirs['names'])} parameters where this optimizer has {len(mine['names'])}"

@@ -1,7 +1,7 @@
 """`train`: a base, data and a configuration to an adapter, on TRL's `SFTTrainer` with the packed optimizer.
 
-All that can be known to be wrong is found (`prepare`) before the model is loaded, and the output folder is made only
-when the trainer stands.
+All that can be known to be wrong is found (`resolve_run`) before the model is loaded, and the output folder is made
+only when the trainer stands.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from qosora.compat.trl import liger_warning
 from qosora.data import no_progress_bars
 from qosora.errors import ConfigError, QosoraError
 from qosora.inference import perplexity
-from qosora.layers import TILE_LENGTH, apply_tiling, compile_layers
-from qosora.training.checks import Prepared, prepare
+from qosora.layers import apply_tiling, compile_layers
+from qosora.training.checks import Run, resolve_run
 from qosora.training.config import TrainConfig
 from qosora.training.optimizer import trainer_optimizer
 from qosora.training.run_folder import RunFolder
@@ -39,7 +39,6 @@ logger = logging.getLogger("qosora")
 
 #: Tokens of a tile to advise where memory runs out. Each tile dequantizes the weights: shorter ones take more time.
 _SHORT_TILE = 1024
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -101,26 +100,27 @@ def train(config: TrainConfig) -> TrainResult:
     if (result := folder.finished()) is not None:
         logger.info("the run in %s is finished already", folder.path)
         return TrainResult(**result)
-    prepared = prepare(config, folder)
-    with _quiet(), _advice_on_memory(config):
-        trainer, recorder = _trainer(prepared)
+    run = resolve_run(config, folder)
+    with _quiet(), _advice_on_memory(run):
+        trainer, recorder = _trainer(run)
         try:
             losses, resumed_from = _run(trainer, folder)
         finally:
             recorder.close()
-        return _finish(trainer, prepared, losses, resumed_from, time.perf_counter() - start)
+        return _finish(trainer, run, losses, resumed_from, time.perf_counter() - start)
 
 
-def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
+def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
     """Load the base and build the trainer; nothing stays on disk if that fails."""
-    config, attention = run.config, run.config.attn_implementation
+    config = run.config
     recorder = Recorder(run.folder.metrics, config.progress)
     try:
         model = load_base(
             run.source,
-            dtype=_DTYPES[run.precision],
+            config=run.model_config,
+            dtype=run.dtype,
+            attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
-            **({"attn_implementation": attention} if attention else {}),
         )
         trainer = QosoraTrainer(
             model=model,
@@ -134,7 +134,8 @@ def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
             optimizer_cls_and_kwargs=trainer_optimizer(
                 run.arguments,
                 optimizer=config.optimizer,
-                modules_to_save_lr=config.modules_to_save_learning_rate or config.learning_rate / 100,
+                lr=run.learning_rate,
+                modules_to_save_lr=run.modules_to_save_learning_rate,
             ),
             callbacks=[recorder],
         )
@@ -147,8 +148,7 @@ def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
     if config.compile:
         compile_layers(trainer.model)
     else:
-        mlps = config.gradient_checkpointing or config.tile_length is not None
-        apply_tiling(trainer.model, config.tile_length, mlps=mlps)
+        apply_tiling(trainer.model, run.tiling.length, mlps=run.tiling.mlps)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; the bar shows them
     return trainer, recorder
 
@@ -174,7 +174,7 @@ def _run(trainer: QosoraTrainer, folder: RunFolder) -> tuple[tuple[float | None,
 
 def _finish(
     trainer: QosoraTrainer,
-    run: Prepared,
+    run: Run,
     losses: tuple[float | None, ...],
     resumed_from: int | None,
     wall_seconds: float,
@@ -209,8 +209,9 @@ def _finish(
 
 
 @contextmanager
-def _advice_on_memory(config: TrainConfig) -> Iterator[None]:
+def _advice_on_memory(run: Run) -> Iterator[None]:
     """Turn running out of GPU memory into what to change."""
+    config = run.config
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -218,9 +219,8 @@ def _advice_on_memory(config: TrainConfig) -> Iterator[None]:
         advice += [f"lower max_length ({config.max_length})"]
         advice += [] if config.gradient_checkpointing else ["turn gradient_checkpointing on"]
         advice += [] if config.activation_offloading else ["turn activation_offloading on"]
-        tile_length = TILE_LENGTH if config.tile_length is None else config.tile_length
-        tiled = 0 < tile_length <= _SHORT_TILE or config.batch_size * config.max_length <= _SHORT_TILE
-        advice += [] if tiled else [f"set tile_length to {_SHORT_TILE}"]
+        tiled = 0 < run.tiling.length <= _SHORT_TILE or config.batch_size * config.max_length <= _SHORT_TILE
+        advice += [] if tiled else [f"set tile_length to {_SHORT_TILE}{', without compile' * config.compile}"]
         reason = str(error).splitlines()[0]
         raise QosoraError(f"out of GPU memory: {'; or '.join(advice)} ({reason})") from error
 

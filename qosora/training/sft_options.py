@@ -42,19 +42,22 @@ _ELSEWHERE = {
 }  # fmt: skip
 
 
-def choose_precision(config: TrainConfig) -> str:
+def choose_precision(precision: str) -> str:
     """Return "bf16", "fp16" or "fp32".
+
+    Args:
+        precision: One of these, or "auto".
 
     Raises:
         ConfigError: The device cannot compute in it.
     """
     cuda = torch.cuda.is_available()
-    if config.precision == "fp16" and not cuda:
+    if precision == "fp16" and not cuda:
         raise ConfigError("precision fp16 needs a GPU: its loss scaling does not run on a CPU; use bf16 or fp32")
-    if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError("this GPU does not compute in bfloat16; use precision fp16, or fp32")
-    if config.precision != "auto":
-        return config.precision
+    if precision != "auto":
+        return precision
     if not cuda:
         return "fp32"
     if torch.cuda.is_bf16_supported(including_emulation=False):

@@ -15,7 +15,7 @@ from tiny_bases import load, logits, make_base, make_checkpoint, train
 from tiny_models import make_tokenizer
 
 from qosora.base.load import load_base, load_model, load_tokenizer
-from qosora.checkpoints.stored_config import adapter_config, quantization_of, split_source
+from qosora.checkpoints.stored_config import adapter_config, load_config, quantization_in, require_base, split_source
 from qosora.config import OsoraConfig
 from qosora.errors import CheckpointError, FingerprintError
 from qosora.layers.linear import qosora_modules
@@ -54,10 +54,28 @@ class TestBase:
         assert len(qosora_modules(load_base(place / "base", dtype="float32", device_map="cpu"))) == 14
 
     def test_what_it_is(self, place: Path):
-        stored = quantization_of(place / "base")
-        assert stored is not None
+        stored = require_base("base", load_config(place / "base"))
         assert (stored["quant_method"], stored["rank"]) == ("qosora", 8)
-        assert quantization_of(place / "source") is None
+        assert quantization_in(load_config(place / "source")) is None
+        assert require_base("base", json.loads((place / "base" / "config.json").read_text())) == stored
+        assert require_base("base", load_base(place / "base").config) == stored
+
+    @pytest.mark.parametrize("dtype", ["auto", torch.float32], ids=str)
+    def test_with_a_configuration_that_was_read_already(self, place: Path, dtype: Any):
+        config = load_config(place / "base")
+        before = config.to_dict()
+        found, expected = load_base(place / "base", config=config, dtype=dtype), load(place / "base", dtype=dtype)
+        assert config.to_dict() == before
+        assert found.config.to_dict() == expected.config.to_dict()
+        assert found.name_or_path == expected.name_or_path == str(place / "base")
+        assert {n: (p.dtype, p.requires_grad) for n, p in found.named_parameters()} == {
+            n: (p.dtype, p.requires_grad) for n, p in expected.named_parameters()
+        }
+        assert torch.equal(logits(found), logits(expected))
+
+    def test_values_for_the_configuration(self, place: Path):
+        assert load_base(place / "base", max_position_embeddings=7).config.max_position_embeddings == 7
+        assert load_base(place / "base", attn_implementation="eager").config._attn_implementation == "eager"
 
     def test_an_ordinary_checkpoint(self, place: Path):
         with pytest.raises(

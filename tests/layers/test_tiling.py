@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qosora.config import OsoraConfig
 from qosora.errors import ConfigError
-from qosora.layers.tiling import apply_tiling
+from qosora.layers.tiling import TILE_LENGTH, Tiling, apply_tiling
 
 Adapted = Callable[..., PeftModel]
 
@@ -429,3 +429,17 @@ def test_a_forward_of_someone_else_stays(adapted: Adapted):
 def test_a_negative_length_is_refused(adapted: Adapted):
     with pytest.raises(ConfigError, match="tile_length must be at least 0, got -1"):
         apply_tiling(adapted(), -1)
+
+
+@pytest.mark.parametrize(
+    ("tile_length", "gradient_checkpointing", "expected"),
+    [
+        (None, True, Tiling(TILE_LENGTH, mlps=True)),
+        (None, False, Tiling(TILE_LENGTH, mlps=False)),
+        (8, True, Tiling(8, mlps=True)),
+        (8, False, Tiling(8, mlps=True)),
+        (0, False, Tiling(0, mlps=True)),
+    ],
+)
+def test_what_a_tile_length_means(tile_length: int | None, gradient_checkpointing: bool, expected: Tiling):
+    assert Tiling.of(tile_length, gradient_checkpointing=gradient_checkpointing) == expected
