@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from qosora.checkpoints.folders import local_folder as local_folder
     from qosora.checkpoints.folders import read_json as read_json
     from qosora.checkpoints.folders import refuse_input_as_output as refuse_input_as_output
+    from qosora.checkpoints.folders import tokenizer_folder as tokenizer_folder
+    from qosora.checkpoints.folders import write_atomically as write_atomically
     from qosora.checkpoints.folders import write_json as write_json
     from qosora.checkpoints.names import ADAPTER_CONFIG as ADAPTER_CONFIG
     from qosora.checkpoints.names import ADAPTER_STEM as ADAPTER_STEM
@@ -52,7 +54,16 @@ __getattr__, __dir__ = door(
     __name__,
     {
         "names": ["ADAPTER_CONFIG", "ADAPTER_STEM", "MANIFEST_NAME"],
-        "folders": ["copy_files", "has_tokenizer", "local_folder", "read_json", "refuse_input_as_output", "write_json"],
+        "folders": [
+            "copy_files",
+            "has_tokenizer",
+            "local_folder",
+            "read_json",
+            "refuse_input_as_output",
+            "tokenizer_folder",
+            "write_atomically",
+            "write_json",
+        ],
         "reader": ["CheckpointReader"],
         "shards": ["Shards", "StoredSpec"],
         "fingerprint": ["base_fingerprint", "group_modules", "stored_fingerprint"],
