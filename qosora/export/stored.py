@@ -14,7 +14,7 @@ import torch
 from qosora.base import PlainModel, natural_order
 from qosora.checkpoints import ADAPTER_CONFIG, CheckpointReader, group_modules, read_json, stored_fingerprint
 from qosora.config import QUANT_METHOD, QosoraConfig
-from qosora.decompose import Factors, FourBitTensor, nf4, reconstruct
+from qosora.decompose import Factors, FourBitTensor, nf4, parts, reconstruct
 from qosora.errors import CheckpointError
 from qosora.export.adapters import Adapter, Vectors, combined, read_adapter
 
@@ -62,10 +62,10 @@ class Layer:
     rank: int
     transposed: bool
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return the shapes of residual, Uᵀ and Vᵀ, by prefix of their tensors' names."""
-        m, n, r = self.out_features, self.in_features, self.rank
-        return {"weight": (m, n), "U": (r, m), "V": (r, n)}
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(out_features, in_features, rank), as `decompose.parts` takes it."""
+        return self.out_features, self.in_features, self.rank
 
 
 class Source:
@@ -179,29 +179,24 @@ class Source:
         transposed = module in self.plain.transposed
         n = _in_features(stored["weight"][0], m, expected[0 if transposed else 1] if len(expected) == 2 else 0)
         layer = Layer(module, disk, m, n, rank, transposed)
-        for prefix, shape in layer.shapes().items():
-            for field, (size, _) in self._fields(shape).items():
-                part = prefix if field == "packed" else f"{prefix}_{field}"
-                if stored.get(part) != size:
-                    raise CheckpointError(
-                        f"{self.base}: {disk}.{part} must have shape {size}, got {stored.get(part, 'nothing')}; "
-                        "config.json and the weights belong to different bases"
-                    )
+        expected_shapes = parts.stored_shapes(*layer.size, self.storage.blocksize, self.storage.double_quant)
+        for name, (size, _) in expected_shapes.items():
+            if stored.get(name) != size:
+                raise CheckpointError(
+                    f"{self.base}: {disk}.{name} must have shape {size}, got {stored.get(name, 'nothing')}; "
+                    "config.json and the weights belong to different bases"
+                )
         return layer
 
-    def _fields(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return nf4.stored_shapes(shape[0] * shape[1], self.storage.blocksize, self.storage.double_quant)
-
-    def _four_bit(self, layer: Layer, prefix: str) -> FourBitTensor:
-        shape = layer.shapes()[prefix]
-        read: dict[str, Any] = {"absmax_scale": None, "absmax_offset": None}
-        for field in self._fields(shape):
-            read[field] = self._reader.tensor(f"{layer.disk}.{prefix if field == 'packed' else f'{prefix}_{field}'}")
-        return FourBitTensor(**read, shape=shape, quant_type=self.storage.quant_type, blocksize=self.storage.blocksize)
+    def _four_bit(self, layer: Layer, part: str) -> FourBitTensor:
+        names = parts.stored_names(part, self.storage.double_quant)
+        read = {name: self._reader.tensor(f"{layer.disk}.{name}") for name in names}
+        shape = parts.shapes(*layer.size)[part]
+        return parts.four_bit(part, read, shape, self.storage.quant_type, self.storage.blocksize)
 
     def factors(self, layer: Layer) -> Factors:
         """Read a layer's decomposition; its σ is the base's s."""
-        residual = self._four_bit(layer, "weight")
+        residual = self._four_bit(layer, "residual")
         return Factors(residual, *self.directions(layer), self.base_vectors[layer.module][0])
 
     def directions(self, layer: Layer) -> tuple[FourBitTensor, FourBitTensor]:
