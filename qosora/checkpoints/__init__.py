@@ -36,14 +36,17 @@ if TYPE_CHECKING:
     from qosora.checkpoints.folders import write_json as write_json
     from qosora.checkpoints.names import ADAPTER_CONFIG as ADAPTER_CONFIG
     from qosora.checkpoints.names import ADAPTER_STEM as ADAPTER_STEM
+    from qosora.checkpoints.names import CONFIG_NAME as CONFIG_NAME
     from qosora.checkpoints.names import MANIFEST_NAME as MANIFEST_NAME
     from qosora.checkpoints.reader import CheckpointReader as CheckpointReader
     from qosora.checkpoints.shards import Shards as Shards
     from qosora.checkpoints.shards import StoredSpec as StoredSpec
+    from qosora.checkpoints.shards import require_finite as require_finite
     from qosora.checkpoints.source import SourceCheckpoint as SourceCheckpoint
     from qosora.checkpoints.source import open_source as open_source
     from qosora.checkpoints.stored_config import adapter_config as adapter_config
     from qosora.checkpoints.stored_config import quantization_of as quantization_of
+    from qosora.checkpoints.stored_config import require_base as require_base
     from qosora.checkpoints.stored_config import split_source as split_source
     from qosora.checkpoints.work import Processes as Processes
     from qosora.checkpoints.work import Progress as Progress
@@ -53,7 +56,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door(
     __name__,
     {
-        "names": ["ADAPTER_CONFIG", "ADAPTER_STEM", "MANIFEST_NAME"],
+        "names": ["ADAPTER_CONFIG", "ADAPTER_STEM", "CONFIG_NAME", "MANIFEST_NAME"],
         "folders": [
             "copy_files",
             "has_tokenizer",
@@ -65,9 +68,9 @@ __getattr__, __dir__ = door(
             "write_json",
         ],
         "reader": ["CheckpointReader"],
-        "shards": ["Shards", "StoredSpec"],
+        "shards": ["Shards", "StoredSpec", "require_finite"],
         "fingerprint": ["base_fingerprint", "group_modules", "stored_fingerprint"],
-        "stored_config": ["adapter_config", "quantization_of", "split_source"],
+        "stored_config": ["adapter_config", "quantization_of", "require_base", "split_source"],
         "source": ["SourceCheckpoint", "open_source"],
         "work": ["Processes", "Progress", "Unit", "stream"],
     },

@@ -12,7 +12,15 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from qosora.base import PlainModel
-from qosora.checkpoints import ADAPTER_CONFIG, ADAPTER_STEM, CheckpointReader, StoredSpec, adapter_config, local_folder
+from qosora.checkpoints import (
+    ADAPTER_CONFIG,
+    ADAPTER_STEM,
+    CheckpointReader,
+    StoredSpec,
+    adapter_config,
+    local_folder,
+    require_finite,
+)
 from qosora.config import OsoraConfig
 from qosora.errors import CheckpointError, ConfigError, FingerprintError
 
@@ -120,12 +128,8 @@ def _vector(reader: CheckpointReader, key: str, size: int) -> torch.Tensor:
     vector = reader.tensor(key).float()
     if vector.shape != (size,):
         raise CheckpointError(f"{reader.folder}: {key} has shape {tuple(vector.shape)}, the base wants {(size,)}")
-    if not torch.isfinite(vector).all():
-        raise CheckpointError(
-            f"{reader.folder}: {key} holds NaN or infinity: its training diverged. Take an earlier checkpoint, or "
-            "train again with a lower learning rate"
-        )
-    return vector
+    why = "its training diverged. Take an earlier checkpoint, or train again with a lower learning rate"
+    return require_finite(f"{reader.folder}: {key}", vector, why)
 
 
 def _check_whole(

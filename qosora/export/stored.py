@@ -12,13 +12,21 @@ from typing import Any
 import torch
 
 from qosora.base import PlainModel, natural_order
-from qosora.checkpoints import ADAPTER_CONFIG, CheckpointReader, group_modules, read_json, stored_fingerprint
-from qosora.config import QUANT_METHOD, QosoraConfig
+from qosora.checkpoints import (
+    ADAPTER_CONFIG,
+    CONFIG_NAME,
+    CheckpointReader,
+    group_modules,
+    read_json,
+    require_base,
+    stored_fingerprint,
+)
+from qosora.config import QosoraConfig
 from qosora.decompose import Factors, FourBitTensor, nf4, parts, reconstruct
 from qosora.errors import CheckpointError
 from qosora.export.adapters import Adapter, Vectors, combined, read_adapter
 
-__all__ = ["Layer", "Source", "Stored"]
+__all__ = ["AdaptedBase", "Layer", "Stored"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Layer:
         return self.out_features, self.in_features, self.rank
 
 
-class Source:
+class AdaptedBase:
     """A base, and adapters if given. Use as a context manager.
 
     Args:
@@ -85,6 +93,7 @@ class Source:
         tensors: The other tensors, by name on disk; the adapter's where it brings one.
         adapters: The adapters.
         weights: Theirs, in the combination.
+        folders: Theirs, with the weights.
         base_vectors: The base's own vectors, by module name.
         vectors: The adapters' vectors, combined, by the names of the modules that they adapt.
         untied: Tensors that the base shares with another and the adapted model does not, by name on disk.
@@ -115,12 +124,13 @@ class Source:
             self.adapters = [read_adapter(stack, f, base, self.fingerprint, self.plain, sizes) for f, _ in adapters]
             self.base_vectors = {module: self._own_vectors(layer) for module, layer in self.layers.items()}
             self.weights = [weight for _, weight in adapters]
+            self.folders = {str(folder): weight for folder, weight in adapters}
             self.vectors = combined(self.adapters, self.weights, self.base_vectors)
             for adapter in self.adapters:
                 self._take_full(adapter)
             self._stack = stack.pop_all()
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> AdaptedBase:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -273,15 +283,10 @@ class Source:
 
 
 def _base_config(base: Path) -> tuple[dict[str, Any], QosoraConfig]:
-    if not (base / "config.json").is_file() and (base / ADAPTER_CONFIG).is_file():
+    if not (base / CONFIG_NAME).is_file() and (base / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{base} is an adapter; give its base, and it as the adapter")
-    config = read_json(base / "config.json")
-    stored = config.get("quantization_config")
-    method = stored.get("quant_method") if isinstance(stored, dict) else None
-    if not isinstance(stored, dict) or method != QUANT_METHOD:
-        kind = "an ordinary checkpoint" if method is None else f"quantized with {method!r}"
-        raise CheckpointError(f"{base} is {kind}, not a qosora base; give the folder that `qosora quantize` made of it")
-    return config, QosoraConfig(**stored)
+    config = read_json(base / CONFIG_NAME)
+    return config, QosoraConfig(**require_base(base, config))
 
 
 def _dtype_in(config: Mapping[str, Any]) -> torch.dtype:

@@ -34,9 +34,9 @@ def holding(folder: Path) -> subprocess.Popen[str]:
 
 
 def refused(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="out.partial: another process is at work there; wait for it, or end it"):
-        with locked(folder):
-            pass
+    message = r"out\.partial: another process is at work there; wait for it, or end it"
+    with pytest.raises(CheckpointError, match=message), locked(folder):
+        pass
 
 
 def test_another_process_is_refused_until_the_first_is_done(tmp_path: Path):
@@ -81,9 +81,10 @@ def test_goes_on_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytes
 
 def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_atomically(tmp_path / "file", "old")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-        write_atomically(tmp_path / "file", "new")
+        with pytest.raises(OSError, match="full"):
+            write_atomically(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
     write_atomically(tmp_path / "file", "new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "new"}
