@@ -1,4 +1,8 @@
-"""Sharded safetensors, written tensor by tensor as they come."""
+"""Sharded safetensors, written tensor by tensor as they come.
+
+It is our own, as safetensors and huggingface_hub write a file's tensors all at once: none fills files of their final
+size in any order, from several processes.
+"""
 
 from __future__ import annotations
 

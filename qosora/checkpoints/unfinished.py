@@ -5,8 +5,11 @@
         journal*.jsonl     a line for each finished unit of work: hashes of its tensors, and its report
         model/             shards of the final size, still without headers; becomes OUT when all units are finished
 
+and, while a process is at work, OUT.partial.lock beside it.
+
 A unit counts as finished if a journal says so and its tensors have the hashes that stand there, so a torn write, or one
-that a loss of power has undone, is never taken for a finished one. OUT appears whole and at once.
+that a loss of power has undone, is never taken for a finished one. OUT appears whole and at once. It is our own, as no
+library that writes safetensors goes on with a half-written folder.
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ class Progress:
 class Processes:
     """The processes that work together: those of one `accelerate launch` or torchrun, or this one alone.
 
-    Use as a context manager.
+    Use as a context manager. Not accelerate's `PartialState`, which sets up the whole program's default group for its
+    devices: here processes but wait for each other, for days if need be.
 
     Attributes:
         index: Of this process.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,7 +109,7 @@ def read_adapter(
                 raise CheckpointError(f"{folder}: {key} adapts no decomposed layer of {base}")
             vectors.setdefault(module, {})[kind] = _vector(reader, key, sizes[module][kind == "o"])
         elif plain.shapes.get(name) == reader.shape(key):
-            full[name] = StoredSpec(reader.dtype(key), reader.shape(key)), _reading(reader, key)
+            full[name] = StoredSpec(reader.dtype(key), reader.shape(key)), partial(reader.tensor, key)
         elif name in plain.shapes:
             raise CheckpointError(
                 f"{folder}: {key} has shape {reader.shape(key)}, but config.json makes it {plain.shapes[name]}; they "
@@ -118,10 +119,6 @@ def read_adapter(
             raise CheckpointError(f"{folder}: {key} is neither a vector of qosora's nor a tensor of {plain.class_name}")
     _check_whole(folder, config, vectors, sizes)
     return Adapter(folder, config, vectors, full, tuple(dict.fromkeys(reader.file(key) for key in reader.names())))
-
-
-def _reading(reader: CheckpointReader, key: str) -> Callable[[], torch.Tensor]:
-    return lambda: reader.tensor(key)
 
 
 def _vector(reader: CheckpointReader, key: str, size: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ from qosora.export.merged import checked_dtype
 from qosora.export.original import original_of
 from qosora.export.run import Export, Reports
 from qosora.export.stored import AdaptedBase, Layer
-from qosora.export.verify import Reference, Verification, verify_export
+from qosora.export.verify import Verification, verify_export
 from qosora.layers import LinearExperts
 
 __all__ = ["LoraReport", "export_lora", "reduced"]
@@ -141,13 +141,13 @@ def export_lora(
         units = [_unit(adapted, adapted.layers[module], rank, ranks[module], lora_dtype) for module in ranks]
         units += [unit for adapter in adapted.adapters for unit in _in_full(adapter, lora_dtype)]
 
-        def finish(folder: Path, _: Reports) -> None:
+        def finish(folder: Path) -> None:
             copy_files(folder, adapted.base, adapted.adapters[0].folder, with_code=False)
             config.save_pretrained(str(folder))
             (folder / "README.md").write_text(_model_card(named, config), encoding="utf-8")
 
-        def check(folder: Path, reference: Reference, reports: Reports) -> Verification:
-            return verify_export(folder, reference, lora_dtype, model=named, rank_error=_rank_error(reports))
+        def check(folder: Path, reports: Reports) -> Verification:
+            return verify_export(folder, export.reference, lora_dtype, model=named, rank_error=_rank_error(reports))
 
         reports, common = export.write(
             units,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ from qosora.checkpoints import (
     write_json,
 )
 from qosora.config import COMPUTE_DTYPES
+from qosora.decompose import Factors
 from qosora.errors import CheckpointError, ConfigError
 from qosora.export.adapters import AdapterChoice
 from qosora.export.original import Original
 from qosora.export.run import Export, Reports
 from qosora.export.stored import AdaptedBase, Layer, Stored
-from qosora.export.verify import Reference, Verification, verify_export
+from qosora.export.verify import Verification, verify_export
 
 __all__ = ["ONTO", "ExportReport", "checked_dtype", "export_merged"]
 
@@ -152,12 +154,12 @@ def export_merged(
         adapter_folder = adapted.adapters[0].folder if adapted.adapters else None
         tokenizer = tokenizer_folder(adapter_folder, adapted.base)
 
-        def finish(folder: Path, _: Reports) -> None:
+        def finish(folder: Path) -> None:
             copy_files(folder, adapted.base, adapter_folder, with_code=trust_remote_code)
             _write_config(folder, adapted, merged_dtype, trust_remote_code)
 
-        def check(folder: Path, reference: Reference, _: Reports) -> Verification:
-            return verify_export(folder, reference, merged_dtype)
+        def check(folder: Path, _: Reports) -> Verification:
+            return verify_export(folder, export.reference, merged_dtype)
 
         reports, common = export.write(
             units,
@@ -200,46 +202,41 @@ def _units(adapted: AdaptedBase, original: Original | None, target: torch.dtype 
 
 
 def _copied(disk: str, stored: Stored, original: Original | None, dtype: torch.dtype) -> Unit:
+    spec = StoredSpec(dtype, stored.shape)
+    read, files = stored.read, stored.files
+    if original is not None:
+        read, files = partial(original.tensor, stored), (original.file(stored.name),)
+
     def make(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {disk: require_finite(disk, tensor, _WHY) if stored.trained else tensor}, {}
 
-    def from_original() -> torch.Tensor:
-        assert original is not None
-        return original.tensor(stored)
-
-    files = stored.files if original is None else (original.file(stored.name),)
-    spec = StoredSpec(dtype, stored.shape)
-    return Unit(disk, {disk: spec}, spec.nbytes, files, stored.read if original is None else from_original, make)
+    return Unit(disk, {disk: spec}, spec.nbytes, files, read, make)
 
 
 def _merged(adapted: AdaptedBase, original: Original | None, layer: Layer, dtype: torch.dtype) -> Unit:
     name, shape = f"{layer.disk}.weight", (layer.out_features, layer.in_features)
-    files = adapted.files(layer)
-
-    def dequantized(factors: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return written(adapted.merged(layer, factors)), {}
-
-    def onto_original(read: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        assert original is not None
-        factors, weight = read
-        error = original.quantization_error(layer, weight, factors)
-        if layer.module in adapted.vectors:
-            weight = torch.addmm(weight.float(), *adapted.low_rank(layer, factors.U, factors.V))
-        return written(weight), {"quantization_error": error}
-
-    def written(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        require_finite(name, weight, _WHY)
-        return {name: weight.T if layer.transposed else weight}
-
-    def read() -> Any:
-        factors = adapted.factors(layer)
-        return factors if original is None else (factors, original.weight(layer))
-
-    if original is not None:
-        files = (*files, original.file(f"{layer.module}.weight"))
     spec = StoredSpec(dtype, shape[::-1] if layer.transposed else shape)
     cost = 4.0 * math.prod(shape)  # a copied tensor costs its bytes; this one is made in float32
-    return Unit(name, {name: spec}, cost, files, read, dequantized if original is None else onto_original)
+    files = adapted.files(layer)
+    if original is not None:
+        files = (*files, original.file(f"{layer.module}.weight"))
+
+    def read() -> tuple[Factors, torch.Tensor | None]:
+        return adapted.factors(layer), None if original is None else original.weight(layer)
+
+    def make(given: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        factors, weight = given
+        report = {}
+        if original is None:
+            weight = adapted.merged(layer, factors)
+        else:
+            report["quantization_error"] = original.quantization_error(layer, weight, factors)
+            if layer.module in adapted.vectors:
+                weight = torch.addmm(weight.float(), *adapted.low_rank(layer, factors.U, factors.V))
+        require_finite(name, weight, _WHY)
+        return {name: weight.T if layer.transposed else weight}, report
+
+    return Unit(name, {name: spec}, cost, files, read, make)
 
 
 def checked_dtype(dtype: str | torch.dtype | None, problems: list[str]) -> torch.dtype | None:

@@ -1,6 +1,6 @@
 """One run of an export, of either kind: base and adapters are opened and checked, then a folder of units is written.
 
-Export(base, output, adapter)  →  the export's own plan of units  →  write(units, ...)  →  fields of the report
+What the units are, and what else is in the folder, is `merged`'s and `lora`'s own.
 """
 
 from __future__ import annotations
@@ -48,12 +48,7 @@ class Export:
     """
 
     def __init__(
-        self,
-        base: str | Path,
-        output: str | Path,
-        adapter: AdapterChoice | None,
-        *,
-        trust_remote_code: bool,
+        self, base: str | Path, output: str | Path, adapter: AdapterChoice | None, *, trust_remote_code: bool
     ) -> None:
         self._start = time.perf_counter()
         self._base, self._output, self._trust_remote_code = base, output, trust_remote_code
@@ -81,11 +76,16 @@ class Export:
         refuse_input_as_output(self._output, Path(self.original.name))
         return self.original
 
+    @property
+    def reference(self) -> Reference:
+        """The adapted model that the export stands for: with the original, where that is open."""
+        return Reference(self.adapted, self.original, self._trust_remote_code)
+
     def write(
         self,
         units: Sequence[Unit],
-        finish: Callable[[Path, Reports], None],
-        check: Callable[[Path, Reference, Reports], Verification] | None,
+        finish: Callable[[Path], None],
+        check: Callable[[Path, Reports], Verification] | None,
         *,
         original: str | None,
         dtype: torch.dtype,
@@ -96,8 +96,8 @@ class Export:
 
         Args:
             units: What it holds.
-            finish: Writes the other files into a folder, given the units' reports.
-            check: Compares the folder with what it stands for, or None.
+            finish: Writes the other files into a folder.
+            check: Compares the folder with `reference`, given the units' reports, or None.
             original: The model that it is for or is made with, as the manifest names it.
             dtype: Of its weights.
             options: What else determines its tensors: plain data.
@@ -119,16 +119,14 @@ class Export:
         }
         made_of = {"base": str(self._base), "adapters": self.adapted.folders, "original": original}
 
-        def finished(folder: Path, reports: Reports) -> dict[str, Any]:
-            finish(folder, reports)
+        def finished(folder: Path, _: Reports) -> dict[str, Any]:
+            finish(folder)
             return {**made_of, "made_with": job}
 
         def checked(folder: Path, reports: Reports) -> dict[str, Any]:
-            assert check is not None
-            reference = Reference(self.adapted, self.original, self._trust_remote_code)
-            return {"verification": asdict(check(folder, reference, reports))}
+            return {} if check is None else {"verification": asdict(check(folder, reports))}
 
-        reports = stream(self._output, units, finished, job=job, check=checked if check else None, **how)
+        reports = stream(self._output, units, finished, job=job, check=checked, **how)
         found = read_json(Path(self._output) / MANIFEST_NAME).get("verification")
         return reports, {
             **made_of,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -149,9 +150,8 @@ class AdaptedBase:
             shape = self._reader.shape(disk)
             if targets == [name]:
                 self._check_shape(f"{self.base}: {disk}", name, shape)
-            self.tensors[disk] = Stored(
-                name, shape, self._reader.dtype(disk), self._read(self._reader, disk), (self._reader.file(disk),)
-            )
+            read = partial(self._reader.tensor, disk)
+            self.tensors[disk] = Stored(name, shape, self._reader.dtype(disk), read, (self._reader.file(disk),))
             located.update(targets)
         self.layers: dict[str, Layer] = {}
         for disk in natural_order(self._groups):
@@ -167,10 +167,6 @@ class AdaptedBase:
                 f"{self.base}: {len(missing)} tensors that {self.plain.class_name} needs are missing, among them "
                 f"{missing[0]!r}; get the whole base"
             )
-
-    @staticmethod
-    def _read(reader: CheckpointReader, name: str) -> Callable[[], torch.Tensor]:
-        return lambda: reader.tensor(name)
 
     def _check_shape(self, what: str, name: str, shape: tuple[int, ...]) -> None:
         expected = self.plain.shapes.get(name)

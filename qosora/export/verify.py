@@ -178,23 +178,7 @@ def verify_export(
     expected = reference.logits(inputs, plain_dtype)
     learned = expected - reference.logits(inputs, plain_dtype, with_adapters=False) if rank_error else None
     gc.collect()
-    adapter = [] if model is None else ["--adapter", str(folder)]
-    code = ["--trust-remote-code"] if reference.trust_remote_code else []
-    with TemporaryDirectory(prefix="qosora-") as scratch:
-        files = [str(Path(scratch) / name) for name in ("inputs.safetensors", "logits.safetensors")]
-        save_file(inputs, files[0])
-        program = Path(outsider.__file__)
-        done = subprocess.run(
-            [sys.executable, "-I", str(program), model or str(folder), *files, *adapter, *code],
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TRANSFORMERS_VERBOSITY": "error"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
-            raise CheckpointError(f"the export does not load where qosora cannot be imported: {lines[-1]}")
-        got = load_file(files[1])["logits"]
+    got = _logits_elsewhere(folder, model, inputs, reference.trust_remote_code)
     difference = (got - expected).abs()
     size = torch.linalg.vector_norm(expected - expected.mean(-1, keepdim=True))
     tolerance = _TOLERANCES[dtype]
@@ -218,3 +202,25 @@ def verify_export(
             "the export is kept"
         )
     return found
+
+
+def _logits_elsewhere(
+    folder: Path, model: str | None, inputs: dict[str, torch.Tensor], trust_remote_code: bool
+) -> torch.Tensor:
+    """Return an export's logits, (tokens, vocabulary), from a program that cannot import qosora."""
+    adapter = [] if model is None else ["--adapter", str(folder)]
+    code = ["--trust-remote-code"] if trust_remote_code else []
+    with TemporaryDirectory(prefix="qosora-") as scratch:
+        files = [str(Path(scratch) / name) for name in ("inputs.safetensors", "logits.safetensors")]
+        save_file(inputs, files[0])
+        done = subprocess.run(
+            [sys.executable, "-I", outsider.__file__, model or str(folder), *files, *adapter, *code],
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TRANSFORMERS_VERBOSITY": "error"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+            raise CheckpointError(f"the export does not load where qosora cannot be imported: {lines[-1]}")
+        return load_file(files[1])["logits"]
