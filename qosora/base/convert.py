@@ -30,6 +30,7 @@ from qosora.checkpoints import (
     load_config,
     open_source,
     refuse_input_as_output,
+    require_finite,
     stream,
 )
 from qosora.config import QosoraConfig
@@ -299,12 +300,8 @@ class _Conversion:
         spec = StoredSpec(self.dtype_of(name) if dtype.is_floating_point else dtype, shape)
 
         def make(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-            if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
-                raise CheckpointError(
-                    f"{disk} holds NaN or infinite values. The checkpoint is damaged or was saved from a diverged run: "
-                    "get another copy of it."
-                )
-            return {disk: tensor}, {}
+            why = "the checkpoint is damaged, or was saved from a diverged run; get another copy of it"
+            return {disk: require_finite(disk, tensor, why)}, {}
 
         cpu = torch.device("cpu")
         files, cost = [reader.file(disk)], math.prod(shape)

@@ -6,6 +6,7 @@
 | `svd` | truncated SVD, randomized or exact |
 | `nf4` | 4-bit tensors |
 | `factorize` | W = R + U diag(σ) Vᵀ, with R of what the 4-bit factors leave |
+| `parts` | the tensors that these are stored as |
 """
 
 from __future__ import annotations

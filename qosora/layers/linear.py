@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qosora.compat.torch import own_parameters
-from qosora.decompose import Factors, FourBitTensor, nf4, reconstruct
+from qosora.decompose import Factors, nf4, parts, reconstruct
 from qosora.errors import QosoraError
 from qosora.layers import ops
 from qosora.layers.kept import KEPT_ROWS, Kept
@@ -25,17 +25,12 @@ from qosora.layers.product import osora_product
 
 __all__ = ["QosoraLinear", "float32_kept", "qosora_modules"]
 
-#: Prefix of a stored 4-bit tensor's parameters in the module. The packed residual is called `weight`, so that a loader
-#: that knows nothing of qosora stops at its shape instead of initialising a weight at random.
-_PREFIXES = {"residual": "weight", "U": "U", "V": "V"}
-
 
 class QosoraLinear(nn.Module):
     """A frozen, decomposed linear layer.
 
-    Parameters, all frozen: `weight`, `weight_absmax`, `weight_absmax_scale`, `weight_absmax_offset` (R), the same
-    with `U` (Uᵀ, (rank, out_features)) and `V` (Vᵀ, (rank, in_features)), as laid out in `decompose.nf4`; `s` (rank,)
-    and `o` (out_features,), float32; `bias` (out_features,).
+    Parameters, all frozen: R, U and V as `decompose.parts` names them; `s` (rank,) and `o` (out_features,), float32;
+    `bias` (out_features,).
 
     Args:
         in_features: n.
@@ -77,11 +72,9 @@ class QosoraLinear(nn.Module):
         self.compute_dtype = compute_dtype
         self.fan_in_fan_out = fan_in_fan_out
         self._kept: Kept | None = None
-        for part, prefix in _PREFIXES.items():
-            numel = self._shape(part)[0] * self._shape(part)[1]
-            for field, (shape, kind) in nf4.stored_shapes(numel, blocksize, double_quant).items():
-                name = prefix if field == "packed" else f"{prefix}_{field}"
-                self._add(name, torch.empty(shape, dtype=kind, device=device))
+        stored = parts.stored_shapes(out_features, in_features, self.rank, blocksize, double_quant)
+        for name, (shape, kind) in stored.items():
+            self._add(name, torch.empty(shape, dtype=kind, device=device))
         self._add("s", torch.empty(self.rank, dtype=torch.float32, device=device))
         self._add("o", torch.empty(out_features, dtype=torch.float32, device=device))
         self._add("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
@@ -89,39 +82,17 @@ class QosoraLinear(nn.Module):
     def _add(self, name: str, tensor: torch.Tensor | None) -> None:
         self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
-    def _shape(self, part: str) -> tuple[int, int]:
-        return {
-            "residual": (self.out_features, self.in_features),
-            "U": (self.rank, self.out_features),
-            "V": (self.rank, self.in_features),
-        }[part]
-
-    def _four_bit(self, part: str) -> FourBitTensor:
-        prefix, params = _PREFIXES[part], self._parameters
-        return FourBitTensor(
-            params[prefix],  # type: ignore[arg-type]
-            params[f"{prefix}_absmax"],  # type: ignore[arg-type]
-            params.get(f"{prefix}_absmax_scale"),
-            params.get(f"{prefix}_absmax_offset"),
-            self._shape(part),
-            self.quant_type,
-            self.blocksize,
-        )
-
     @property
     def factors(self) -> Factors:
         """The decomposition, as views of the parameters; its σ is the layer's `s`."""
-        return Factors(self._four_bit("residual"), self._four_bit("U"), self._four_bit("V"), self.s)
+        shapes = parts.shapes(self.out_features, self.in_features, self.rank)
+        return parts.factors(self._parameters, shapes, self.s, self.quant_type, self.blocksize)
 
     @staticmethod
     def state_of(factors: Factors) -> dict[str, torch.Tensor]:
         """Return the parameters that hold a decomposition, by name: all but the bias."""
-        state = {}
-        for part, prefix in _PREFIXES.items():
-            for field, tensor in getattr(factors, part).tensors().items():
-                state[prefix if field == "packed" else f"{prefix}_{field}"] = tensor
         ones = torch.ones(factors.U.shape[1], dtype=torch.float32, device=factors.sigma.device)
-        return {**state, "s": factors.sigma, "o": ones}
+        return {**parts.tensors(factors), "s": factors.sigma, "o": ones}
 
     @torch.no_grad()
     def set_factors(self, factors: Factors) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from qosora.decompose import Factors, FourBitTensor
+from qosora.decompose import Factors, parts
 from qosora.layers import ops
 from qosora.layers.device import device_type
 
@@ -196,21 +196,15 @@ def _factors(
     stored: list[torch.Tensor], in_features: int, s: torch.Tensor, o: torch.Tensor, quant_type: str, blocksize: int
 ) -> Factors:
     """Return the decomposition that `_stored` takes apart."""
-    shapes = {"residual": (len(o), in_features), "U": (len(s), len(o)), "V": (len(s), in_features)}
-    fields = iter(stored)
-    doubled = len(stored) > 2 * len(shapes)  # with double quantization
-    parts = {}
-    for part, shape in shapes.items():
-        packed, absmax = next(fields), next(fields)
-        scale, offset = (next(fields), next(fields)) if doubled else (None, None)
-        parts[part] = FourBitTensor(packed, absmax, scale, offset, shape, quant_type, blocksize)
-    return Factors(**parts, sigma=s)
+    doubled = len(stored) > 2 * len(parts.PARTS)  # with double quantization
+    names = [name for part in parts.PARTS for name in parts.stored_names(part, doubled)]
+    shapes = parts.shapes(len(o), in_features, len(s))
+    return parts.factors(dict(zip(names, stored, strict=True)), shapes, s, quant_type, blocksize)
 
 
 def _stored(factors: Factors) -> tuple[list[torch.Tensor], str, int]:
     """Return a decomposition as the operators take it."""
-    parts = (factors.residual, factors.U, factors.V)
-    return [t for part in parts for t in part.tensors().values()], parts[0].quant_type, parts[0].blocksize
+    return list(parts.tensors(factors).values()), factors.residual.quant_type, factors.residual.blocksize
 
 
 def _no_autocast(device: str) -> AbstractContextManager[None]:

@@ -6,6 +6,8 @@ bytes of operations where that matters.
 
 A storage counts once, however many tensors view it. On a real device also where several storage objects lie in the
 same memory, as DLPack makes them of the packed optimizer's flat buffer.
+
+It is our own, as torch's `MemTracker` is private and knows neither our categories nor what operations need inside.
 """
 
 from __future__ import annotations

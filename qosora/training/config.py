@@ -172,11 +172,10 @@ class TrainConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def save(self, path: str | Path) -> None:
-        """Write `to_yaml` to a file, under a temporary name first."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(self.to_yaml(), encoding="utf-8")
-        temporary.replace(path)
+        """Write `to_yaml` to a file, whole or not at all."""
+        from qosora.checkpoints import write_atomically
+
+        write_atomically(path, self.to_yaml())
 
     def changed_since(self, earlier: TrainConfig) -> list[str]:
         """Return the fields in which a run differs from an earlier one such that it cannot go on from it."""

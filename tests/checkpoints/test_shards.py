@@ -19,7 +19,7 @@ from qosora.adapter import model_fingerprint
 from qosora.checkpoints.fingerprint import base_fingerprint, group_modules
 from qosora.checkpoints.folders import check_target, read_json, require_space, write_json
 from qosora.checkpoints.reader import CheckpointReader
-from qosora.checkpoints.shards import Shards, StoredSpec
+from qosora.checkpoints.shards import Shards, StoredSpec, require_finite
 from qosora.errors import CheckpointError
 from qosora.layers.linear import qosora_modules
 
@@ -332,3 +332,11 @@ def test_reading_the_fingerprint_reads_little(tmp_path: Path):
     start = time.perf_counter()
     base_fingerprint([layer] * 20)
     assert time.perf_counter() - start < 0.5
+
+
+def test_finite() -> None:
+    for tensor in (torch.ones(2), torch.ones(0), torch.tensor([1, 2])):
+        assert require_finite("w", tensor) is tensor
+    for value in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(CheckpointError, match=r"^w holds NaN or infinity: it diverged$"):
+            require_finite("w", torch.tensor([1.0, value]), "it diverged")
