@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from qosora.checkpoints import ADAPTER_CONFIG, adapter_config, load_config, requ
 from qosora.compat.peft import missing_keys_warning
 from qosora.compat.transformers import says_other_shapes
 from qosora.errors import CheckpointError, QosoraError, first_line
+from qosora.layers import fast_dtype
 
 __all__ = ["load_adapted", "load_base", "load_model", "load_tokenizer"]
+
+logger = logging.getLogger("qosora")
 
 
 def load_base(
@@ -71,7 +75,8 @@ def load_model(source: str | Path, *, base: str | Path | None = None, **kwargs: 
     Args:
         source: A base, or the folder of an adapter.
         base: The adapter's base, where it is no longer where the adapter's config says.
-        **kwargs: Handed to `load_base`.
+        **kwargs: Handed to `load_base`. On a CPU that is slow in the base's 16 bits, the dtype is float32 unless it is
+            given.
 
     Returns:
         A `PreTrainedModel` or `PeftModel` in evaluation mode.
@@ -87,6 +92,8 @@ def load_adapted(base: str, adapter: str | None, **kwargs: Any) -> Any:
     """Do as `load_model` with what `split_source` makes of its arguments."""
     recorded = None if adapter is None else adapter_config(adapter).base_model_name_or_path
     try:
+        if kwargs.get("dtype", "auto") == "auto" and _on_cpu(kwargs.get("device_map")):
+            kwargs["dtype"] = _quick_dtype(load_config(base, trust_remote_code=kwargs.get("trust_remote_code", False)))
         model = load_base(base, **kwargs)
     except CheckpointError as error:
         if base != recorded:
@@ -96,6 +103,21 @@ def load_adapted(base: str, adapter: str | None, **kwargs: Any) -> Any:
             "as the base)"
         ) from error
     return (model if adapter is None else _load_adapter(model, adapter)).eval()
+
+
+def _on_cpu(device_map: Any) -> bool:
+    return not torch.cuda.is_available() if device_map is None else str(device_map) in ("cpu", "{'': 'cpu'}")
+
+
+def _quick_dtype(config: PreTrainedConfig) -> torch.dtype | str:
+    """Return the dtype to compute in on this CPU, and say so where it is not the base's."""
+    stored = config.dtype
+    if not isinstance(stored, torch.dtype) or (quick := fast_dtype(stored)) == stored:
+        return "auto"
+    logger.info(
+        "computing in float32, as this CPU is slow in %s; give a dtype to have another", str(stored).split(".")[-1]
+    )
+    return quick
 
 
 def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:

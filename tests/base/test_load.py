@@ -192,3 +192,36 @@ def test_a_plain_checkpoint_stays_untouched_by_qosora(tmp_path: Path):
     model = load(make_checkpoint(tmp_path))
     assert not qosora_modules(model)
     assert not hasattr(model.config, "quantization_config")
+
+
+class TestOnACPUThatIsSlowIn16Bits:
+    @pytest.fixture
+    def half(self, tmp_path: Path) -> Path:
+        return make_base(tmp_path / "base", dtype=torch.bfloat16)
+
+    @pytest.mark.parametrize(
+        ("times", "options", "expected"),
+        [
+            (60.0, {}, torch.float32),
+            (60.0, {"dtype": torch.bfloat16}, torch.bfloat16),
+            (0.5, {}, torch.bfloat16),
+        ],
+    )
+    def test_inference_is_in_float32(
+        self,
+        half: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        times: float,
+        options: dict[str, Any],
+        expected: torch.dtype,
+    ):
+        monkeypatch.setattr("qosora.layers.precision.slowdown", lambda _: times)
+        with caplog.at_level("INFO", "qosora"):
+            model = load_model(half, device_map="cpu", **options)
+        assert model.dtype == expected
+        assert ("computing in float32, as this CPU is slow in bfloat16" in caplog.text) == (expected == torch.float32)
+
+    def test_what_is_asked_for_in_training_stays(self, half: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("qosora.layers.precision.slowdown", lambda _: 60.0)
+        assert load_base(half, device_map="cpu").dtype == torch.bfloat16
