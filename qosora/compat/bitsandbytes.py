@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qosora.compat.names import ENTRIES, found, uses
@@ -59,6 +61,28 @@ def allocate_states(optimizer: Any) -> None:
     (group,) = optimizer.param_groups
     (parameter,) = group["params"]
     optimizer.init_state(group, parameter, 0, 0)
+
+
+@contextmanager
+def launching(tensor: torch.Tensor) -> Iterator[None]:
+    """Be where bitsandbytes' optimizers and quantization launch for a tensor: on its device, in the default stream.
+
+    They take the current device's, and stream 0, whatever torch's current stream is: so what is in that comes before,
+    and what follows in it after.
+    """
+    import torch
+
+    if not tensor.is_cuda:
+        yield
+        return
+    with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
+        current, default = torch.cuda.current_stream(), torch.cuda.default_stream()
+        if current == default:
+            yield
+            return
+        default.wait_stream(current)
+        yield
+        current.wait_stream(default)
 
 
 @uses(f"{_OPTIMIZER}.get_state_buffer: get_paged", "bitsandbytes.functional.get_paged: is_paged")

@@ -69,6 +69,17 @@ def fused_loss_on_meta() -> Iterator[None]:
         yield
 
 
+@uses("trl.SFTTrainer.__init__: maybe_activation_offload_context")
+def know_parameters_again(trainer: Any) -> None:
+    """Tell a trainer's context of offloading where the parameters lie now, which it leaves where they are.
+
+    It reads that in the trainer's constructor. An optimizer that moves them into a buffer of its own comes later.
+    """
+    if trainer.args.activation_offloading:
+        make = check("trl.models.get_act_offloading_ctx_manager(model)")
+        trainer.maybe_activation_offload_context = make(model=trainer.model)
+
+
 @uses("trl.models.activation_offloading.OffloadActivations(min_offload_size, max_fwd_stash_size)")
 def offloading_limits() -> tuple[int, int]:
     """Return the bytes from which on a tensor is offloaded, and how many tensors are on their way at once."""

@@ -29,6 +29,7 @@ from qosora.compat.bitsandbytes import (
     dequantize_blockwise,
     gemm_4bit,
     get_4bit_type,
+    launching,
     quantize_4bit,
     quantize_blockwise,
 )
@@ -128,12 +129,13 @@ def quantize(
         blocksize: Values per block, one of `BLOCKSIZES`.
         double_quant: Whether to quantize the blocks' absmax values again, to 8 bits.
     """
-    packed, absmax = (_quantize_cpu if tensor.device.type == "cpu" else _quantize)(tensor, quant_type, blocksize)
     scale = offset = None
-    if double_quant:
-        offset = absmax.mean()
-        code = absmax_code(tensor.device)
-        absmax, scale = quantize_blockwise(absmax - offset, code, ABSMAX_BLOCKSIZE)
+    with launching(tensor):
+        packed, absmax = (_quantize_cpu if tensor.device.type == "cpu" else _quantize)(tensor, quant_type, blocksize)
+        if double_quant:
+            offset = absmax.mean()
+            code = absmax_code(tensor.device)
+            absmax, scale = quantize_blockwise(absmax - offset, code, ABSMAX_BLOCKSIZE)
     return FourBitTensor(packed, absmax, scale, offset, tuple(tensor.shape), quant_type, blocksize)
 
 

@@ -216,6 +216,6 @@ def _product_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Multiply in float32, a @ b from operands of 16 bits, without float32 copies of them."""
     if a.dtype == torch.float32:
         return a @ b
-    if device_type(a) == "cuda":
+    if device_type(a) == "cuda" and torch.version.hip is None:  # ROCm does not take an out_dtype
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a.contiguous() @ b).float()  # CPU products accumulate in float32, too, but come out rounded

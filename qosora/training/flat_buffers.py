@@ -27,6 +27,8 @@ a step under 2^-9 of a weight's size is rounded away. To train `modules_to_save`
 
 from __future__ import annotations
 
+import platform
+import sys
 from typing import Any, NamedTuple
 
 import bitsandbytes
@@ -34,11 +36,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
-from qosora.compat.bitsandbytes import PAGED_NUMEL, allocate_states, is_paged
+from qosora.compat.bitsandbytes import PAGED_NUMEL, allocate_states, is_paged, launching
 from qosora.compat.torch import foreach_copy_, foreach_zero_
 from qosora.errors import QosoraError
 
-__all__ = ["OPTIMIZERS", "PAGED_NUMEL", "FlatBuffer", "Kind", "MemoryUse", "layout_mismatch", "parameter_problems"]
+__all__ = [
+    "OPTIMIZERS",
+    "PAGED_NUMEL",
+    "FlatBuffer",
+    "Kind",
+    "MemoryUse",
+    "layout_mismatch",
+    "parameter_problems",
+    "why_unpaged",
+]
 
 ALIGNMENT = 256  # elements; the block size of bitsandbytes' 8-bit states
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what bitsandbytes' kernels update
@@ -77,15 +88,15 @@ class FlatBuffer:
         self.params, self.names, self.group_index = params, names, group_index
         self.grad: Tensor | None = None  # None: a large parameter alone, which keeps its own gradient
         self.grad_views: list[Tensor] = []
-        if len(params) == 1 and params[0].numel() >= PAGED_NUMEL:
-            params[0].data = params[0].data.contiguous()  # bitsandbytes would rebind it at the first step
-            self.flat: Tensor = params[0]
-        else:
-            self.flat = self._flatten()
-        self.addresses = [p.data_ptr() for p in params]
-        # The options are set before every update, from the group that schedulers write to.
-        paged = self.flat.device.type != "cpu"
-        self.inner = kind.cls([self.flat], optim_bits=kind.bits, is_paged=paged)
+        with launching(params[0]):
+            if len(params) == 1 and params[0].numel() >= PAGED_NUMEL:
+                params[0].data = params[0].data.contiguous()  # bitsandbytes would rebind it at the first step
+                self.flat: Tensor = params[0]
+            else:
+                self.flat = self._flatten()
+            self.addresses = [p.data_ptr() for p in params]
+            # The options are set before every update, from the group that schedulers write to.
+            self.inner = kind.cls([self.flat], optim_bits=kind.bits, is_paged=not why_unpaged(self.flat.device))
 
     @torch.no_grad()
     def _flatten(self) -> Tensor:
@@ -150,7 +161,8 @@ class FlatBuffer:
         self.gather()
         options = {"lr": float(group["lr"]), "betas": tuple(group["betas"])}
         self.inner.param_groups[0].update(options, eps=group["eps"], weight_decay=group["weight_decay"])
-        self.inner.step()
+        with launching(self.flat):
+            self.inner.step()
 
     def tensors(self) -> dict[str, Tensor]:
         """The state tensors, by bitsandbytes' names; empty before the first step."""
@@ -166,7 +178,8 @@ class FlatBuffer:
     def allocate(self, saved: dict[str, Any]) -> list[str]:
         """Have bitsandbytes allocate the states (paged where it pages); return the keys that `saved` lacks."""
         if saved and not self.tensors():
-            allocate_states(self.inner)
+            with launching(self.flat):
+                allocate_states(self.inner)
         expected = {key: value.shape for key, value in self.tensors().items()} if saved else {}
         wrong = [key for key, shape in expected.items() if getattr(saved.get(key), "shape", None) != shape]
         return wrong + ["step"] * (bool(saved) and "step" not in saved)
@@ -174,11 +187,12 @@ class FlatBuffer:
     @torch.no_grad()
     def load(self, saved: dict[str, Any]) -> None:
         """Fill the states in place (bitsandbytes never frees a paged one), with zeros if nothing was saved."""
-        for key, value in self.tensors().items():
-            if saved:
-                value.copy_(saved[key])
-            elif not key.startswith("qmap"):
-                value.zero_()
+        with launching(self.flat):
+            for key, value in self.tensors().items():
+                if saved:
+                    value.copy_(saved[key])
+                elif not key.startswith("qmap"):
+                    value.zero_()
         if self.tensors():
             self.inner.state[self.flat]["step"] = saved.get("step", 0)
 
@@ -192,6 +206,20 @@ class FlatBuffer:
         grad, states = self.flat.grad, self.tensors().values()
         paged = sum(t.nbytes for t in states if is_paged(t))
         return MemoryUse(self.flat.nbytes, 0 if grad is None else grad.nbytes, sum(t.nbytes for t in states), paged)
+
+
+def why_unpaged(device: torch.device) -> str | None:
+    """Return why the states of parameters on a device are not paged, or None where they are.
+
+    Paging is CUDA's managed memory that GPU and CPU may touch at the same time: there is none under Windows and WSL.
+    """
+    if device.type != "cuda":
+        return f"the parameters are on {device.type}"
+    if torch.version.hip is not None:
+        return "a ROCm build of torch has no CUDA managed memory"
+    if sys.platform != "linux" or "microsoft" in platform.release().lower():
+        return "managed memory does not page under Windows"
+    return None
 
 
 def parameter_problems(params: list[Tensor], names: list[str]) -> list[str]:

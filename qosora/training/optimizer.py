@@ -28,6 +28,7 @@ from qosora.training.flat_buffers import (
     MemoryUse,
     layout_mismatch,
     parameter_problems,
+    why_unpaged,
 )
 
 __all__ = ["OPTIMIZERS", "MemoryUse", "PackedPagedOptimizer", "create_optimizer", "trainer_optimizer"]
@@ -82,8 +83,9 @@ class PackedPagedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if not self.buffers:
             raise ConfigError("the optimizer got no trainable parameters: attach an adapter (get_peft_model) first")
-        if any(buffer.flat.device.type == "cpu" for buffer in self.buffers):
-            logger.warning("%s runs on the CPU: optimizer states are ordinary tensors, not paged", optimizer)
+        reasons = (why_unpaged(buffer.flat.device) for buffer in self.buffers)
+        if reason := next(filter(None, reasons), None):
+            logger.warning("%s: optimizer states are ordinary tensors, not paged, as %s", optimizer, reason)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters and pack them, into one buffer for each dtype and device."""

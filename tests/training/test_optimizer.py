@@ -508,7 +508,9 @@ def test_cpu_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
         model().backward()
         optimizer.step()
     lines = [r.message for r in caplog.records if r.name == "qosora"]
-    assert lines == ["paged_adamw_32bit runs on the CPU: optimizer states are ordinary tensors, not paged"]
+    assert lines == [
+        "paged_adamw_32bit: optimizer states are ordinary tensors, not paged, as the parameters are on cpu"
+    ]
 
 
 # --- optimizer state ----------------------------------------------------------------------------------------------
