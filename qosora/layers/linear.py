@@ -71,6 +71,8 @@ class QosoraLinear(nn.Module):
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.compute_dtype = compute_dtype
         self.fan_in_fan_out = fan_in_fan_out
+        #: Whether this is the last product of a layer that is checkpointed; see `osora_product`.
+        self.saves_first = False
         self._kept: Kept | None = None
         stored = parts.stored_shapes(out_features, in_features, self.rank, blocksize, double_quant)
         for name, (shape, kind) in stored.items():
@@ -131,7 +133,7 @@ class QosoraLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         factors = self.factors
         if torch.is_grad_enabled() and (x.requires_grad or s.requires_grad or o.requires_grad):
-            y = osora_product(rows, s, o, factors, bias)
+            y = osora_product(rows, s, o, factors, bias, saves_first=self.saves_first)
         elif (kept := self._kept_for(rows, s, o, factors)) is not None:
             y = kept.product(rows, factors.residual, bias)
         else:

@@ -12,7 +12,7 @@ arXiv 2506.13996); here a norm is a case of it, and three things are done differ
 - A sequence of one tile runs an MLP as it is. So short sequences pay nothing.
 - Tiles are long: a tile dequantizes all of the MLP's weights, which is little beside products with 4096 rows.
 
-What is such a module is read off its structure: see `_is_mlp` and `_is_norm`.
+What is such a module is read off its structure: see `_output_projection` and `_is_norm`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from qosora.compat.torch import changes
 from qosora.errors import ConfigError
+from qosora.layers.linear import QosoraLinear
 
 __all__ = ["TILE_LENGTH", "Tiling", "apply_tiling"]
 
@@ -98,34 +99,38 @@ def apply_tiling(model: nn.Module, tile_length: int | None = None, *, mlps: bool
             del module.forward
             if tiling.forward != module.forward:  # as where Liger had put its own
                 module.forward = tiling.forward
-        is_mlp = _is_mlp(module)
+        down = _output_projection(module)
+        is_mlp = down is not None
+        if isinstance(last := getattr(down, "base_layer", down), QosoraLinear):
+            last.saves_first = mlps  # where a tile is all there is; MLPs are tiled where layers are checkpointed
         if length and ((is_mlp and mlps) or _is_norm(module)):
             module.forward = _Tiled(module, module.forward, length * hidden_size, is_mlp)
             tiled.append(name)
     return tiled
 
 
-def _is_mlp(module: nn.Module) -> bool:
-    """Say whether a module is n → m, an activation, maybe a gate, m → n: two or three linear layers and no mixing.
+def _output_projection(module: nn.Module) -> nn.Module | None:
+    """Return the last linear layer of an MLP: n → m, an activation, maybe a gate, m → n, and no mixing; None of others.
 
     Attention has four linear layers, or a fused one of another width, and no activation; a mixture of experts has a
     router; state space models have parameters of their own.
     """
-    shapes, activations = [], 0
+    linears, shapes, activations = [], [], 0
     for child in module.children():
         if (shape := _linear_shape(child)) is not None:
+            linears.append(child)
             shapes.append(shape)
         elif type(child).__module__.startswith(("torch.nn.modules.activation", "transformers.activations")):
             activations += 1
         elif any(True for _ in child.parameters()):
-            return False
+            return None
     if len(shapes) not in (2, 3) or not activations or any(True for _ in module.parameters(recurse=False)):
-        return False
+        return None
     n = shapes[0][0]
-    return any(
-        out == n and all(shape in ((n, m), (n, 2 * m)) for shape in [*shapes[:i], *shapes[i + 1 :]])
-        for i, (m, out) in enumerate(shapes)
-    )
+    for i, (m, out) in enumerate(shapes):
+        if out == n and all(shape in ((n, m), (n, 2 * m)) for shape in [*shapes[:i], *shapes[i + 1 :]]):
+            return linears[i]
+    return None
 
 
 def _linear_shape(module: Any) -> tuple[int, int] | None:

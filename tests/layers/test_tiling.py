@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from linear_checks import build, draw, vectors
 from peft import PeftModel, get_peft_model
 from tiny_bases import FAMILIES, decompose, logits, make_checkpoint, token_ids
 from torch import nn
@@ -21,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qosora.config import OsoraConfig
 from qosora.errors import ConfigError
+from qosora.layers import ops
 from qosora.layers.tiling import TILE_LENGTH, Tiling, apply_tiling
 
 Adapted = Callable[..., PeftModel]
@@ -443,3 +445,49 @@ def test_a_negative_length_is_refused(adapted: Adapted):
 )
 def test_what_a_tile_length_means(tile_length: int | None, gradient_checkpointing: bool, expected: Tiling):
     assert Tiling.of(tile_length, gradient_checkpointing=gradient_checkpointing) == expected
+
+
+# ---- the last product of a checkpointed layer
+
+
+@pytest.mark.parametrize("trained", ["both", "s", "o"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saving_first_changes_no_bit(trained: str, dtype: torch.dtype):
+    layer = build(70, 96, 24, seed=0)
+    results = []
+    for saves_first in (False, True):
+        layer.saves_first = saves_first
+        x = draw(5, 70, seed=1, dtype=dtype).requires_grad_()
+        s, o = vectors(layer)
+        s.requires_grad_(trained != "o")
+        o.requires_grad_(trained != "s")
+        y = layer.apply_vectors(x, s, o)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, s.grad, o.grad])
+    for before, after in zip(*results, strict=True):
+        assert (before is None) == (after is None)
+        assert before is None or torch.equal(before, after)
+
+
+def test_a_checkpointed_layer_computes_its_last_product_once(adapted: Adapted, monkeypatch: pytest.MonkeyPatch):
+    """In forward; when the layer is computed again, that ends with what its last product saves."""
+    decoded: list[tuple[int, ...]] = []
+    dequantize = ops.dequantize
+
+    def counted(q: Any, *args: Any) -> torch.Tensor:
+        decoded.append(q.shape)
+        return dequantize(q, *args)
+
+    monkeypatch.setattr(ops, "dequantize", counted)
+    counts = []
+    for mlps in (False, True):
+        model = adapted("llama")
+        use_checkpointing(model)
+        apply_tiling(model, mlps=mlps)
+        down = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj").base_layer
+        assert down.saves_first == mlps
+        decoded.clear()
+        step(model)
+        counts.append(decoded.count((down.out_features, down.in_features)))
+    layers = 2
+    assert counts == [3 * layers, 2 * layers]  # forward, again, backward
