@@ -77,7 +77,8 @@ class LinearExperts(nn.Module):
         """
         tokens, top_k = top_k_index.shape
         order = top_k_index.flatten().argsort(stable=True)
-        inputs = torch.split(hidden_states[order // top_k], _tokens_of_each(top_k_index, self.num_experts))
+        counted = _hardest if hidden_states.is_meta else _tokens_of_each  # there, a planner asks for what is enough
+        inputs = torch.split(hidden_states[order // top_k], counted(top_k_index, self.num_experts))
         outputs = torch.cat([self._expert(i, rows) for i, rows in enumerate(inputs) if len(rows)])
         outputs = (outputs * top_k_weights.flatten()[order, None])[order.argsort()]
         return outputs.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
@@ -178,21 +179,19 @@ def stacked_names(model: nn.Module) -> list[str]:
 
 
 def _tokens_of_each(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
-    """Return how many tokens chose each expert: on the meta device, where there are no choices, the hardest to hold."""
-    if top_k_index.is_meta:
-        tokens, top_k = top_k_index.shape
-        return _most_to_one(tokens, top_k, num_experts)
+    """Return how many tokens chose each expert."""
     counts: list[int] = torch.bincount(top_k_index.flatten(), minlength=num_experts).tolist()
     return counts
 
 
-def _most_to_one(tokens: int, top_k: int, num_experts: int) -> list[int]:
+def _hardest(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
     """Give the last expert every token, and the others even shares of what is left: no choice of experts takes more.
 
     What experts save for backward, and the gradients of vectors whose expert has any token, add up to the same however
     tokens are spread. What one expert's backward needs goes with its tokens, and that of the last comes first, when
     all is still saved.
     """
+    tokens, top_k = top_k_index.shape
     rest = max(tokens * (top_k - 1), min(num_experts, tokens * top_k) - 1)
     share, more = divmod(rest, num_experts - 1)
     return [share + (i < more) for i in range(num_experts - 1)] + [tokens * top_k - rest]
