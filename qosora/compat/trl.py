@@ -80,7 +80,7 @@ def offloading_limits() -> tuple[int, int]:
     return parameters["min_offload_size"].default, parameters["max_fwd_stash_size"].default
 
 
-@uses("trl.SFTTrainer.__init__: use_liger_kernel")
+@uses("trl.SFTTrainer: use_liger_kernel")
 def liger_warning() -> str:
     """Return a pattern of what TRL says to programmers of Liger's kernels: that the hub has others."""
     return ".*use_liger_kernel.*"
