@@ -32,7 +32,8 @@ _FOUND = found(
             f"{_ATTENTION}_efficient_attention.default"
             "(query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, scale)"
         ),
-        # The operation behind `tensor.item()`.
+        # The operations behind `tensor[indices]` and `tensor.item()`, whose results depend on values.
+        "index": f"{_ATEN}.index.Tensor(self, indices)",
         "read_scalar": f"{_ATEN}._local_scalar_dense.default(self)",
     },
 )
@@ -43,7 +44,7 @@ def __getattr__(name: str) -> Any:
 
 
 @uses(
-    f"{_ATEN}.index.Tensor(self, indices)",
+    f"{_ATEN}.index.Tensor",
     f"{_ATTENTION}_flash_attention_backward.default(grad_out, query, key)",
     f"{_ATTENTION}_efficient_attention_backward.default(grad_out_, query)",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from unittest.mock import patch
 from qosora.compat.names import check, found, uses
 
 _LOSS = "trl.kernels.chunked_logprob"
+_OFFLOADING = "trl.models.get_act_offloading_ctx_manager"
 
 _FOUND = found(
     __name__,
@@ -19,7 +21,7 @@ _FOUND = found(
         "TOKEN_CHUNK_SIZE": f"{_LOSS}.TOKEN_CHUNK_SIZE",
         # What SFTTrainer does to a model and with it; `plan` and `profile` make the same step.
         "add_fused_lm_head": "trl.trainer.utils.add_fused_lm_head(model, outputs)",
-        "get_act_offloading_ctx_manager": "trl.models.get_act_offloading_ctx_manager(model)",
+        "get_act_offloading_ctx_manager": f"{_OFFLOADING}(model)",
     },
 )
 
@@ -80,18 +82,14 @@ def know_parameters_again(trainer: Any) -> None:
         trainer.maybe_activation_offload_context = make(model=trainer.model)
 
 
-@uses("trl.models.activation_offloading.OffloadActivations(min_offload_size, max_fwd_stash_size)")
+@uses(f"{_OFFLOADING}(min_offload_size, max_fwd_stash_size)")
 def offloading_limits() -> tuple[int, int]:
     """Return the bytes from which on a tensor is offloaded, and how many tensors are on their way at once."""
-    import inspect
-
-    from trl.models.activation_offloading import OffloadActivations
-
-    parameters = inspect.signature(OffloadActivations).parameters
+    parameters = inspect.signature(check(_OFFLOADING)).parameters
     return parameters["min_offload_size"].default, parameters["max_fwd_stash_size"].default
 
 
-@uses("trl.SFTTrainer.__init__: use_liger_kernel")
+@uses("trl.SFTTrainer: use_liger_kernel")
 def liger_warning() -> str:
     """Return a pattern of what TRL says to programmers of Liger's kernels: that the hub has others."""
     return ".*use_liger_kernel.*"

@@ -77,11 +77,8 @@ class LinearExperts(nn.Module):
         """
         tokens, top_k = top_k_index.shape
         order = top_k_index.flatten().argsort(stable=True)
-        if hidden_states.is_meta:
-            counts = _most_to_one(tokens, top_k, self.num_experts)
-        else:
-            counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()
-        inputs = torch.split(hidden_states[order // top_k], counts)
+        counted = _hardest if hidden_states.is_meta else _tokens_of_each  # there, a planner asks for what is enough
+        inputs = torch.split(hidden_states[order // top_k], counted(top_k_index, self.num_experts))
         outputs = torch.cat([self._expert(i, rows) for i, rows in enumerate(inputs) if len(rows)])
         outputs = (outputs * top_k_weights.flatten()[order, None])[order.argsort()]
         return outputs.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
@@ -181,7 +178,13 @@ def stacked_names(model: nn.Module) -> list[str]:
     ]
 
 
-def _most_to_one(tokens: int, top_k: int, num_experts: int) -> list[int]:
+def _tokens_of_each(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
+    """Return how many tokens chose each expert."""
+    counts: list[int] = torch.bincount(top_k_index.flatten(), minlength=num_experts).tolist()
+    return counts
+
+
+def _hardest(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
     """Give the last expert every token, and the others even shares of what is left: no choice of experts takes more.
 
     For tensors without values, by which the memory of a step is planned.
@@ -190,6 +193,7 @@ def _most_to_one(tokens: int, top_k: int, num_experts: int) -> list[int]:
     tokens are spread. What one expert's backward needs goes with its tokens, and that of the last comes first, when
     all is still saved.
     """
+    tokens, top_k = top_k_index.shape
     rest = max(tokens * (top_k - 1), min(num_experts, tokens * top_k) - 1)
     share, more = divmod(rest, num_experts - 1)
     return [share + (i < more) for i in range(num_experts - 1)] + [tokens * top_k - rest]

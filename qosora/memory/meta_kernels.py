@@ -25,6 +25,7 @@ from qosora.compat.torch import (
     cuda_operators,
     efficient_attention,
     flash_attention,
+    index,
     is_pure,
     operator_name,
     read_scalar,
@@ -137,7 +138,7 @@ class MetaKernels:
             return args[0] if in_place else func(*args, **kwargs)
         if func is read_scalar and args[0].is_meta:
             return self.answer
-        if func is torch.ops.aten.index.Tensor and _is_mask(args[1]):  # as if the mask were true everywhere
+        if func is index and _is_mask(args[1]):  # as if the mask were true everywhere
             mask = args[1][0]
             return args[0].new_empty((mask.numel(), *args[0].shape[mask.ndim :]))
         inputs: list[torch.Tensor] = []
