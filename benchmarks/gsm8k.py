@@ -3,8 +3,8 @@
     python benchmarks/gsm8k.py --model gemma-3-270m.Q4_K_M.gguf --data-dir gsm8k --output results.json
 
 Losses are cross-entropies of the answers' tokens, end-of-sequence token included, in nats per token, computed in
-bfloat16 as in training. The rival, PEFT's LoRA on NF4 values, gets the same examples in the same order from the same
-trainer. The vocabulary is cut to what GSM8K needs (see vocabulary.py), for a CPU's sake; --keep-vocabulary leaves
+--precision, as in training. The rival, PEFT's LoRA on NF4 values, gets the same examples in the same order from the
+same trainer. The vocabulary is cut to what GSM8K needs (see vocabulary.py), for a CPU's sake; --keep-vocabulary leaves
 it whole. `--resume` goes on from the stages that the output holds, with the same --work-dir.
 """
 
@@ -38,6 +38,7 @@ from qosora.decompose import measure_error, nf4
 from qosora.decompose.factorize import factorize
 from qosora.export import export_merged
 from qosora.inference import EvalResult, evaluate, generate
+from qosora.layers import fast_dtype
 from qosora.training import MetricsLog, QosoraTrainer, Recorder, TrainConfig, sft_config, train
 
 QUESTION = "Does it train on a real LLM and real data, and how does it compare with QLoRA on the same steps?"
@@ -69,6 +70,11 @@ class Run:
         """The 16-bit model with its cut vocabulary."""
         return self.work / "model"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What all methods compute in."""
+        return torch.bfloat16 if self.args.precision == "bf16" else torch.float32
+
     def base(self, rank: int) -> Path:
         """The qosora base of a rank."""
         return self.work / f"base-r{rank}"
@@ -96,7 +102,7 @@ class Run:
             eval_limit=args.limit_test,
             eval_batch_size=8,
             output_dir=str(self.work / name),
-            precision="bf16",
+            precision=args.precision,
             gradient_checkpointing=False,
             learning_rate=learning_rate,
             warmup_ratio=args.warmup_ratio,
@@ -185,9 +191,9 @@ def loss_of(run: Run, model: Any, template: str | None = None, limit: int | None
 def untrained_losses(run: Run) -> dict[str, Any]:
     """Return the losses of the model as it is, in NF4, and as qosora bases."""
     models = {
-        "bfloat16": lambda: plain_model(run, torch.bfloat16),
-        "nf4": lambda: plain_model(run, torch.bfloat16, four_bit=True),
-        **{f"qosora_r{rank}": lambda rank=rank: load_base(run.base(rank), dtype=torch.bfloat16) for rank in ranks(run)},
+        "bfloat16": lambda: plain_model(run, run.dtype),
+        "nf4": lambda: plain_model(run, run.dtype, four_bit=True),
+        **{f"qosora_r{rank}": lambda rank=rank: load_base(run.base(rank), dtype=run.dtype) for rank in ranks(run)},
     }
     found: dict[str, Any] = {}
     for name, load in models.items():
@@ -205,7 +211,7 @@ def float32_loss(run: Run) -> dict[str, Any]:
 
 def template_losses(run: Run) -> dict[str, Any]:
     """Return the untrained 16-bit model's loss for each way to write a prompt."""
-    model = plain_model(run, torch.bfloat16)
+    model = plain_model(run, run.dtype)
     return {repr(template): round(loss_of(run, model, template).loss, 4) for template in TEMPLATES}
 
 
@@ -266,7 +272,7 @@ def train_qlora(run: Run, learning_rate: float, name: str) -> dict[str, Any]:
     held_out = tokenize(load_records(config.eval_data, limit=config.eval_limit), tokenizer)
     adapter = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     trainer = QosoraTrainer(
-        model=get_peft_model(plain_model(run, torch.bfloat16, four_bit=True), adapter),
+        model=get_peft_model(plain_model(run, run.dtype, four_bit=True), adapter),
         args=sft_config(config, "bf16", folder),
         train_dataset=Dataset.from_dict(examples.columns()),
         eval_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}),  # it evaluates the examples below
@@ -320,8 +326,8 @@ def sweep(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
 def export(run: Run) -> dict[str, Any]:
     """Export the trained model; compare it, loaded by transformers, with base and adapter; show answers."""
     report = export_merged(run.base(run.args.rank), run.work / "merged", run.work / "qosora", overwrite=True)
-    adapted = load_model(run.work / "qosora", dtype=torch.bfloat16)
-    merged = AutoModelForCausalLM.from_pretrained(run.work / "merged", dtype=torch.bfloat16).eval()
+    adapted = load_model(run.work / "qosora", dtype=run.dtype)
+    merged = AutoModelForCausalLM.from_pretrained(run.work / "merged", dtype=run.dtype).eval()
     tokenizer = load_tokenizer(run.work / "merged")
     rows = run.test(run.args.template, 3)
     start = time.perf_counter()
@@ -339,10 +345,10 @@ def whole_test_set(run: Run) -> dict[str, Any]:
     """Return losses on all test questions, before and after."""
     limit = len(run.rows("test"))
     models = {
-        "bfloat16": lambda: plain_model(run, torch.bfloat16),
-        "nf4": lambda: plain_model(run, torch.bfloat16, four_bit=True),
-        f"qosora_r{run.args.rank}": lambda: load_base(run.base(run.args.rank), dtype=torch.bfloat16),
-        "qosora_trained": lambda: load_model(run.work / "qosora", dtype=torch.bfloat16),
+        "bfloat16": lambda: plain_model(run, run.dtype),
+        "nf4": lambda: plain_model(run, run.dtype, four_bit=True),
+        f"qosora_r{run.args.rank}": lambda: load_base(run.base(run.args.rank), dtype=run.dtype),
+        "qosora_trained": lambda: load_model(run.work / "qosora", dtype=run.dtype),
     }
     return {"questions": limit} | {n: round(loss_of(run, load(), limit=limit).loss, 4) for n, load in models.items()}
 
@@ -386,6 +392,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--limit-test", type=int, default=128, help="test questions for all but the last stage")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="bf16",
+        help='of the computation; "auto" takes fp32 where the CPU is slow in bfloat16 (default: bf16)',
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--keep-vocabulary", action="store_true", help="do not cut the vocabulary")
     parser.add_argument("--more-learning-rates", type=float, nargs="*", default=[], help="further trainings")
@@ -393,7 +405,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--more-seeds", type=int, nargs="*", default=[], help="further trainings, data reordered")
     parser.add_argument("--more-steps", type=int, help="a further, longer training")
     parser.add_argument("--whole-test-set", action="store_true", help="also measure losses on all test questions")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.precision == "auto":
+        args.precision = "bf16" if fast_dtype(torch.bfloat16) == torch.bfloat16 else "fp32"
+    return args
 
 
 def stages(run: Run) -> dict[str, Callable[[], dict[str, Any]]]:

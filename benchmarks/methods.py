@@ -208,7 +208,7 @@ def adapted(config: Any, step: StepOptions, rank: int) -> Any:
 def trainable(config: Any, step: StepOptions, rank: int) -> tuple[Any, Any]:
     """Return the PEFT model and its optimizer, as TRL's trainer has them."""
     model = adapted(config, step, rank)
-    prepare_model(model, gradient_checkpointing=step.gradient_checkpointing, tile_length=step.tile_length)
+    prepare_model(model, gradient_checkpointing=step.gradient_checkpointing, tiling=step.tiling)
     if step.method == "qosora":
         return model, create_optimizer(model, lr=1e-6, optimizer=OPTIMIZER)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -18,8 +18,8 @@ a model goes through them:
 | `export` | merged weights or a LoRA, for programs that know nothing of qosora |
 | `cli` | the command line |
 
-Below all of them: `errors`, `config` (the two configurations that a user names), `compat` (undocumented names of other
-packages, all of them), `register` (entries in other packages' tables).
+Below all of them: `errors`, `dtypes`, `config` (the two configurations that a user names), `compat` (undocumented names
+of other packages, all of them), `register` (entries in other packages' tables).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from qosora import register
 from qosora._lazy import door
+from qosora.compat.bitsandbytes import CPU_LOGGER
 
 if TYPE_CHECKING:
     from qosora.adapter import OsoraLayer as OsoraLayer
@@ -84,5 +85,5 @@ __all__ = ["__version__", *(name for names in _MODULES.values() for name in name
 __getattr__, __dir__ = door(__name__, _MODULES)
 
 # On a CPU with AVX512-BF16, importing bitsandbytes warns that an optional package is missing, one we would not use.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+logging.getLogger(CPU_LOGGER).setLevel(logging.ERROR)
 register.install()

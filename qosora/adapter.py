@@ -10,7 +10,6 @@ PEFT closes its enum of methods to outsiders; `config.OSORA` stands in, and `reg
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,18 +17,14 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    check_adapters_to_merge,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from qosora import register
-from qosora.checkpoints import base_fingerprint
-from qosora.config import OsoraConfig
-from qosora.errors import CheckpointError, ConfigError, FingerprintError
+from qosora.checkpoints import base_fingerprint, require_finite
+from qosora.compat.peft import check_adapters_to_merge, check_target_module_exists
+from qosora.config import OsoraConfig, matches_module
+from qosora.errors import ConfigError, FingerprintError
 from qosora.layers import QosoraLinear, float32_kept, qosora_modules
 
 __all__ = ["OsoraLayer", "OsoraModel", "model_fingerprint"]
@@ -117,8 +112,9 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
         if len(names) > 1 or self.merged:
             raise ConfigError(f"only one OSoRA adapter can be merged, got {[*self.merged_adapters, *names]}")
         s, o = (v.detach().clone() for v in self.vectors(names[0]))
-        if safe_merge and not (torch.isfinite(s).all() and torch.isfinite(o).all()):
-            raise CheckpointError(f"NaN or infinity in the vectors of adapter {names[0]!r}: its training diverged")
+        if safe_merge:
+            for kind, vector in (("s", s), ("o", o)):
+                require_finite(f"{kind} of adapter {names[0]!r}", vector, "its training diverged")
         base = self.base_layer
         self._before_merge = (base.s.data, base.o.data)
         base.s.data, base.o.data = s, o
@@ -187,7 +183,7 @@ class OsoraModel(BaseTuner):
                 f"OSoRA adapts a qosora base, and {type(self.model).__name__} has no decomposed layer. "
                 + (_HOW_TO_RELOAD if config.base_fingerprint else _HOW_TO_DECOMPOSE)
             )
-        in_full = [n for n in names if any(re.match(rf"(.*\.)?{m}$", n) for m in config.modules_to_save or ())]
+        in_full = [n for n in names if any(matches_module(m, n) for m in config.modules_to_save or ())]
         if in_full:
             raise ConfigError(
                 f"modules_to_save names {in_full[0]!r}, which is frozen in 4 bits and cannot be trained in full. Take "

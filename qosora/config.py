@@ -16,14 +16,14 @@ from peft import PeftConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qosora import register
-from qosora.decompose import BLOCKSIZES, QUANT_TYPES
+from qosora.decompose import BLOCKSIZES, QUANT_TYPES, SVD_ITERATIONS, SVD_METHODS, SVD_OVERSAMPLING
+from qosora.dtypes import COMPUTE_DTYPES as COMPUTE_DTYPES
+from qosora.dtypes import dtype_name, dtype_named
 from qosora.errors import ConfigError
 
 __all__ = ["OSORA", "OsoraConfig", "QosoraConfig"]
 
 QUANT_METHOD = "qosora"
-SVD_METHODS = ("randomized", "exact")
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 VECTORS = ("both", "s", "o")
 
 
@@ -60,9 +60,9 @@ class QosoraConfig(QuantizationConfigMixin):
         self,
         rank: int = 128,
         rank_pattern: dict[str, int] | None = None,
-        svd: str = "randomized",
-        svd_iterations: int = 4,
-        svd_oversampling: int = 16,
+        svd: str = SVD_METHODS[0],
+        svd_iterations: int = SVD_ITERATIONS,
+        svd_oversampling: int = SVD_OVERSAMPLING,
         seed: int = 0,
         quant_type: str = "nf4",
         blocksize: int = 64,
@@ -86,7 +86,7 @@ class QosoraConfig(QuantizationConfigMixin):
         self.blocksize = blocksize
         self.double_quant = double_quant
         self.modules_to_not_convert = modules_to_not_convert
-        self.compute_dtype = str(compute_dtype).removeprefix("torch.") if compute_dtype is not None else None
+        self.compute_dtype = None if compute_dtype is None else dtype_name(compute_dtype)
         known = ", ".join(k for k in self.__dict__ if k != "quant_method")
         problems += [f"unknown option {key!r}; the options are {known}" for key in unknown]
         problems += self._problems()
@@ -138,7 +138,7 @@ class QosoraConfig(QuantizationConfigMixin):
     @property
     def torch_compute_dtype(self) -> torch.dtype | None:
         """`compute_dtype` as a torch dtype."""
-        return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+        return None if self.compute_dtype is None else dtype_named(self.compute_dtype)
 
     def factorize_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `factorize.factorize`, without rank and name."""

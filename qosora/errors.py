@@ -4,7 +4,8 @@
     ├── ConfigError(ValueError)       a configuration that cannot work; all problems in one message
     ├── DataError(ValueError)         training or evaluation data that cannot be used
     ├── CheckpointError(ValueError)   a model folder, shard or tensor that is missing, damaged or unsuitable
-    └── FingerprintError(ValueError)  an adapter and a base that do not belong together
+    ├── FingerprintError(ValueError)  an adapter and a base that do not belong together
+    └── DependencyError               another package, of a version that qosora does not work with
 
 Every message says what must hold, what was got and what to do, and names the module, tensor, file, line or key.
 The command line prints the message alone and exits with 1 (`ConfigError`: 2); a traceback from it is a bug.
@@ -15,7 +16,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "FingerprintError", "QosoraError", "first_line", "near_miss"]
+__all__ = [
+    "CheckpointError", "ConfigError", "DataError", "DependencyError", "FingerprintError", "QosoraError", "first_line",
+    "near_miss",
+]  # fmt: skip
 
 
 class QosoraError(Exception):
@@ -45,6 +49,10 @@ class CheckpointError(QosoraError, ValueError):
 
 class FingerprintError(QosoraError, ValueError):
     """An adapter and a base that do not belong together."""
+
+
+class DependencyError(QosoraError):
+    """Another package has a version that qosora does not work with; the message says which do."""
 
 
 def first_line(error: BaseException) -> str:

@@ -15,20 +15,20 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from qosora.compat.hooks import TABLES
+from qosora.compat.names import member
+
 __all__ = ["install", "loaded"]
 
-#: Module with tables -> (table, key, entry): what the adapter's tensors' names begin with, or a class and its module.
-_ENTRIES: dict[str, list[tuple[str, str, str | tuple[str, str]]]] = {
-    "transformers.quantizers.auto": [
-        ("AUTO_QUANTIZATION_CONFIG_MAPPING", "qosora", ("qosora.config", "QosoraConfig")),
-        ("AUTO_QUANTIZER_MAPPING", "qosora", ("qosora.base.quantizer", "QosoraHfQuantizer")),
-    ],
-    "peft.mapping": [
-        ("PEFT_TYPE_TO_CONFIG_MAPPING", "OSORA", ("qosora.config", "OsoraConfig")),
-        ("PEFT_TYPE_TO_TUNER_MAPPING", "OSORA", ("qosora.adapter", "OsoraModel")),
-        ("PEFT_TYPE_TO_PREFIX_MAPPING", "OSORA", "osora_"),
-    ],
-}
+#: Table, key, entry: what the adapter's tensors' names begin with, or a class and its module.
+_ENTRIES: tuple[tuple[str, str, str | tuple[str, str]], ...] = (
+    (TABLES["configs"], "qosora", ("qosora.config", "QosoraConfig")),
+    (TABLES["quantizers"], "qosora", ("qosora.base.quantizer", "QosoraHfQuantizer")),
+    (TABLES["adapter configs"], "OSORA", ("qosora.config", "OsoraConfig")),
+    (TABLES["tuners"], "OSORA", ("qosora.adapter", "OsoraModel")),
+    (TABLES["prefixes"], "OSORA", "osora_"),
+)
+_MODULES = frozenset(table.rpartition(".")[0] for table, _, _ in _ENTRIES)
 
 
 class _Lazy:
@@ -48,8 +48,9 @@ class _Lazy:
 
 
 def _fill(module: ModuleType) -> None:
-    for table, key, entry in _ENTRIES[module.__name__]:
-        getattr(module, table).setdefault(key, entry if isinstance(entry, str) else _Lazy(*entry))
+    for table, key, entry in _ENTRIES:
+        if table.rpartition(".")[0] == module.__name__:
+            member(module, table).setdefault(key, entry if isinstance(entry, str) else _Lazy(*entry))
 
 
 class _FillingLoader(Loader):
@@ -72,7 +73,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname in _ENTRIES else None
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in _MODULES else None
         if spec is not None and spec.loader is not None:
             spec.loader = _FillingLoader(spec.loader)
         return spec
@@ -80,15 +81,15 @@ class _Finder(MetaPathFinder):
 
 def loaded(source: str) -> None:
     """Put a module's classes in the place of what stands for them; to be called at its end."""
-    for name, entries in _ENTRIES.items():
-        for table, key, entry in entries if name in sys.modules else []:
-            if entry[0] == source and isinstance(entry, tuple):
-                getattr(sys.modules[name], table)[key] = getattr(sys.modules[source], entry[1])
+    for table, key, entry in _ENTRIES:
+        module = sys.modules.get(table.rpartition(".")[0])
+        if module is not None and entry[0] == source and isinstance(entry, tuple):
+            member(module, table)[key] = getattr(sys.modules[source], entry[1])
 
 
 def install() -> None:
     """Fill the registries that are imported, and wait for the others."""
     sys.meta_path.insert(0, _Finder())
-    for name in _ENTRIES:
+    for name in _MODULES:
         if name in sys.modules:
             _fill(sys.modules[name])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from qosora import __version__
 from qosora.base.layout import PlainModel, natural_order
@@ -27,8 +27,10 @@ from qosora.checkpoints import (
     StoredSpec,
     Unit,
     copy_files,
+    load_config,
     open_source,
     refuse_input_as_output,
+    require_finite,
     stream,
 )
 from qosora.config import QosoraConfig
@@ -153,23 +155,23 @@ def quantize(
     with Processes() as processes, open_source(source, trust_remote_code=trust_remote_code) as checkpoint:
         device = _usable(device or (f"cuda:{processes.local_index}" if torch.cuda.is_available() else "cpu"))
         refuse_input_as_output(output, Path(source) if Path(source).exists() else None, checkpoint.origin)
-        plan = _Plan(str(source), checkpoint, config, dtype, trust_remote_code)
-        plan.match()
-        units = [plan.unit(disk, name, device) for disk, name in plan.tensors.items()]
+        conversion = _Conversion(str(source), checkpoint, config, dtype, trust_remote_code)
+        conversion.match()
+        units = [conversion.unit(disk, name, device) for disk, name in conversion.tensors.items()]
+        made_with = _made_with(config, device)
 
         def finish(folder: Path, reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
             copy_files(folder, checkpoint.origin, with_code=trust_remote_code)
-            plan.config.save_pretrained(folder)
+            conversion.config.save_pretrained(folder)
             # No times, so that a base is the same however it was made.
             layers = [{k: v for k, v in report.items() if k != "seconds"} for report in reports.values() if report]
             return {"source": str(source), "source_files": _sizes(units), "made_with": made_with, "layers": layers}
 
-        made_with = _made_with(config, device)
         reports = stream(
             output,
             units,
             finish,
-            job={**made_with, "dtype": str(plan.dtype)},
+            job={**made_with, "dtype": str(conversion.dtype)},
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
             restart=restart,
@@ -206,7 +208,7 @@ def _sizes(units: Iterable[Unit]) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in sorted({file for unit in units for file in unit.files})}
 
 
-class _Plan:
+class _Conversion:
     """What becomes of each tensor: the model class on the meta device, with its linear layers replaced.
 
     Attributes:
@@ -225,9 +227,7 @@ class _Plan:
     ) -> None:
         self.source, self.reader, self.storage = source, checkpoint.reader, storage
         self.plain = PlainModel(checkpoint.origin, trust_remote_code)
-        self.config: PreTrainedConfig = AutoConfig.from_pretrained(
-            checkpoint.origin, trust_remote_code=trust_remote_code
-        )
+        self.config: PreTrainedConfig = load_config(checkpoint.origin, trust_remote_code=trust_remote_code)
         self.dtype = self.config.dtype = dtype or self.config.dtype or self._stored_dtype()
         self.config.architectures = [self.plain.class_name]
         self.config.quantization_config = storage
@@ -300,12 +300,8 @@ class _Plan:
         spec = StoredSpec(self.dtype_of(name) if dtype.is_floating_point else dtype, shape)
 
         def make(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-            if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
-                raise CheckpointError(
-                    f"{disk} holds NaN or infinite values. The checkpoint is damaged or was saved from a diverged run: "
-                    "get another copy of it."
-                )
-            return {disk: tensor}, {}
+            why = "the checkpoint is damaged, or was saved from a diverged run; get another copy of it"
+            return {disk: require_finite(disk, tensor, why)}, {}
 
         cpu = torch.device("cpu")
         files, cost = [reader.file(disk)], math.prod(shape)

@@ -9,19 +9,19 @@ from typing import Any
 from qosora.base.convert import by_kind
 from qosora.checkpoints import (
     ADAPTER_CONFIG,
+    ADAPTER_STEM,
+    CONFIG_NAME,
     MANIFEST_NAME,
     CheckpointReader,
     adapter_config,
     group_modules,
     read_json,
+    require_base,
     stored_fingerprint,
 )
-from qosora.config import QUANT_METHOD
 from qosora.errors import CheckpointError
 
 __all__ = ["describe"]
-
-ADAPTER_STEM = "adapter_model"
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
@@ -39,16 +39,14 @@ def describe(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         return _describe_adapter(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: neither config.json nor {ADAPTER_CONFIG} there; name a base or an adapter")
-    config = read_json(folder / "config.json")
-    stored = config.get("quantization_config") or {}
-    if stored.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{folder} holds a model that is no qosora base; make one: qosora quantize {folder} OUT")
-    return _describe_base(folder, config)
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{folder}: neither {CONFIG_NAME} nor {ADAPTER_CONFIG} there; name a base or an adapter")
+    return _describe_base(folder)
 
 
-def _describe_base(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _describe_base(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG_NAME)
+    storage = require_base(folder, config)
     sizes = {"factors_bytes": 0, "residual_bytes": 0, "other_bytes": 0}
     with CheckpointReader(folder) as reader:
         modules = group_modules(reader.names())
@@ -65,7 +63,7 @@ def _describe_base(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "kind": "base",
         "folder": str(folder),
         "architecture": (config.get("architectures") or ["unknown"])[0],
-        "quantization": {k: v for k, v in config["quantization_config"].items() if k != "quant_method"},
+        "quantization": {k: v for k, v in storage.items() if k != "quant_method"},
         "decomposed_layers": len(modules),
         "fingerprint": fingerprint,
         **sizes,

@@ -12,16 +12,20 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+from transformers.pytorch_utils import Conv1D
+
+from qosora.compat.transformers import (
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
+    float32_patterns,
+    get_model_conversion_mapping,
+    optional_tensors,
     rename_source_key,
     revert_weight_conversion,
+    target_patterns,
+    tied_weights,
 )
-from transformers.pytorch_utils import Conv1D
-
 from qosora.errors import CheckpointError
 from qosora.layers import split_experts, without_stacking
 
@@ -59,7 +63,7 @@ class PlainModel:
         self.class_name = type(model).__name__
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         self.transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        self.tied: dict[str, str] = tied_weights(model)
         transforms = without_stacking(get_model_conversion_mapping(model), model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -78,7 +82,7 @@ class PlainModel:
             return disk_name, [disk_name]
         if pattern is None:
             return name, [name]
-        targets = next(c.target_patterns for c in self._converters if pattern in c.source_patterns)
+        targets = target_patterns(self._converters, pattern)
         return name, [final, *(final.replace(targets[0], other, 1) for other in targets[1:])]
 
     def disk_name(self, name: str) -> str:
@@ -87,8 +91,7 @@ class PlainModel:
 
     def keeps_float32(self, name: str, dtype: torch.dtype) -> bool:
         """Say whether the model holds a parameter in float32 when it is loaded in `dtype`."""
-        patterns = self.model._get_dtype_plan(dtype)
-        return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
+        return any(re.search(p.replace("*", ".*"), name) for p in float32_patterns(self.model, dtype))
 
     def tied_to(self, name: str) -> list[str]:
         """Return the parameters that share the value of one."""
@@ -98,7 +101,7 @@ class PlainModel:
         """Return the tensors that the model would not get from a checkpoint that holds these."""
         located = set(located)
         located |= {name for pair in self.tied.items() for name in pair if located & set(pair)}
-        optional = self.model._keys_to_ignore_on_load_missing or ()
+        optional = optional_tensors(self.model)
         return [n for n in self.shapes if n not in located and not any(re.search(p, n) for p in optional)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,26 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qosora.checkpoints import ADAPTER_CONFIG, adapter_config, quantization_of, split_source
-from qosora.config import QUANT_METHOD
+from qosora.checkpoints import ADAPTER_CONFIG, adapter_config, load_config, require_base, split_source
+from qosora.compat.peft import missing_keys_warning
+from qosora.compat.transformers import says_other_shapes
 from qosora.errors import CheckpointError, QosoraError, first_line
+from qosora.layers import fast_dtype
 
-__all__ = ["load_base", "load_model", "load_tokenizer"]
+__all__ = ["load_adapted", "load_base", "load_model", "load_tokenizer"]
+
+logger = logging.getLogger("qosora")
 
 
 def load_base(
     source: str | Path,
     *,
+    config: PreTrainedConfig | None = None,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -30,20 +37,22 @@ def load_base(
 
     Args:
         source: Folder or hub id of a base, as `qosora quantize` or `save_pretrained` wrote it.
+        config: Its configuration, where that has been read already.
         dtype: Of the parameters that are not decomposed; "auto" takes the checkpoint's.
         device_map: As in transformers; the current GPU, or the CPU without one, by default.
+        attn_implementation: As in transformers, which chooses by default.
         trust_remote_code: Whether to run model code that the checkpoint brings.
         **kwargs: Handed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         CheckpointError: If `source` is no qosora base.
     """
-    stored = quantization_of(source, trust_remote_code=trust_remote_code)
-    if stored is None or stored.get("quant_method") != QUANT_METHOD:
-        kind = "an ordinary checkpoint" if stored is None else f"quantized with {stored.get('quant_method')!r}"
-        raise CheckpointError(
-            f"{source} is {kind}, not a qosora base. Make one of the original weights: qosora quantize SRC OUT"
-        )
+    read = config or load_config(source, trust_remote_code=trust_remote_code)
+    require_base(source, read)
+    if config is not None or not kwargs:  # else transformers reads it again, as some of kwargs may be values for it
+        kwargs["config"] = read
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **kwargs
@@ -51,7 +60,7 @@ def load_base(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{source}: {first_line(error)}; get another copy") from error
     except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
+        if not says_other_shapes(error):
             raise
         raise CheckpointError(
             f"{source}: the tensors have other shapes than config.json makes them (transformers names them above); "
@@ -66,7 +75,8 @@ def load_model(source: str | Path, *, base: str | Path | None = None, **kwargs: 
     Args:
         source: A base, or the folder of an adapter.
         base: The adapter's base, where it is no longer where the adapter's config says.
-        **kwargs: Handed to `load_base`.
+        **kwargs: Handed to `load_base`. On a CPU that is slow in the base's 16 bits, the dtype is float32 unless it is
+            given.
 
     Returns:
         A `PreTrainedModel` or `PeftModel` in evaluation mode.
@@ -75,24 +85,44 @@ def load_model(source: str | Path, *, base: str | Path | None = None, **kwargs: 
         CheckpointError: If one of them cannot be loaded.
         FingerprintError: If they do not belong together.
     """
-    found, adapter = split_source(source, base)
-    if adapter is not None:
-        adapter_config(adapter)
+    return load_adapted(*split_source(source, base), **kwargs)
+
+
+def load_adapted(base: str, adapter: str | None, **kwargs: Any) -> Any:
+    """Do as `load_model` with what `split_source` makes of its arguments."""
+    recorded = None if adapter is None else adapter_config(adapter).base_model_name_or_path
     try:
-        model = load_base(found, **kwargs)
+        if kwargs.get("dtype", "auto") == "auto" and _on_cpu(kwargs.get("device_map")):
+            kwargs["dtype"] = _quick_dtype(load_config(base, trust_remote_code=kwargs.get("trust_remote_code", False)))
+        model = load_base(base, **kwargs)
     except CheckpointError as error:
-        if adapter is None or base is not None:
+        if base != recorded:
             raise
         raise CheckpointError(
-            f"{error}. ({found} is the base that {adapter}/{ADAPTER_CONFIG} names; if it has moved, give its new place "
+            f"{error}. ({base} is the base that {adapter}/{ADAPTER_CONFIG} names; if it has moved, give its new place "
             "as the base)"
         ) from error
     return (model if adapter is None else _load_adapter(model, adapter)).eval()
 
 
+def _on_cpu(device_map: Any) -> bool:
+    return not torch.cuda.is_available() if device_map is None else str(device_map) in ("cpu", "{'': 'cpu'}")
+
+
+def _quick_dtype(config: PreTrainedConfig) -> torch.dtype | str:
+    """Return the dtype to compute in on this CPU, and say so where it is not the base's."""
+    stored = config.dtype
+    if not isinstance(stored, torch.dtype) or (quick := fast_dtype(stored)) == stored:
+        return "auto"
+    logger.info(
+        "computing in float32, as this CPU is slow in %s; give a dtype to have another", str(stored).split(".")[-1]
+    )
+    return quick
+
+
 def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        warnings.filterwarnings("error", missing_keys_warning(), UserWarning)
         try:
             return PeftModel.from_pretrained(model, adapter)
         except QosoraError:

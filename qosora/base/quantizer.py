@@ -9,7 +9,6 @@ no configuration and gives the same bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, ItemsView
 from itertools import groupby
 from typing import Any
 
@@ -17,15 +16,24 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightTransform
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from qosora import register
 from qosora.base.structure import decompose_structure
+from qosora.compat.torch import own_parameters
+from qosora.compat.transformers import (
+    ConversionOps,
+    Deferred,
+    WeightTransform,
+    get_module_from_name,
+    no_longer_in_float32,
+    read_in_float32,
+    was_loaded,
+)
 from qosora.config import QosoraConfig
 from qosora.decompose.factorize import factorize
+from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, ConfigError
 from qosora.layers import LinearExperts, QosoraLinear, qosora_modules, stack_experts, without_stacking
 
@@ -54,22 +62,6 @@ def _few_patterns(names: set[str], others: set[str], exact: int = 0) -> set[str]
     return patterns
 
 
-class _Deferred(dict[str, torch.Tensor]):
-    """A result that is computed when it is read.
-
-    The loader turns an error of `convert` into text for a report, goes on with all other weights, and ends in a
-    RuntimeError that does not say what was wrong. It reads the result outside of that: an error there reaches the
-    caller, at once.
-    """
-
-    def __init__(self, compute: Callable[[], dict[str, torch.Tensor]]) -> None:
-        super().__init__()
-        self._compute = compute
-
-    def items(self) -> ItemsView[str, torch.Tensor]:  # type: ignore[override]
-        return self._compute().items()
-
-
 class _Factorize(ConversionOps):
     """Decomposes one weight of an ordinary checkpoint into the parameters of its `QosoraLinear`."""
 
@@ -78,7 +70,7 @@ class _Factorize(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **_: Any) -> dict[str, torch.Tensor]:
         """Return the parameters of the layers that the weights in `input_dict` belong to, by name."""
-        return _Deferred(lambda: self._states(input_dict, model))
+        return Deferred(lambda: self._states(input_dict, model))
 
     def _states(self, weights: dict[str, Any], model: nn.Module | None) -> dict[str, torch.Tensor]:
         if model is None:
@@ -142,9 +134,9 @@ class QosoraHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             # Else the loader would round float32 weights to the model's dtype before they are decomposed.
             kept = ((n, m) for n, m in model.named_modules() if not isinstance(m, QosoraLinear))
-            replaced = {f"{name}.weight" for name in names}
-            self._read_in_float32 = _few_patterns(replaced, {f"{n}.{key}" for n, m in kept for key in m._parameters})
-            model._keep_in_fp32_modules_strict = self._read_in_float32.union(model._keep_in_fp32_modules_strict or ())
+            others = {f"{name}.{key}" for name, module in kept for key in own_parameters(module)}
+            self._read_in_float32 = _few_patterns({f"{name}.weight" for name in names}, others)
+            read_in_float32(model, self._read_in_float32)
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
@@ -155,7 +147,7 @@ class QosoraHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_missing(model)
         if not self.pre_quantized:
-            model._keep_in_fp32_modules_strict -= self._read_in_float32
+            no_longer_in_float32(model, self._read_in_float32)
         for module in qosora_modules(model).values():
             module.requires_grad_(False)  # the loader makes every float parameter trainable
         return model
@@ -172,7 +164,8 @@ class QosoraHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ConfigError("the model has adapters: dequantize what merge_and_unload() or unload() returns")
-        dtype, loaded_dtype = _torch_dtype(dtype), _torch_dtype(model.config.dtype)
+        # `save_pretrained` leaves a str in the model's config
+        dtype, loaded_dtype = (None if d is None else dtype_named(d) for d in (dtype, model.config.dtype))
         for name, module in qosora_modules(model).items():
             model.set_submodule(name, _plain_linear(module, dtype))
         stack_experts(model)
@@ -193,7 +186,7 @@ def _refuse_missing(model: PreTrainedModel) -> None:
         f"{name}.{key}"
         for name, module in qosora_modules(model).items()
         for key, param in module.named_parameters(recurse=False)
-        if not getattr(param, "_is_hf_initialized", False)
+        if not was_loaded(param)
     ]
     if missing:
         cure = "get the whole checkpoint"
@@ -206,11 +199,6 @@ def _refuse_missing(model: PreTrainedModel) -> None:
             f"{model.config.name_or_path}: {len(missing)} tensors that the model needs are not in the checkpoint, "
             f"among them {missing[0]!r}; {cure}"
         )
-
-
-def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return a dtype that is a str in a model's config after `save_pretrained`."""
-    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
 
 
 @torch.no_grad()

@@ -11,9 +11,8 @@ import warnings
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
+from qosora.compat.transformers import modules_to_skip, should_convert_module
 from qosora.config import QosoraConfig, matches_module
 from qosora.errors import ConfigError
 from qosora.layers import (
@@ -57,10 +56,7 @@ def decompose_structure(model: PreTrainedModel, config: QosoraConfig, *, stored:
 
 def skipped_modules(model: PreTrainedModel, config: QosoraConfig) -> list[str]:
     """Return patterns of the modules that stay as they are: the output embedding, and what config and class name."""
-    kept: list[str] = HfQuantizer.get_modules_to_not_convert(
-        model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
-    )
-    return kept
+    return modules_to_skip(model, config.modules_to_not_convert)
 
 
 def replace_linears(model: PreTrainedModel, config: QosoraConfig, skip: list[str]) -> list[str]:

@@ -31,17 +31,24 @@ if TYPE_CHECKING:
     from qosora.checkpoints.folders import local_folder as local_folder
     from qosora.checkpoints.folders import read_json as read_json
     from qosora.checkpoints.folders import refuse_input_as_output as refuse_input_as_output
+    from qosora.checkpoints.folders import tokenizer_folder as tokenizer_folder
+    from qosora.checkpoints.folders import write_atomically as write_atomically
     from qosora.checkpoints.folders import write_json as write_json
     from qosora.checkpoints.names import ADAPTER_CONFIG as ADAPTER_CONFIG
     from qosora.checkpoints.names import ADAPTER_STEM as ADAPTER_STEM
+    from qosora.checkpoints.names import CONFIG_NAME as CONFIG_NAME
     from qosora.checkpoints.names import MANIFEST_NAME as MANIFEST_NAME
     from qosora.checkpoints.reader import CheckpointReader as CheckpointReader
     from qosora.checkpoints.shards import Shards as Shards
     from qosora.checkpoints.shards import StoredSpec as StoredSpec
+    from qosora.checkpoints.shards import require_finite as require_finite
     from qosora.checkpoints.source import SourceCheckpoint as SourceCheckpoint
     from qosora.checkpoints.source import open_source as open_source
     from qosora.checkpoints.stored_config import adapter_config as adapter_config
-    from qosora.checkpoints.stored_config import quantization_of as quantization_of
+    from qosora.checkpoints.stored_config import base_storage as base_storage
+    from qosora.checkpoints.stored_config import load_config as load_config
+    from qosora.checkpoints.stored_config import quantization_in as quantization_in
+    from qosora.checkpoints.stored_config import require_base as require_base
     from qosora.checkpoints.stored_config import split_source as split_source
     from qosora.checkpoints.work import Processes as Processes
     from qosora.checkpoints.work import Progress as Progress
@@ -51,12 +58,28 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door(
     __name__,
     {
-        "names": ["ADAPTER_CONFIG", "ADAPTER_STEM", "MANIFEST_NAME"],
-        "folders": ["copy_files", "has_tokenizer", "local_folder", "read_json", "refuse_input_as_output", "write_json"],
+        "names": ["ADAPTER_CONFIG", "ADAPTER_STEM", "CONFIG_NAME", "MANIFEST_NAME"],
+        "folders": [
+            "copy_files",
+            "has_tokenizer",
+            "local_folder",
+            "read_json",
+            "refuse_input_as_output",
+            "tokenizer_folder",
+            "write_atomically",
+            "write_json",
+        ],
         "reader": ["CheckpointReader"],
-        "shards": ["Shards", "StoredSpec"],
+        "shards": ["Shards", "StoredSpec", "require_finite"],
         "fingerprint": ["base_fingerprint", "group_modules", "stored_fingerprint"],
-        "stored_config": ["adapter_config", "quantization_of", "split_source"],
+        "stored_config": [
+            "adapter_config",
+            "base_storage",
+            "load_config",
+            "quantization_in",
+            "require_base",
+            "split_source",
+        ],
         "source": ["SourceCheckpoint", "open_source"],
         "work": ["Processes", "Progress", "Unit", "stream"],
     },

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from qosora.checkpoints.reader import CheckpointReader
+from qosora.decompose import parts
 
 __all__ = ["base_fingerprint", "group_modules", "stored_fingerprint"]
 
 #: Bytes of each packed tensor that enter the fingerprint.
 _SAMPLE_BYTES = 4096
-_PARTS = ("", "_absmax", "_absmax_scale", "_absmax_offset")
-_SUFFIXES = (*(prefix + part for prefix in ("weight", "U", "V") for part in _PARTS), "s", "o")
+_SUFFIXES = (*(name for part in parts.PARTS for name in parts.stored_names(part)), "s", "o")
 
 
 def group_modules(names: Iterable[str]) -> dict[str, list[str]]:

@@ -5,29 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from qosora.checkpoints.names import ADAPTER_CONFIG, CONFIG_NAME
 from qosora.errors import CheckpointError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "check_target",
     "copy_files",
     "has_tokenizer",
     "local_folder",
-    "lock_folder",
+    "locked",
     "read_json",
     "refuse_input_as_output",
     "require_space",
+    "tokenizer_folder",
+    "write_atomically",
     "write_json",
 ]
 
@@ -91,7 +91,7 @@ def refuse_input_as_output(output: str | Path, *inputs: Path | None) -> None:
             raise CheckpointError(f"{output} holds {source}, which is being read; name another folder")
 
 
-def copy_files(folder: Path, base: Path, adapter: Path | None = None, *, with_code: bool) -> str | None:
+def copy_files(folder: Path, base: Path, adapter: Path | None = None, *, with_code: bool) -> None:
     """Carry along what a model has besides weights and config.
 
     Args:
@@ -99,11 +99,8 @@ def copy_files(folder: Path, base: Path, adapter: Path | None = None, *, with_co
         base: The model, which has the generation config, the model card and the licence.
         adapter: Has the tokenizer, or else `base` has it.
         with_code: Whether to copy the model's `*.py`.
-
-    Returns:
-        The folder that the tokenizer is from, or None.
     """
-    tokenizer = next((f for f in (adapter, base) if f is not None and has_tokenizer(f)), None)
+    tokenizer = tokenizer_folder(adapter, base)
     wanted = [(base, pattern) for pattern in (*_MODEL_FILES, *(["*.py"] if with_code else []))]
     if tokenizer is not None:  # one folder's only: files of two tokenizers do not make one
         wanted += [(tokenizer, pattern) for pattern in _TOKENIZER_FILES]
@@ -113,7 +110,11 @@ def copy_files(folder: Path, base: Path, adapter: Path | None = None, *, with_co
                 copy = folder / file.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
-    return None if tokenizer is None else str(tokenizer)
+
+
+def tokenizer_folder(*folders: Path | None) -> Path | None:
+    """Return the first of some folders that has a tokenizer, if one has."""
+    return next((folder for folder in folders if folder is not None and has_tokenizer(folder)), None)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -140,32 +141,37 @@ def check_target(target: Path, overwrite: bool) -> None:
     held = {entry.name for entry in target.iterdir()}
     if held and not overwrite:
         raise CheckpointError(f"{target} exists and is not empty; name another folder, or ask to overwrite it")
-    if held and not held & {"config.json", "adapter_config.json"}:
+    if held and not held & {CONFIG_NAME, ADAPTER_CONFIG}:
         raise CheckpointError(
-            f"{target} holds {min(held)!r} and no model (config.json), so it is not overwritten; name another folder"
+            f"{target} holds {min(held)!r} and no model ({CONFIG_NAME}), so it is not overwritten; name another folder"
         )
 
 
-def lock_folder(folder: Path) -> int | None:
-    """Lock a folder until the descriptor that is returned is closed, or the process ends.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes away from a folder, which need not exist, but its parent must.
 
-    Returns:
-        The descriptor, or None where files cannot be locked (Windows, some network file systems).
+    The lock is a file beside the folder, `FOLDER.lock`, as the folder itself comes and goes. A process that ends,
+    however it does, unlocks it; only one that is killed leaves the file. Where files cannot be locked (some network
+    file systems), nothing is.
 
     Raises:
         CheckpointError: If another process has locked it.
     """
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
+    file = folder.with_name(f"{folder.name}.lock")
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise CheckpointError(f"{folder}: another process is at work there; wait for it, or end it") from error
-        return None
-    return descriptor
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(f"{folder}: another process is at work there; wait for it, or end it") from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes it on release
+            file.unlink()  # still locked, so that nobody can hold a lock on a file that is gone
+        lock.release()
 
 
 def require_space(folder: str | os.PathLike[str], needed_bytes: int) -> None:
@@ -211,8 +217,13 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Write a JSON file under a temporary name and rename it."""
+    """Write a JSON file, its keys sorted, whole or not at all."""
+    write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file under a temporary name and rename it: it is there whole, or as it was."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

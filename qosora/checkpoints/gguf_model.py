@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,16 +28,22 @@ from transformers import (
     PreTrainedModel,
     TokenizersBackend,
 )
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
-from transformers.integrations.gguf import GGUF_ARCHS, get_gguf_conversion_mapping
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
 from transformers.utils import logging
 
 from qosora.checkpoints.gguf_file import GgufFile
+from qosora.compat.transformers import (
+    GGUF_ARCHS,
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    WeightConverter,
+    WeightRenaming,
+    converted,
+    get_gguf_conversion_mapping,
+    gguf_names,
+    gguf_values,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from qosora.errors import CheckpointError, QosoraError
 
 __all__ = ["GgufReader", "open_gguf"]
@@ -233,32 +239,13 @@ class _Processed:
 
     def __init__(self, architecture: str, model: PreTrainedModel, options: dict[str, Any]) -> None:
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=options)
-        self._names = _name_map(model, self._processor)
+        self._names = gguf_names(model, self._processor)
 
     def target(self, source: str) -> str | None:
         return self._names.get(source)
 
     def undo(self, source: str, values: _Values) -> _Values:
-        unused: dict[str, Any] = {"tensors": {}}  # where some processors leave a second copy
-        processed = self._processor.process(
-            weights=values, name=source, tensor_key_mapping=self._names, parsed_parameters=unused
-        )
-        return np.asarray(processed.weights)
-
-
-def _name_map(model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
-    """Return the names in the model by those in the file.
-
-    transformers' function looks into every submodule, for files that were made of a base model, and builds a table of
-    all layers for each: minutes for 80 layers. The model and its base model are what matters.
-    """
-
-    def view(module: torch.nn.Module, children: list[tuple[str, SimpleNamespace]]) -> SimpleNamespace:
-        return SimpleNamespace(config=model.config, state_dict=module.state_dict, named_children=lambda: children)
-
-    base = view(model.base_model, [])
-    names: dict[str, str] = get_gguf_hf_weights_map(view(model, [(model.base_model_prefix, base)]), processor)
-    return names
+        return np.asarray(gguf_values(self._processor, source, values, self._names))
 
 
 class _Converted:
@@ -279,14 +266,4 @@ class _Converted:
         target, pattern = self._locate(source)
         if pattern is None:
             return values
-        converter = next(c for c in self._converters if pattern in c.source_patterns)
-        tensors = {pattern: torch.from_numpy(values)}
-        for operation in converter.operations:
-            tensors = operation.convert(
-                tensors,
-                source_patterns=converter.source_patterns,
-                target_patterns=converter.target_patterns,
-                full_layer_name=target,
-            )
-        (tensor,) = tensors.values()
-        return tensor.numpy()
+        return converted(self._converters, pattern, torch.from_numpy(values), target).numpy()

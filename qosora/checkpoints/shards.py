@@ -1,4 +1,8 @@
-"""Sharded safetensors, written tensor by tensor as they come."""
+"""Sharded safetensors, written tensor by tensor as they come.
+
+It is our own, as safetensors and huggingface_hub write a file's tensors all at once: none fills files of their final
+size in any order, from several processes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ import torch
 from qosora.checkpoints.folders import write_json
 from qosora.errors import CheckpointError
 
-__all__ = ["Shards", "StoredSpec"]
+__all__ = ["Shards", "StoredSpec", "require_finite"]
 
 #: Values that are cast and written at once.
 _CHUNK_NUMEL = 1 << 23
@@ -196,18 +200,33 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if tensor.dtype == dtype:
         return tensor
     cast = tensor.to(dtype)
-    if cast.is_floating_point() and cast.numel() and not _finite(cast):
-        if _finite(tensor):
-            raise CheckpointError(
-                f"{name}: its largest value, {float(tensor.abs().max()):.4g}, does not fit into {dtype}, which ends at "
-                f"{torch.finfo(dtype).max:.4g}; use bfloat16 or float32"
-            )
-        raise CheckpointError(f"{name} holds NaN or infinity")
+    if not _is_finite(cast):
+        require_finite(name, tensor)  # before it was cast
+        raise CheckpointError(
+            f"{name}: its largest value, {float(tensor.abs().max()):.4g}, does not fit into {dtype}, which ends at "
+            f"{torch.finfo(dtype).max:.4g}; use bfloat16 or float32"
+        )
     return cast
 
 
-def _finite(tensor: torch.Tensor) -> bool:
-    return all(map(torch.isfinite, torch.aminmax(tensor)))
+def require_finite(name: str, tensor: torch.Tensor, why: str = "") -> torch.Tensor:
+    """Return a tensor of any dtype and shape, after checking that it holds neither NaN nor infinity.
+
+    Args:
+        name: What to call it in an error.
+        tensor: To check.
+        why: How it may have come to be otherwise, and what to do.
+
+    Raises:
+        CheckpointError: If it does.
+    """
+    if _is_finite(tensor):
+        return tensor
+    raise CheckpointError(f"{name} holds NaN or infinity{f': {why}' if why else ''}")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() and tensor.numel()) or all(map(torch.isfinite, torch.aminmax(tensor)))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -13,10 +13,10 @@ import torch
 
 from qosora.checkpoints.folders import local_folder
 from qosora.checkpoints.gguf_model import open_gguf
-from qosora.checkpoints.names import INDEX_NAME, SINGLE_NAME
+from qosora.checkpoints.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from qosora.checkpoints.pickled import PICKLED_INDEX_NAME, PICKLED_NAME, PickledReader
 from qosora.checkpoints.reader import CheckpointReader
-from qosora.checkpoints.stored_config import quantization_of
+from qosora.checkpoints.stored_config import load_config, quantization_in
 from qosora.errors import CheckpointError
 
 __all__ = ["SourceCheckpoint", "TensorReader", "open_source"]
@@ -100,9 +100,9 @@ def _reader(folder: Path) -> CheckpointReader | PickledReader:
 
 
 def _refuse_quantized_config(folder: Path, trust_remote_code: bool) -> None:
-    if not (folder / "config.json").is_file() and (gguf := sorted(folder.glob("*.gguf"))):
-        raise CheckpointError(f"{folder} holds GGUF files and no config.json; name the file, as {gguf[0]}")
-    if stored := quantization_of(folder, trust_remote_code=trust_remote_code):
+    if not (folder / CONFIG_NAME).is_file() and (gguf := sorted(folder.glob("*.gguf"))):
+        raise CheckpointError(f"{folder} holds GGUF files and no {CONFIG_NAME}; name the file, as {gguf[0]}")
+    if stored := quantization_in(load_config(folder, trust_remote_code=trust_remote_code)):
         raise _quantized(folder, str(stored.get("quant_method")))
     for name in _QUANTIZER_FILES:
         if (folder / name).is_file():

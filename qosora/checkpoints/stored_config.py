@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from qosora.checkpoints.names import ADAPTER_CONFIG
-from qosora.config import OsoraConfig
+from qosora.config import QUANT_METHOD, OsoraConfig
 from qosora.errors import CheckpointError, first_line
 
-__all__ = ["adapter_config", "quantization_of", "split_source"]
+__all__ = ["adapter_config", "base_storage", "load_config", "quantization_in", "require_base", "split_source"]
 
 
-def quantization_of(source: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any] | None:
-    """Return the quantization config of a checkpoint as stored, or None if it has none.
+def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the configuration of the model at a folder or hub id.
 
     Raises:
-        CheckpointError: If there is no model at `source`.
+        CheckpointError: If there is none.
     """
     try:
-        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{source}: no model there that transformers can load ({first_line(error)})") from error
-    found = getattr(config, "quantization_config", None)
-    return dict(found) if found else None
+
+
+def quantization_in(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how a model is quantized, by its configuration or the content of its config.json; None if it is not."""
+    found = (config if isinstance(config, Mapping) else vars(config)).get("quantization_config")
+    return dict(found if isinstance(found, Mapping) else found.to_dict()) if found else None
+
+
+def base_storage(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how a base is stored, the arguments of its `QosoraConfig`; None if the model is no base."""
+    stored = quantization_in(config)
+    return stored if stored is not None and stored.get("quant_method") == QUANT_METHOD else None
+
+
+def require_base(source: str | Path, config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a base is stored, as `base_storage`.
+
+    Args:
+        source: Folder or hub id, for the message.
+        config: As in `quantization_in`.
+
+    Raises:
+        CheckpointError: If it is no base, saying what it is instead.
+    """
+    if (stored := base_storage(config)) is not None:
+        return stored
+    other = quantization_in(config)
+    kind = "an ordinary checkpoint" if other is None else f"quantized with {other.get('quant_method')!r}"
+    raise CheckpointError(
+        f"{source} is {kind}, not a qosora base. Make one of the original weights: qosora quantize SRC OUT"
+    )
 
 
 def adapter_config(adapter: str | Path) -> OsoraConfig:

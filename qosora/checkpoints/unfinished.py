@@ -5,8 +5,11 @@
         journal*.jsonl     a line for each finished unit of work: hashes of its tensors, and its report
         model/             shards of the final size, still without headers; becomes OUT when all units are finished
 
+and, while a process is at work, OUT.partial.lock beside it.
+
 A unit counts as finished if a journal says so and its tensors have the hashes that stand there, so a torn write, or one
-that a loss of power has undone, is never taken for a finished one. OUT appears whole and at once.
+that a loss of power has undone, is never taken for a finished one. OUT appears whole and at once. It is our own, as no
+library that writes safetensors goes on with a half-written folder.
 """
 
 from __future__ import annotations
@@ -19,20 +22,20 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qosora.checkpoints.folders import check_target, lock_folder, read_json, require_space, write_json
+from qosora.checkpoints.folders import check_target, locked, read_json, require_space, write_atomically, write_json
 from qosora.checkpoints.names import MANIFEST_NAME
 from qosora.checkpoints.shards import Shards, StoredSpec
 from qosora.errors import CheckpointError, ConfigError
 
 __all__ = ["UnfinishedFolder"]
 
-_OWN_NAMES = {"job.json", ".job.json.tmp", "journal.jsonl", "journal.jsonl.tmp", "model", "replaced"}
+_OWN_NAMES = {"job.json", ".job.json.tmp", "journal.jsonl", ".journal.jsonl.tmp", "model", "replaced"}
 #: What is finished is brought to the disk itself this often; a loss of power costs about as much work.
 _SYNC_SECONDS = 10.0
 
@@ -76,8 +79,8 @@ class UnfinishedFolder:
         self.shards = Shards(self._data, specs, max_shard_bytes, stem)
         self.finished: dict[str, dict[str, Any]] = {}
         self._seen: dict[Path, int] = {}  # bytes of each process's journal that `finished` has
-        self._lock: int | None = None
-        self._held = False
+        self._lock = ExitStack()
+        self._begun = False
         self._new_parents: list[Path] = []
         self._journal = self.path / "journal.jsonl"
         self._synced = time.monotonic()
@@ -97,13 +100,10 @@ class UnfinishedFolder:
             ConfigError: If it was begun with another job.
             OSError: If the disk is full.
         """
-        if self.path.exists():
-            lock = lock_folder(self.path)  # not while another process puts it into its place
-            try:
-                self._recover()
-            finally:
-                if lock is not None:
-                    os.close(lock)
+        self._new_parents = [parent for parent in self.path.parents if not parent.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock.enter_context(locked(self.path))
+        self._recover()
         check_target(self.target, overwrite)
         self._open(restart)
         self._take_over(stamps)
@@ -126,9 +126,8 @@ class UnfinishedFolder:
             foreign = {entry.name for entry in self.path.iterdir()} - _OWN_NAMES
             if foreign := {name for name in foreign if not name.startswith("journal-")}:
                 raise CheckpointError(f"{self.path} is needed for the work, but holds {min(foreign)!r}; move it away")
-        self._new_parents = [parent for parent in self.path.parents if not parent.exists()]
+        self._begun = True
         self._data.mkdir(parents=True, exist_ok=True)
-        self._lock, self._held = lock_folder(self.path), True
         if restart or not file.exists():
             for entry in self.path.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -155,9 +154,7 @@ class UnfinishedFolder:
         ):
             if count:
                 logger.warning("%s: %d finished tensors are made anew, as %s", self.path, count, why)
-        temporary = self.path / "journal.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept.values()), encoding="utf-8")
-        temporary.replace(self._journal)
+        write_atomically(self._journal, "".join(json.dumps(entry) + "\n" for entry in kept.values()))
         for journal in self.path.glob("journal-*.jsonl"):
             journal.unlink()
         self.finished = {name: entry["report"] for name, entry in kept.items()}
@@ -241,20 +238,23 @@ class UnfinishedFolder:
         self.remove()
 
     def remove(self) -> None:
-        """Remove what is left of the folder in the making."""
+        """Remove what is left of the folder in the making, and let go of it."""
         self._recover()
         shutil.rmtree(self.path, ignore_errors=True)
+        self._let_go()
         with suppress(OSError):
             for parent in self._new_parents:
                 parent.rmdir()
 
     def leave(self) -> None:
         """Let go of the folder, and remove it if nothing is finished in it."""
-        if self._held and self.path.exists() and not _entries(self.path):
+        if self._begun and not _entries(self.path):
             self.remove()
-        if self._lock is not None:
-            os.close(self._lock)
-        self._lock, self._held = None, False
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._lock.close()
+        self._begun = False
 
 
 def _plain(value: Any) -> Any:

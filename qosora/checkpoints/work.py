@@ -80,7 +80,8 @@ class Progress:
 class Processes:
     """The processes that work together: those of one `accelerate launch` or torchrun, or this one alone.
 
-    Use as a context manager.
+    Use as a context manager. Not accelerate's `PartialState`, which sets up the whole program's default group for its
+    devices: here processes but wait for each other, for days if need be.
 
     Attributes:
         index: Of this process.
@@ -136,7 +137,7 @@ def stream(
     job: Mapping[str, Any],
     max_shard_bytes: int,
     stem: str = "model",
-    check: Callable[[Path], Mapping[str, Any]] | None = None,
+    check: Callable[[Path, Mapping[str, dict[str, Any]]], Mapping[str, Any]] | None = None,
     overwrite: bool = False,
     restart: bool = False,
     processes: Processes | None = None,
@@ -151,8 +152,8 @@ def stream(
         job: What determines the tensors besides the units' files: plain data. A later call must have the same.
         max_shard_bytes: Size of the shards.
         stem: What stands for "model" in their names.
-        check: Called with the folder when it can be loaded and is not yet in its place; returns more for the manifest.
-            If it raises a CheckpointError, nothing of the folder is left.
+        check: Called like `finish` when the folder can be loaded and is not yet in its place; returns more for the
+            manifest. If it raises a CheckpointError, nothing of the folder is left.
         overwrite: Whether a model in `output` may be replaced; it stays until the new one is complete.
         restart: Whether to throw away what an earlier call has left unfinished.
         processes: Those that work together; each calls this with the same arguments.
@@ -173,7 +174,8 @@ def stream(
         return {unit.name: folder.finished[unit.name] for unit in units}
 
     def complete() -> None:
-        folder.complete(lambda path: finish(path, reports()), check)
+        made = reports()
+        folder.complete(lambda path: finish(path, made), None if check is None else lambda path: check(path, made))
 
     try:
         processes.in_first(lambda: folder.prepare(stamps, overwrite=overwrite, restart=restart))

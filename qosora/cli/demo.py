@@ -6,7 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from qosora.cli.output import add_json, print_json, size, table
+from qosora.cli.options import add_json
+from qosora.cli.output import print_json, size, table
 from qosora.cli.quantize import kinds_table
 
 NAME = "demo"

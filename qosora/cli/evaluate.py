@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from qosora.cli.output import add_json, add_model, at_least_one, load, print_json
+from qosora.cli.options import add_json, add_model, at_least_one, load
+from qosora.cli.output import print_json
 
 NAME = "eval"
 HELP = "measure loss and perplexity, and exact match by request, on data"

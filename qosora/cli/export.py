@@ -6,7 +6,8 @@ import argparse
 import math
 from typing import Any
 
-from qosora.cli.output import add_json, add_overwrite, print_json, progress_bar, size
+from qosora.cli.options import add_json, add_overwrite
+from qosora.cli.output import print_json, progress_bar, size
 from qosora.errors import ConfigError
 
 NAME = "export"

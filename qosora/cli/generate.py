@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from qosora.cli.output import add_json, add_model, at_least_one, load, print_json
+from qosora.cli.options import add_json, add_model, at_least_one, load
+from qosora.cli.output import print_json
 from qosora.errors import ConfigError
 
 NAME = "generate"

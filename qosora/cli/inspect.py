@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from qosora.cli.output import add_json, print_json, size
+from qosora.cli.options import add_json
+from qosora.cli.output import print_json, size
 from qosora.cli.quantize import kinds_table
 
 NAME = "inspect"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from qosora.cli.output import add_json, at_least_one, print_json, size, table
+from qosora.cli.options import add_json, at_least_one
+from qosora.cli.output import print_json, size, table
 from qosora.cli.plan import add_report, add_step, step_options, where
 
 if TYPE_CHECKING:

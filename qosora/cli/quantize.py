@@ -7,7 +7,8 @@ import json
 from statistics import fmean
 from typing import Any
 
-from qosora.cli.output import add_json, add_overwrite, add_shards, print_json, progress_bar, size, table
+from qosora.cli.options import add_json, add_overwrite, add_shards
+from qosora.cli.output import print_json, progress_bar, size, table
 from qosora.errors import ConfigError
 
 NAME = "quantize"
@@ -23,15 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("source", metavar="SRC", help="model folder, hub id, or GGUF file")
     parser.add_argument("output", metavar="OUT", help="folder to make")
-    parser.add_argument("--rank", type=int, default=128, help="singular triplets per layer (default: 128)")
+    # What is not given stays out: the defaults are those of `QosoraConfig`, which needs torch
+    parser.add_argument("--rank", type=int, help="singular triplets per layer (default: 128)")
     parser.add_argument(
         "--rank-pattern", action="append", default=[], metavar="NAME=RANK", help="rank of some layers; repeatable"
     )
-    parser.add_argument("--svd", choices=("randomized", "exact"), default="randomized", help="(default: randomized)")
-    parser.add_argument("--svd-iterations", type=int, default=4, help="of the randomized SVD (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the randomized SVD")
-    parser.add_argument("--quant-type", choices=("nf4", "fp4"), default="nf4", help="4-bit format (default: nf4)")
-    parser.add_argument("--blocksize", type=int, default=64, help="values per quantization block (default: 64)")
+    parser.add_argument("--svd", choices=("randomized", "exact"), help="(default: randomized)")
+    parser.add_argument("--svd-iterations", type=int, help="of the randomized SVD (default: 4)")
+    parser.add_argument("--seed", type=int, help="seed of the randomized SVD")
+    parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="4-bit format (default: nf4)")
+    parser.add_argument("--blocksize", type=int, help="values per quantization block (default: 64)")
     parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
     parser.add_argument("--skip", nargs="+", metavar="NAME", help="linear layers to leave as they are")
     parser.add_argument(
@@ -48,25 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+#: Options of `QosoraConfig` that are called the same here.
+_STORAGE = ("rank", "svd", "svd_iterations", "seed", "quant_type", "blocksize", "compute_dtype")
+
+
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    import torch
-
     from qosora.base import quantize
     from qosora.checkpoints import Processes, Progress
     from qosora.config import QosoraConfig
+    from qosora.dtypes import dtype_named
 
     config = QosoraConfig(
-        rank=args.rank,
         rank_pattern=_ranks(args.rank_pattern),
-        svd=args.svd,
-        svd_iterations=args.svd_iterations,
-        seed=args.seed,
-        quant_type=args.quant_type,
-        blocksize=args.blocksize,
         double_quant=not args.no_double_quant,
         modules_to_not_convert=args.skip,
-        compute_dtype=args.compute_dtype,
+        **{name: value for name in _STORAGE if (value := getattr(args, name)) is not None},
     )
     with progress_bar("decomposing", hidden=args.json) as show:
 
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
             args.source,
             args.output,
             config,
-            dtype=args.dtype and getattr(torch, args.dtype),
+            dtype=args.dtype and dtype_named(args.dtype),
             device=args.device,
             max_shard_bytes=int(args.max_shard_size * 1e9),
             overwrite=args.overwrite,

@@ -7,7 +7,8 @@ import typing
 from dataclasses import MISSING, fields
 from typing import Any
 
-from qosora.cli.output import add_json, print_json
+from qosora.cli.options import add_json
+from qosora.cli.output import print_json
 from qosora.training import TrainConfig
 
 NAME = "train"

@@ -4,6 +4,7 @@
 |---|---|
 | `records` | files and hub data sets, checked row by row |
 | `tokens` | records to token ids and labels |
+| `batch` | examples of different lengths, padded |
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 from qosora._lazy import door
 
 if TYPE_CHECKING:
+    from qosora.data.batch import padded as padded
+    from qosora.data.batch import padded_batch as padded_batch
     from qosora.data.records import Columns as Columns
     from qosora.data.records import Records as Records
     from qosora.data.records import load_records as load_records
@@ -27,5 +30,6 @@ __getattr__, __dir__ = door(
     {
         "records": ["Columns", "Records", "load_records", "no_progress_bars"],
         "tokens": ["Example", "IGNORED", "Tokenized", "tokenize"],
+        "batch": ["padded", "padded_batch"],
     },
 )

@@ -6,6 +6,7 @@
 | `svd` | truncated SVD, randomized or exact |
 | `nf4` | 4-bit tensors |
 | `factorize` | W = R + U diag(σ) Vᵀ, with R of what the 4-bit factors leave |
+| `parts` | the tensors that these are stored as |
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ if TYPE_CHECKING:
     from qosora.decompose.nf4 import QUANT_TYPES as QUANT_TYPES
     from qosora.decompose.nf4 import FourBitTensor as FourBitTensor
     from qosora.decompose.nf4 import quantize as quantize
+    from qosora.decompose.svd import SVD_ITERATIONS as SVD_ITERATIONS
+    from qosora.decompose.svd import SVD_METHODS as SVD_METHODS
+    from qosora.decompose.svd import SVD_OVERSAMPLING as SVD_OVERSAMPLING
+    from qosora.decompose.threads import reproducible as reproducible
 
 __getattr__, __dir__ = door(
     __name__,
     {
+        "threads": ["reproducible"],
+        "svd": ["SVD_ITERATIONS", "SVD_METHODS", "SVD_OVERSAMPLING"],
         "nf4": ["ABSMAX_BLOCKSIZE", "BLOCKSIZES", "FourBitTensor", "QUANT_TYPES", "quantize"],
         "factorize": ["ErrorReport", "Factors", "factorize_with_report", "measure_error", "reconstruct"],
     },

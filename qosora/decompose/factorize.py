@@ -24,7 +24,7 @@ import torch
 
 from qosora.decompose import nf4
 from qosora.decompose.nf4 import FourBitTensor
-from qosora.decompose.svd import PANEL, empty_matrix, truncated_svd
+from qosora.decompose.svd import PANEL, SVD_ITERATIONS, SVD_METHODS, SVD_OVERSAMPLING, empty_matrix, truncated_svd
 from qosora.decompose.threads import panels, parallel_map, reproducible
 from qosora.errors import CheckpointError
 
@@ -76,9 +76,9 @@ def factorize(
     rank: int,
     *,
     name: str = "weight",
-    svd: str = "randomized",
-    svd_iterations: int = 4,
-    svd_oversampling: int = 16,
+    svd: str = SVD_METHODS[0],
+    svd_iterations: int = SVD_ITERATIONS,
+    svd_oversampling: int = SVD_OVERSAMPLING,
     seed: int = 0,
     quant_type: str = "nf4",
     blocksize: int = 64,

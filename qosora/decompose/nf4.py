@@ -11,7 +11,7 @@ That makes 4 + 32 / blocksize bits per value, or 4 + 8 / blocksize + 32 / (256 Â
 (4.127 at blocksize 64).
 
 The layout is bitsandbytes' own, held in plain tensors rather than in its `Params4bit`: those move, save, load and
-trace like any other tensor.
+trace like any other tensor. On a CPU values are quantized here, bit for bit as there, where it takes six times as long.
 """
 
 from __future__ import annotations
@@ -22,14 +22,26 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from bitsandbytes.functional import create_dynamic_map, get_4bit_type
 
+from qosora.compat.bitsandbytes import (
+    create_dynamic_map,
+    dequantize_4bit,
+    dequantize_blockwise,
+    gemm_4bit,
+    get_4bit_type,
+    launching,
+    quantize_4bit,
+    quantize_blockwise,
+)
 from qosora.decompose.threads import panels, parallel_map, reproducible
 
 __all__ = [
     "BLOCKSIZES",
+    "FIELDS",
     "QUANT_TYPES",
     "FourBitTensor",
+    "absmax_code",
+    "code_table",
     "dequantize",
     "matmul",
     "quantize",
@@ -39,6 +51,8 @@ __all__ = [
 ]
 
 QUANT_TYPES = ("nf4", "fp4")
+#: The tensors that a `FourBitTensor` is stored as; the last two with double quantization only.
+FIELDS = ("packed", "absmax", "absmax_scale", "absmax_offset")
 #: bitsandbytes also knows 2048 and 4096, where its CPU kernels lose accuracy and fall back to compiled code.
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024)
 #: Block of the second quantization; fixed in bitsandbytes' kernels.
@@ -82,8 +96,7 @@ class FourBitTensor:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the stored tensors by field name."""
-        fields = ("packed", "absmax", "absmax_scale", "absmax_offset")
-        return {name: t for name in fields if (t := getattr(self, name)) is not None}
+        return {name: t for name in FIELDS if (t := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str) -> FourBitTensor:
         """Return the same tensor on another device."""
@@ -116,21 +129,31 @@ def quantize(
         blocksize: Values per block, one of `BLOCKSIZES`.
         double_quant: Whether to quantize the blocks' absmax values again, to 8 bits.
     """
-    packed, absmax = (_quantize_cpu if tensor.device.type == "cpu" else _quantize)(tensor, quant_type, blocksize)
     scale = offset = None
-    if double_quant:
-        offset = absmax.mean()
-        code = _absmax_code(tensor.device)
-        absmax, scale = torch.ops.bitsandbytes.quantize_blockwise.default(absmax - offset, code, ABSMAX_BLOCKSIZE)
+    with launching(tensor):
+        packed, absmax = (_quantize_cpu if tensor.device.type == "cpu" else _quantize)(tensor, quant_type, blocksize)
+        if double_quant:
+            offset = absmax.mean()
+            code = absmax_code(tensor.device)
+            absmax, scale = quantize_blockwise(absmax - offset, code, ABSMAX_BLOCKSIZE)
     return FourBitTensor(packed, absmax, scale, offset, tuple(tensor.shape), quant_type, blocksize)
 
 
 def _quantize(tensor: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `packed` and the float32 `absmax`."""
-    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
-        tensor.contiguous(), blocksize, quant_type, torch.uint8
-    )
-    return packed.view(-1), absmax
+    packed, absmax = quantize_4bit(tensor.contiguous(), blocksize, quant_type, torch.uint8)
+    return _zeros_kept(packed.view(-1), absmax, quant_type, blocksize), absmax
+
+
+def _zeros_kept(packed: torch.Tensor, absmax: torch.Tensor, quant_type: str, blocksize: int) -> torch.Tensor:
+    """Write the code of 0 into blocks of zeros, in place.
+
+    CUDA's kernel computes 0 Â· 1/0 there, and a NaN falls through its comparisons to the code of -1. With double
+    quantization the block's absmax may come back as a small number other than 0, and its values with it.
+    """
+    table = code_table(quant_type, torch.device("cpu"))
+    zero = int(table.abs().argmin())
+    return packed.masked_fill_((absmax == 0).repeat_interleave(blocksize // 2)[: len(packed)], 17 * zero)
 
 
 def _quantize_cpu(tensor: torch.Tensor, quant_type: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +209,7 @@ def _code_cells(quant_type: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
     A value's code is that of its cell unless a midpoint lies in the same cell, which is marked with `SPLIT`.
     """
-    table = _table(quant_type, torch.device("cpu"))
+    table = code_table(quant_type, torch.device("cpu"))
     order = table.argsort()
     bounds = (table[order[:-1]] + table[order[1:]]) / 2
     order = order.to(torch.uint8)
@@ -251,9 +274,7 @@ def dequantize(q: FourBitTensor, dtype: torch.dtype = torch.float32) -> torch.Te
     # 32), and for odd rows compiles a fallback, for seconds. As one even row the values are right, on one thread.
     if shape[-1] % q.blocksize:
         shape = (numel + numel % 2,)
-    out: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        q.packed, _absmax(q), q.blocksize, q.quant_type, shape, dtype
-    )
+    out: torch.Tensor = dequantize_4bit(q.packed, _absmax(q), q.blocksize, q.quant_type, shape, dtype)
     return out.view(-1)[:numel].view(q.shape)  # the kernel returns a vector as a matrix of one row
 
 
@@ -272,10 +293,8 @@ def matmul(x: torch.Tensor, q: FourBitTensor) -> torch.Tensor:
     absmax: tuple[torch.Tensor | None, ...] = (q.absmax,)
     double: tuple[torch.Tensor | None, ...] = ()
     if q.absmax_scale is not None:
-        absmax, double = (q.absmax_scale,), (q.absmax, _absmax_code(q.packed.device), q.absmax_offset)
-    out: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
-        x, q.packed.view(-1, 1), q.shape, *absmax, q.blocksize, q.quant_type, None, *double
-    )
+        absmax, double = (q.absmax_scale,), (q.absmax, absmax_code(q.packed.device), q.absmax_offset)
+    out: torch.Tensor = gemm_4bit(x, q.packed.view(-1, 1), q.shape, *absmax, q.blocksize, q.quant_type, None, *double)
     return out
 
 
@@ -283,21 +302,21 @@ def _absmax(q: FourBitTensor) -> torch.Tensor:
     """(blocks,), float32."""
     if q.absmax_scale is None or q.absmax_offset is None:
         return q.absmax
-    absmax: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(
-        q.absmax, q.absmax_scale, _absmax_code(q.absmax.device), ABSMAX_BLOCKSIZE, torch.float32
+    absmax: torch.Tensor = dequantize_blockwise(
+        q.absmax, q.absmax_scale, absmax_code(q.absmax.device), ABSMAX_BLOCKSIZE, torch.float32
     )
     return absmax.add_(q.absmax_offset)
 
 
 @cache
-def _table(quant_type: str, device: torch.device) -> torch.Tensor:
+def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
     """The 16-entry table of a type, float32, made once per device."""
     table: torch.Tensor = get_4bit_type(quant_type, device=device)
     return table
 
 
 @torch.compiler.assume_constant_result
-def _absmax_code(device: torch.device) -> torch.Tensor:
+def absmax_code(device: torch.device) -> torch.Tensor:
     """The 256-entry table of the 8-bit absmax values."""
     return _made_absmax_code(device)
 

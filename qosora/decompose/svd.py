@@ -23,8 +23,21 @@ import torch
 from qosora.decompose.threads import panels, parallel_map, reproducible
 from qosora.errors import ConfigError
 
-__all__ = ["SVD", "empty_matrix", "exact_svd", "randomized_svd", "truncated_svd"]
+__all__ = [
+    "SVD",
+    "SVD_ITERATIONS",
+    "SVD_METHODS",
+    "SVD_OVERSAMPLING",
+    "empty_matrix",
+    "exact_svd",
+    "randomized_svd",
+    "truncated_svd",
+]
 
+SVD_METHODS = ("randomized", "exact")
+#: Of the randomized method; `QosoraConfig` says what they bring.
+SVD_ITERATIONS = 4
+SVD_OVERSAMPLING = 16
 #: Rows or columns of W, or rows of a basis, that one thread multiplies at a time.
 PANEL = 256
 
@@ -47,9 +60,9 @@ def truncated_svd(
     weight: torch.Tensor,
     rank: int,
     *,
-    method: str = "randomized",
-    iterations: int = 4,
-    oversampling: int = 16,
+    method: str = SVD_METHODS[0],
+    iterations: int = SVD_ITERATIONS,
+    oversampling: int = SVD_OVERSAMPLING,
     seed: int = 0,
 ) -> SVD:
     """Return the leading `rank` singular triplets of a matrix.
@@ -84,18 +97,21 @@ def empty_matrix(shape: torch.Size, device: torch.device) -> torch.Tensor:
 @reproducible
 def exact_svd(weight: torch.Tensor, rank: int) -> SVD:
     """Return the leading triplets from a full SVD. Arguments as in `truncated_svd`."""
-    rank = min(rank, *weight.shape)
     U, sigma, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
     return SVD(U[:, :rank].contiguous(), sigma[:rank].contiguous(), Vh[:rank].T.contiguous())
 
 
 @reproducible
 def randomized_svd(
-    weight: torch.Tensor, rank: int, *, iterations: int = 4, oversampling: int = 16, seed: int = 0
+    weight: torch.Tensor,
+    rank: int,
+    *,
+    iterations: int = SVD_ITERATIONS,
+    oversampling: int = SVD_OVERSAMPLING,
+    seed: int = 0,
 ) -> SVD:
     """Return the leading triplets by randomized subspace iteration. Arguments as in `truncated_svd`."""
     m, n = weight.shape
-    rank = min(rank, m, n)
     columns = min(rank + oversampling, m, n)
     if 2 * columns >= min(m, n):  # the sketch would be as large as the matrix: exact is as cheap, and exact
         return exact_svd(weight, rank)

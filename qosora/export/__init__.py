@@ -7,6 +7,7 @@
 | `original` | the model that a base was made of, checked to be that |
 | `outsider` | the program without qosora that loads the export for that |
 | `verify` | compares an export's logits with the adapted model's |
+| `run` | one run of an export, of either kind |
 | `merged` | a checkpoint of merged weights, onto dequantized or original ones |
 | `lora` | a PEFT LoRA of the original model |
 """

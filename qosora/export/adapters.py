@@ -6,13 +6,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 
 from qosora.base import PlainModel
-from qosora.checkpoints import ADAPTER_CONFIG, ADAPTER_STEM, CheckpointReader, StoredSpec, adapter_config, local_folder
+from qosora.checkpoints import (
+    ADAPTER_CONFIG,
+    ADAPTER_STEM,
+    CheckpointReader,
+    StoredSpec,
+    adapter_config,
+    local_folder,
+    require_finite,
+)
+from qosora.compat.peft import check_target_module_exists
 from qosora.config import OsoraConfig
 from qosora.errors import CheckpointError, ConfigError, FingerprintError
 
@@ -100,7 +109,7 @@ def read_adapter(
                 raise CheckpointError(f"{folder}: {key} adapts no decomposed layer of {base}")
             vectors.setdefault(module, {})[kind] = _vector(reader, key, sizes[module][kind == "o"])
         elif plain.shapes.get(name) == reader.shape(key):
-            full[name] = StoredSpec(reader.dtype(key), reader.shape(key)), _reading(reader, key)
+            full[name] = StoredSpec(reader.dtype(key), reader.shape(key)), partial(reader.tensor, key)
         elif name in plain.shapes:
             raise CheckpointError(
                 f"{folder}: {key} has shape {reader.shape(key)}, but config.json makes it {plain.shapes[name]}; they "
@@ -112,20 +121,12 @@ def read_adapter(
     return Adapter(folder, config, vectors, full, tuple(dict.fromkeys(reader.file(key) for key in reader.names())))
 
 
-def _reading(reader: CheckpointReader, key: str) -> Callable[[], torch.Tensor]:
-    return lambda: reader.tensor(key)
-
-
 def _vector(reader: CheckpointReader, key: str, size: int) -> torch.Tensor:
     vector = reader.tensor(key).float()
     if vector.shape != (size,):
         raise CheckpointError(f"{reader.folder}: {key} has shape {tuple(vector.shape)}, the base wants {(size,)}")
-    if not torch.isfinite(vector).all():
-        raise CheckpointError(
-            f"{reader.folder}: {key} holds NaN or infinity: its training diverged. Take an earlier checkpoint, or "
-            "train again with a lower learning rate"
-        )
-    return vector
+    why = "its training diverged. Take an earlier checkpoint, or train again with a lower learning rate"
+    return require_finite(f"{reader.folder}: {key}", vector, why)
 
 
 def _check_whole(

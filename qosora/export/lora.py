@@ -15,36 +15,25 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 from qosora import __version__
 from qosora.base import natural_order
-from qosora.checkpoints import (
-    ADAPTER_STEM,
-    Progress,
-    StoredSpec,
-    Unit,
-    copy_files,
-    local_folder,
-    refuse_input_as_output,
-    stream,
-)
+from qosora.checkpoints import ADAPTER_STEM, Progress, StoredSpec, Unit, copy_files, refuse_input_as_output
+from qosora.compat.peft import check_target_module_exists, convert_peft_config_for_transformers
 from qosora.errors import CheckpointError, ConfigError
-from qosora.export.adapters import Adapter, AdapterChoice, weighted
+from qosora.export.adapters import Adapter, AdapterChoice
 from qosora.export.merged import checked_dtype
-from qosora.export.original import open_original, original_of
-from qosora.export.stored import Layer, Source
-from qosora.export.verify import Reference, Verification, verify_export
+from qosora.export.original import original_of
+from qosora.export.run import Export, Reports
+from qosora.export.stored import AdaptedBase, Layer
+from qosora.export.verify import Verification, verify_export
 from qosora.layers import LinearExperts
 
 __all__ = ["LoraReport", "export_lora", "reduced"]
@@ -132,80 +121,52 @@ def export_lora(
     Example:
         >>> export_lora("llama-2-7b-qosora", "llama-2-7b-lora", "runs/gsm8k/adapter")
     """
-    start = time.perf_counter()
     target = _checked_options(dtype, rank)
-    base_folder = local_folder(base, trust_remote_code=trust_remote_code)
-    adapters = weighted(adapter)
-    named = str(original or original_of(base_folder) or "")
-    if not named:
-        raise ConfigError(f"{base}: a LoRA names the model it is for, and the base does not tell; say --original")
-    refuse_input_as_output(output, base_folder, *(folder for folder, _ in adapters), Path(named))
-    with ExitStack() as stack:
-        source = stack.enter_context(Source(base_folder, adapters, trust_remote_code=trust_remote_code))
-        if not source.vectors:
-            raise CheckpointError(
-                f"{', '.join(str(folder) for folder, _ in adapters)}: no vectors there to make a LoRA of"
-            )
-        opened = None
+    with Export(base, output, adapter, trust_remote_code=trust_remote_code) as export:
+        adapted = export.adapted
+        if not adapted.vectors:
+            raise CheckpointError(f"{', '.join(adapted.folders)}: no vectors there to make a LoRA of")
+        named = str(original or original_of(adapted.base) or "")
+        if not named:
+            raise ConfigError(f"{base}: a LoRA names the model it is for, and the base does not tell; say --original")
+        refuse_input_as_output(output, Path(named))
         if verify or Path(named).exists():
-            opened = stack.enter_context(open_original(named, source, trust_remote_code=trust_remote_code))
+            export.open_original(named)
         else:
-            source.require_pristine()
-        lora_dtype = target or source.dtype
-        ranks = _ranks(source, rank)
-        config = _config(source, ranks, named)
-        units = [_unit(source, source.layers[module], rank, ranks[module], lora_dtype) for module in ranks]
-        units += [unit for adapter in source.adapters for unit in _in_full(adapter, lora_dtype)]
-        notes: dict[str, Any] = {}
+            adapted.require_pristine()
+        lora_dtype = target or adapted.dtype
+        ranks = _ranks(adapted, rank)
+        config = _config(adapted, ranks, named)
+        units = [_unit(adapted, adapted.layers[module], rank, ranks[module], lora_dtype) for module in ranks]
+        units += [unit for adapter in adapted.adapters for unit in _in_full(adapter, lora_dtype)]
 
-        def finish(folder: Path, reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-            notes["rank_error"] = _rank_error(reports)
-            copy_files(folder, base_folder, adapters[0][0], with_code=False)
+        def finish(folder: Path) -> None:
+            copy_files(folder, adapted.base, adapted.adapters[0].folder, with_code=False)
             config.save_pretrained(str(folder))
             (folder / "README.md").write_text(_model_card(named, config), encoding="utf-8")
-            return {"base": str(base), "adapters": given, "original": named, "made_with": job}
 
-        def check(folder: Path) -> dict[str, Any]:
-            reference = Reference(source, opened, trust_remote_code)
-            notes["verification"] = verify_export(
-                folder, reference, lora_dtype, model=named, rank_error=notes["rank_error"]
-            )
-            return {"verification": asdict(notes["verification"])}
+        def check(folder: Path, reports: Reports) -> Verification:
+            return verify_export(folder, export.reference, lora_dtype, model=named, rank_error=_rank_error(reports))
 
-        given = {str(folder): weight for folder, weight in adapters}
-        job = {
-            "fingerprint": source.fingerprint,
-            "weights": source.weights,
-            "rank": rank,
-            "dtype": str(lora_dtype),
-            "qosora": __version__,
-        }
-        stream(
-            output,
+        reports, common = export.write(
             units,
             finish,
-            job=job,
+            check if verify else None,
+            original=named,
+            dtype=lora_dtype,
+            options={"rank": rank},
             max_shard_bytes=_ONE_FILE,
             stem=ADAPTER_STEM,
-            check=check if verify else None,
             overwrite=overwrite,
             restart=restart,
             progress=progress,
         )
         return LoraReport(
-            output=str(output),
-            base=str(base),
-            adapters=given,
-            original=named,
-            fingerprint=source.fingerprint,
-            dtype=str(lora_dtype).removeprefix("torch."),
+            **common,
             rank=config.r,
-            adapted_layers=len(source.vectors),
-            rank_error=notes["rank_error"],
-            replaced=natural_order(name for adapter in source.adapters for name in adapter.full),
-            total_bytes=sum(spec.nbytes for unit in units for spec in unit.specs.values()),
-            wall_seconds=time.perf_counter() - start,
-            verification=notes.get("verification"),
+            adapted_layers=len(adapted.vectors),
+            rank_error=_rank_error(reports),
+            replaced=natural_order(name for adapter in adapted.adapters for name in adapter.full),
         )
 
 
@@ -227,16 +188,16 @@ def reduced(B: torch.Tensor, A: torch.Tensor, rank: int) -> tuple[torch.Tensor, 
     return left @ (U[:, :rank] * root), (right @ (Vh[:rank].T * root)).T, S
 
 
-def _unit(source: Source, layer: Layer, target: int | None, rank: int, dtype: torch.dtype) -> Unit:
+def _unit(adapted: AdaptedBase, layer: Layer, target: int | None, rank: int, dtype: torch.dtype) -> Unit:
     """Return the two matrices of a layer, reduced to rank `target` and filled up with zeros to `rank`."""
-    prefix = f"{_PREFIX}{layer.disk if _is_expert(source, layer) else layer.module}.lora_"
+    prefix = f"{_PREFIX}{layer.disk if _is_expert(adapted, layer) else layer.module}.lora_"
     specs = {
         f"{prefix}A.weight": StoredSpec(dtype, (rank, layer.in_features)),
         f"{prefix}B.weight": StoredSpec(dtype, (layer.out_features, rank)),
     }
 
     def make(directions: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        B, A = source.low_rank(layer, *directions)
+        B, A = adapted.low_rank(layer, *directions)
         report = {}
         if target is not None and target < layer.rank:
             B, A, S = reduced(B, A, target)
@@ -250,7 +211,7 @@ def _unit(source: Source, layer: Layer, target: int | None, rank: int, dtype: to
         return made, report
 
     cost = sum(spec.nbytes for spec in specs.values())
-    return Unit(layer.module, specs, cost, source.files(layer), lambda: source.directions(layer), make)
+    return Unit(layer.module, specs, cost, adapted.files(layer), lambda: adapted.directions(layer), make)
 
 
 def _in_full(adapter: Adapter, dtype: torch.dtype) -> Iterator[Unit]:
@@ -271,28 +232,28 @@ def _rank_error(reports: Mapping[str, dict[str, Any]]) -> float:
     return math.sqrt(lost / whole) if whole else 0.0
 
 
-def _is_expert(source: Source, layer: Layer) -> bool:
+def _is_expert(adapted: AdaptedBase, layer: Layer) -> bool:
     parts = layer.module.split(".")
     parents = (".".join(parts[:i]) for i in range(1, len(parts)))
-    return any(isinstance(source.plain.model.get_submodule(parent), LinearExperts) for parent in parents)
+    return any(isinstance(adapted.plain.model.get_submodule(parent), LinearExperts) for parent in parents)
 
 
-def _ranks(source: Source, target: int | None) -> dict[str, int]:
+def _ranks(adapted: AdaptedBase, target: int | None) -> dict[str, int]:
     """Return the layers of the LoRA, by module name, with their ranks: those of experts are all the same."""
-    experts = {module: layer for module, layer in source.layers.items() if _is_expert(source, layer)}
-    if not experts.keys() & source.vectors.keys():
+    experts = {module: layer for module, layer in adapted.layers.items() if _is_expert(adapted, layer)}
+    if not experts.keys() & adapted.vectors.keys():
         experts = {}
     ranks = {
         module: min(layer.rank, target or layer.rank)
-        for module, layer in source.layers.items()
-        if module in source.vectors or module in experts
+        for module, layer in adapted.layers.items()
+        if module in adapted.vectors or module in experts
     }
     return ranks | dict.fromkeys(experts, max((ranks[module] for module in experts), default=0))
 
 
-def _config(source: Source, ranks: Mapping[str, int], original: str) -> LoraConfig:
+def _config(adapted: AdaptedBase, ranks: Mapping[str, int], original: str) -> LoraConfig:
     """Return the config that makes PEFT adapt just these layers, all with scaling 1."""
-    experts = {module for module in ranks if _is_expert(source, source.layers[module])}
+    experts = {module for module in ranks if _is_expert(adapted, adapted.layers[module])}
     rank = next((ranks[module] for module in experts), max(ranks.values()))
     kinds: dict[str, list[str]] = {}
     for module in ranks:
@@ -303,7 +264,7 @@ def _config(source: Source, ranks: Mapping[str, int], original: str) -> LoraConf
         found = {ranks[module] for module in modules}
         if found != {rank}:
             pattern |= {kind: found.pop()} if len(found) == 1 else {module: ranks[module] for module in modules}
-        targets += [kind] if _matched(source, kind) == set(modules) else modules
+        targets += [kind] if _matched(adapted, kind) == set(modules) else modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -313,21 +274,21 @@ def _config(source: Source, ranks: Mapping[str, int], original: str) -> LoraConf
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         target_modules=targets,
-        modules_to_save=[name for adapter in source.adapters for name in adapter.config.modules_to_save or ()] or None,
-        fan_in_fan_out=any(source.layers[module].transposed for module in ranks),
+        modules_to_save=[name for adapter in adapted.adapters for name in adapter.config.modules_to_save or ()] or None,
+        fan_in_fan_out=any(adapted.layers[module].transposed for module in ranks),
     )
     if experts:
-        _require_stacking(source, config, experts, set(ranks) - experts)
+        _require_stacking(adapted, config, experts, set(ranks) - experts)
     return config
 
 
-def _matched(source: Source, kind: str) -> set[str]:
+def _matched(adapted: AdaptedBase, kind: str) -> set[str]:
     """Return the modules of the plain model that PEFT would adapt for a target."""
     probe = LoraConfig(target_modules=[kind])
-    return {name for name, _ in source.plain.model.named_modules() if check_target_module_exists(probe, name)}
+    return {name for name, _ in adapted.plain.model.named_modules() if check_target_module_exists(probe, name)}
 
 
-def _require_stacking(source: Source, config: LoraConfig, experts: set[str], others: set[str]) -> None:
+def _require_stacking(adapted: AdaptedBase, config: LoraConfig, experts: set[str], others: set[str]) -> None:
     """Check that PEFT stacks the experts' matrices where transformers has stacked the experts."""
     why = None
     names = {module.rpartition(".")[2] for module in experts}
@@ -335,7 +296,7 @@ def _require_stacking(source: Source, config: LoraConfig, experts: set[str], oth
         why = f"PEFT would take {mixed[0]}, which has an expert's name, for one"
     all_experts = {
         f"{name}.{i}.{projection}"
-        for name, module in source.plain.model.named_modules()
+        for name, module in adapted.plain.model.named_modules()
         if isinstance(module, LinearExperts)
         for i in range(module.num_experts)
         for projections in module.projections.values()
@@ -344,11 +305,11 @@ def _require_stacking(source: Source, config: LoraConfig, experts: set[str], oth
     if missing := sorted(all_experts - experts):
         why = f"PEFT adapts all experts or none, and {missing[0]} is not decomposed"
     probe = copy.deepcopy(config)
-    convert_peft_config_for_transformers(probe, source.plain.model, None)
+    convert_peft_config_for_transformers(probe, adapted.plain.model, None)
     if not probe.target_parameters:
-        why = f"PEFT does not know how transformers stacks the experts of {source.plain.class_name}"
+        why = f"PEFT does not know how transformers stacks the experts of {adapted.plain.class_name}"
     if why:
-        raise CheckpointError(f"{source.base}: {why}, so a LoRA cannot hold this adapter; export merged weights")
+        raise CheckpointError(f"{adapted.base}: {why}, so a LoRA cannot hold this adapter; export merged weights")
 
 
 def _model_card(original: str, config: LoraConfig) -> str:

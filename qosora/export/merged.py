@@ -13,37 +13,39 @@ behind, which training may have worked around, at the price of needing the origi
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qosora import __version__
 from qosora.base import PlainModel, natural_order
 from qosora.checkpoints import (
+    CONFIG_NAME,
     Progress,
     StoredSpec,
     Unit,
     copy_files,
-    local_folder,
-    refuse_input_as_output,
-    stream,
+    require_finite,
+    tokenizer_folder,
     write_json,
 )
 from qosora.config import COMPUTE_DTYPES
+from qosora.decompose import Factors
 from qosora.errors import CheckpointError, ConfigError
-from qosora.export.adapters import AdapterChoice, weighted
-from qosora.export.original import Original, open_original
-from qosora.export.stored import Layer, Source, Stored
-from qosora.export.verify import Reference, Verification, verify_export
+from qosora.export.adapters import AdapterChoice
+from qosora.export.original import Original
+from qosora.export.run import Export, Reports
+from qosora.export.stored import AdaptedBase, Layer, Stored
+from qosora.export.verify import Verification, verify_export
 
 __all__ = ["ONTO", "ExportReport", "checked_dtype", "export_merged"]
 
 ONTO = ("dequantized", "original")
+#: Values that are not finite.
+_WHY = "the base is damaged, or the training diverged"
 
 
 @dataclass(frozen=True)
@@ -143,135 +145,98 @@ def export_merged(
     Example:
         >>> export_merged("llama-2-7b-qosora", "llama-2-7b-tuned", "runs/gsm8k/adapter")
     """
-    start = time.perf_counter()
     target = _checked_options(dtype, max_shard_bytes, onto, original)
-    base_folder = local_folder(base, trust_remote_code=trust_remote_code)
-    adapters = weighted(adapter)
-    refuse_input_as_output(output, base_folder, *(folder for folder, _ in adapters))
-    with ExitStack() as stack:
-        source = stack.enter_context(Source(base_folder, adapters, trust_remote_code=trust_remote_code))
-        opened = None
-        if onto == "original":
-            opened = stack.enter_context(open_original(original, source, trust_remote_code=trust_remote_code))
-            refuse_input_as_output(output, Path(opened.name))
-        merged_dtype = target or source.dtype
-        plan = _plan(source, opened, target)
-        notes: dict[str, Any] = {}
+    with Export(base, output, adapter, trust_remote_code=trust_remote_code) as export:
+        adapted = export.adapted
+        opened = export.open_original(original) if onto == "original" else None
+        merged_dtype = target or adapted.dtype
+        units = _units(adapted, opened, target)
+        adapter_folder = adapted.adapters[0].folder if adapted.adapters else None
+        tokenizer = tokenizer_folder(adapter_folder, adapted.base)
 
-        def finish(folder: Path, _: Mapping[str, Any]) -> dict[str, Any]:
-            adapter_folder = adapters[0][0] if adapters else None
-            notes["tokenizer"] = copy_files(folder, base_folder, adapter_folder, with_code=trust_remote_code)
-            _write_config(folder, source, merged_dtype, trust_remote_code)
-            return {"base": str(base), "adapters": given, "original": original_name, "made_with": job}
+        def finish(folder: Path) -> None:
+            copy_files(folder, adapted.base, adapter_folder, with_code=trust_remote_code)
+            _write_config(folder, adapted, merged_dtype, trust_remote_code)
 
-        def check(folder: Path) -> dict[str, Any]:
-            reference = Reference(source, opened, trust_remote_code)
-            notes["verification"] = verify_export(folder, reference, merged_dtype)
-            return {"verification": asdict(notes["verification"])}
+        def check(folder: Path, _: Reports) -> Verification:
+            return verify_export(folder, export.reference, merged_dtype)
 
-        given = {str(folder): weight for folder, weight in adapters}
-        original_name = None if opened is None else opened.name
-        weights = [weight for _, weight in adapters]
-        job = {
-            "fingerprint": source.fingerprint,
-            "weights": weights,
-            "onto": onto,
-            "dtype": str(merged_dtype),
-            "qosora": __version__,
-        }
-        reports = stream(
-            output,
-            plan,
+        reports, common = export.write(
+            units,
             finish,
-            job=job,
+            check if verify else None,
+            original=None if opened is None else opened.name,
+            dtype=merged_dtype,
+            options={"onto": onto},
             max_shard_bytes=max_shard_bytes,
-            check=check if verify else None,
             overwrite=overwrite,
             restart=restart,
             progress=progress,
         )
         errors = [report["quantization_error"] for report in reports.values() if report]
         return ExportReport(
-            output=str(output),
-            base=str(base),
-            adapters=given,
+            **common,
             onto=onto,
-            original=original_name,
-            fingerprint=source.fingerprint,
-            dtype=str(merged_dtype).removeprefix("torch."),
-            merged_layers=len(source.layers),
-            adapted_layers=len(source.vectors),
+            merged_layers=len(adapted.layers),
+            adapted_layers=len(adapted.vectors),
             quantization_error=sum(errors) / len(errors) if errors else None,
-            replaced=natural_order(disk for disk, stored in source.tensors.items() if stored.trained),
-            untied=source.untied,
-            tokenizer_from=notes["tokenizer"],
-            tensor_count=len(plan),
-            total_bytes=sum(spec.nbytes for unit in plan for spec in unit.specs.values()),
+            replaced=natural_order(disk for disk, stored in adapted.tensors.items() if stored.trained),
+            untied=adapted.untied,
+            tokenizer_from=None if tokenizer is None else str(tokenizer),
+            tensor_count=len(units),
             shard_count=len(list(Path(output).glob("*.safetensors"))),
-            wall_seconds=time.perf_counter() - start,
-            verification=notes.get("verification"),
         )
 
 
-def _plan(source: Source, original: Original | None, target: torch.dtype | None) -> list[Unit]:
+def _units(adapted: AdaptedBase, original: Original | None, target: torch.dtype | None) -> list[Unit]:
     """Return what the export consists of, layer by layer."""
     units = {}
-    for disk, stored in source.tensors.items():
+    for disk, stored in adapted.tensors.items():
         dtype = stored.dtype
-        if target is not None and dtype.is_floating_point and not source.plain.keeps_float32(stored.name, target):
+        if target is not None and dtype.is_floating_point and not adapted.plain.keeps_float32(stored.name, target):
             dtype = target
         units[disk] = _copied(disk, stored, None if stored.trained else original, dtype)
-    for layer in source.layers.values():
-        units[f"{layer.disk}.weight"] = _merged(source, original, layer, target or source.dtype)
+    for layer in adapted.layers.values():
+        units[f"{layer.disk}.weight"] = _merged(adapted, original, layer, target or adapted.dtype)
     return [units[name] for name in natural_order(units)]
 
 
 def _copied(disk: str, stored: Stored, original: Original | None, dtype: torch.dtype) -> Unit:
-    def make(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return {disk: _finite(disk, tensor) if stored.trained else tensor}, {}
-
-    def from_original() -> torch.Tensor:
-        assert original is not None
-        return original.tensor(stored)
-
-    files = stored.files if original is None else (original.file(stored.name),)
     spec = StoredSpec(dtype, stored.shape)
-    return Unit(disk, {disk: spec}, spec.nbytes, files, stored.read if original is None else from_original, make)
-
-
-def _merged(source: Source, original: Original | None, layer: Layer, dtype: torch.dtype) -> Unit:
-    name, shape = f"{layer.disk}.weight", (layer.out_features, layer.in_features)
-    files = source.files(layer)
-
-    def dequantized(factors: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return written(source.merged(layer, factors)), {}
-
-    def onto_original(read: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        assert original is not None
-        factors, weight = read
-        error = original.quantization_error(layer, weight, factors)
-        if layer.module in source.vectors:
-            weight = torch.addmm(weight.float(), *source.low_rank(layer, factors.U, factors.V))
-        return written(weight), {"quantization_error": error}
-
-    def written(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {name: _finite(name, weight).T if layer.transposed else _finite(name, weight)}
-
-    def read() -> Any:
-        factors = source.factors(layer)
-        return factors if original is None else (factors, original.weight(layer))
-
+    read, files = stored.read, stored.files
     if original is not None:
-        files = (*files, original.file(f"{layer.module}.weight"))
+        read, files = partial(original.tensor, stored), (original.file(stored.name),)
+
+    def make(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return {disk: require_finite(disk, tensor, _WHY) if stored.trained else tensor}, {}
+
+    return Unit(disk, {disk: spec}, spec.nbytes, files, read, make)
+
+
+def _merged(adapted: AdaptedBase, original: Original | None, layer: Layer, dtype: torch.dtype) -> Unit:
+    name, shape = f"{layer.disk}.weight", (layer.out_features, layer.in_features)
     spec = StoredSpec(dtype, shape[::-1] if layer.transposed else shape)
     cost = 4.0 * math.prod(shape)  # a copied tensor costs its bytes; this one is made in float32
-    return Unit(name, {name: spec}, cost, files, read, dequantized if original is None else onto_original)
+    files = adapted.files(layer)
+    if original is not None:
+        files = (*files, original.file(f"{layer.module}.weight"))
 
+    def read() -> tuple[Factors, torch.Tensor | None]:
+        return adapted.factors(layer), None if original is None else original.weight(layer)
 
-def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.is_floating_point() or not tensor.numel() or all(map(torch.isfinite, torch.aminmax(tensor))):
-        return tensor
-    raise CheckpointError(f"{name} holds NaN or infinity: the base is damaged, or the training diverged")
+    def make(given: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        factors, weight = given
+        report = {}
+        if original is None:
+            weight = adapted.merged(layer, factors)
+        else:
+            report["quantization_error"] = original.quantization_error(layer, weight, factors)
+            if layer.module in adapted.vectors:
+                weight = torch.addmm(weight.float(), *adapted.low_rank(layer, factors.U, factors.V))
+        require_finite(name, weight, _WHY)
+        return {name: weight.T if layer.transposed else weight}, report
+
+    return Unit(name, {name: spec}, cost, files, read, make)
 
 
 def checked_dtype(dtype: str | torch.dtype | None, problems: list[str]) -> torch.dtype | None:
@@ -299,27 +264,27 @@ def _checked_options(
     return target
 
 
-def _write_config(folder: Path, source: Source, dtype: torch.dtype, with_code: bool) -> None:
-    config = dict(source.config)
+def _write_config(folder: Path, adapted: AdaptedBase, dtype: torch.dtype, with_code: bool) -> None:
+    config = dict(adapted.config)
     for key in ("quantization_config", "torch_dtype", *([] if with_code else ["auto_map"])):
         config.pop(key, None)
     config["dtype"] = name = str(dtype).removeprefix("torch.")
     for key, value in config.items():  # the text model of a multimodal one
         if isinstance(value, dict) and "dtype" in value:
             config[key] = {**value, "dtype": name}
-    if source.untied:
+    if adapted.untied:
         config["tie_word_embeddings"] = False
         for key, value in config.items():
             if isinstance(value, dict) and "tie_word_embeddings" in value:
                 config[key] = {**value, "tie_word_embeddings": False}
-    write_json(folder / "config.json", config)
-    if source.untied:
+    write_json(folder / CONFIG_NAME, config)
+    if adapted.untied:
         plain = PlainModel(folder, with_code)
-        names = {stored.name for stored in source.tensors.values()} | {f"{module}.weight" for module in source.layers}
-        tied = [source.tensors[disk].name for disk in source.untied if plain.tied_to(source.tensors[disk].name)]
+        names = {stored.name for stored in adapted.tensors.values()} | {f"{module}.weight" for module in adapted.layers}
+        tied = [adapted.tensors[disk].name for disk in adapted.untied if plain.tied_to(adapted.tensors[disk].name)]
         if tied or plain.missing(names):
             raise CheckpointError(
-                f"{source.adapters[0].folder} trains one of some tied tensors apart from the others "
-                f"({', '.join(source.untied)}), but a {plain.class_name} cannot have them apart, so a plain checkpoint "
-                "cannot hold this adapter"
+                f"{adapted.adapters[0].folder} trains one of some tied tensors apart from the others "
+                f"({', '.join(adapted.untied)}), but a {plain.class_name} cannot have them apart, so a plain "
+                "checkpoint cannot hold this adapter"
             )

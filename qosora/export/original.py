@@ -11,7 +11,7 @@ import torch
 from qosora.checkpoints import MANIFEST_NAME, SourceCheckpoint, open_source, read_json
 from qosora.decompose import Factors, reconstruct
 from qosora.errors import CheckpointError, ConfigError
-from qosora.export.stored import Layer, Source, Stored
+from qosora.export.stored import AdaptedBase, Layer, Stored
 
 __all__ = ["Original", "open_original", "original_of"]
 
@@ -34,46 +34,46 @@ class Original:
     Args:
         name: As the user calls it.
         checkpoint: Open for reading.
-        source: The base.
+        adapted: The base.
 
     Raises:
         CheckpointError: If a tensor of the base's is missing in it, or has another shape, or a base's layer is not
             nearly the model's.
     """
 
-    def __init__(self, name: str, checkpoint: SourceCheckpoint, source: Source) -> None:
+    def __init__(self, name: str, checkpoint: SourceCheckpoint, adapted: AdaptedBase) -> None:
         self.name = name
         self._reader = checkpoint.reader
-        self._source = source
+        self._adapted = adapted
         self._disk: dict[str, str] = {}  # names in the model -> names on its disk
         for disk in self._reader.names():
-            self._disk.setdefault(source.plain.locate(disk)[0], disk)
-        manifest = source.base / MANIFEST_NAME
+            self._disk.setdefault(adapted.plain.locate(disk)[0], disk)
+        manifest = adapted.base / MANIFEST_NAME
         layers = read_json(manifest).get("layers", []) if manifest.is_file() else []
         self._errors: dict[str, float] = {layer["name"]: layer["error"] for layer in layers}
-        for stored in source.tensors.values():
+        for stored in adapted.tensors.values():
             if not stored.trained:
                 self._check_shape(stored.name, stored.shape)
-        for layer in source.layers.values():
+        for layer in adapted.layers.values():
             shape = (layer.out_features, layer.in_features)
             self._check_shape(f"{layer.module}.weight", shape[::-1] if layer.transposed else shape)
-        for layer in list(source.layers.values())[:: max(1, len(source.layers) - 1)]:  # before anything is written
-            self.quantization_error(layer, self.weight(layer), source.factors(layer))
+        for layer in list(adapted.layers.values())[:: max(1, len(adapted.layers) - 1)]:  # before anything is written
+            self.quantization_error(layer, self.weight(layer), adapted.factors(layer))
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         found = self._reader.shape(self._name(name))
         if found != shape:
             raise CheckpointError(
-                f"{self.name}: {self._name(name)} has shape {found}, but {self._source.base} was made of one with "
+                f"{self.name}: {self._name(name)} has shape {found}, but {self._adapted.base} was made of one with "
                 f"{shape}; give the original of this base"
             )
 
     def _name(self, name: str) -> str:
         """Return the name on disk of a tensor, or of one that it is tied to."""
-        found = next((self._disk[n] for n in (name, *self._source.plain.tied_to(name)) if n in self._disk), None)
+        found = next((self._disk[n] for n in (name, *self._adapted.plain.tied_to(name)) if n in self._disk), None)
         if found is None:
             raise CheckpointError(
-                f"{self.name}: no {name} there, which {self._source.base} has; give the original of this base"
+                f"{self.name}: no {name} there, which {self._adapted.base} has; give the original of this base"
             )
         return found
 
@@ -107,33 +107,33 @@ class Original:
         if not error <= (_LARGEST_ERROR if known is None else known * _SAME_ERROR + 1e-4):
             was = f"less than {_LARGEST_ERROR}" if known is None else f"{known:.4f}"
             raise CheckpointError(
-                f"{self.name}: {layer.disk}.weight is {error:.4f} of its norm away from {self._source.base}'s, where "
+                f"{self.name}: {layer.disk}.weight is {error:.4f} of its norm away from {self._adapted.base}'s, where "
                 f"quantization alone makes {was}; another model has these shapes. Give the original of this base"
             )
         return error
 
 
 @contextmanager
-def open_original(original: str | Path | None, source: Source, *, trust_remote_code: bool) -> Iterator[Original]:
+def open_original(original: str | Path | None, adapted: AdaptedBase, *, trust_remote_code: bool) -> Iterator[Original]:
     """Open the model that a base was made of.
 
     Args:
         original: Folder, hub id or GGUF file; by default what the base's manifest names, if it is still there.
-        source: The base.
+        adapted: The base.
         trust_remote_code: Whether to run model code that it brings.
 
     Raises:
         CheckpointError: If it is not the original of the base, or was changed after that.
         ConfigError: If it is not given and not known.
     """
-    source.require_pristine()
+    adapted.require_pristine()
     if original is None:
-        original = original_of(source.base)
+        original = original_of(adapted.base)
         if original is None or not Path(original).exists():
             known = f"it was made of {original}, which is not there" if original else "it has no manifest that tells"
             raise ConfigError(
-                f"{source.base}: the original model is needed, and {known}; name its folder, hub id or GGUF file with "
+                f"{adapted.base}: the original model is needed, and {known}; name its folder, hub id or GGUF file with "
                 "--original"
             )
     with open_source(original, trust_remote_code=trust_remote_code) as checkpoint:
-        yield Original(str(original), checkpoint, source)
+        yield Original(str(original), checkpoint, adapted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,13 +13,21 @@ from typing import Any
 import torch
 
 from qosora.base import PlainModel, natural_order
-from qosora.checkpoints import ADAPTER_CONFIG, CheckpointReader, group_modules, read_json, stored_fingerprint
-from qosora.config import QUANT_METHOD, QosoraConfig
-from qosora.decompose import Factors, FourBitTensor, nf4, reconstruct
+from qosora.checkpoints import (
+    ADAPTER_CONFIG,
+    CONFIG_NAME,
+    CheckpointReader,
+    group_modules,
+    read_json,
+    require_base,
+    stored_fingerprint,
+)
+from qosora.config import QosoraConfig
+from qosora.decompose import Factors, FourBitTensor, nf4, parts, reconstruct
 from qosora.errors import CheckpointError
 from qosora.export.adapters import Adapter, Vectors, combined, read_adapter
 
-__all__ = ["Layer", "Source", "Stored"]
+__all__ = ["AdaptedBase", "Layer", "Stored"]
 
 
 @dataclass(frozen=True)
@@ -62,13 +71,13 @@ class Layer:
     rank: int
     transposed: bool
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return the shapes of residual, Uᵀ and Vᵀ, by prefix of their tensors' names."""
-        m, n, r = self.out_features, self.in_features, self.rank
-        return {"weight": (m, n), "U": (r, m), "V": (r, n)}
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(out_features, in_features, rank), as `decompose.parts` takes it."""
+        return self.out_features, self.in_features, self.rank
 
 
-class Source:
+class AdaptedBase:
     """A base, and adapters if given. Use as a context manager.
 
     Args:
@@ -85,6 +94,7 @@ class Source:
         tensors: The other tensors, by name on disk; the adapter's where it brings one.
         adapters: The adapters.
         weights: Theirs, in the combination.
+        folders: Theirs, with the weights.
         base_vectors: The base's own vectors, by module name.
         vectors: The adapters' vectors, combined, by the names of the modules that they adapt.
         untied: Tensors that the base shares with another and the adapted model does not, by name on disk.
@@ -115,12 +125,13 @@ class Source:
             self.adapters = [read_adapter(stack, f, base, self.fingerprint, self.plain, sizes) for f, _ in adapters]
             self.base_vectors = {module: self._own_vectors(layer) for module, layer in self.layers.items()}
             self.weights = [weight for _, weight in adapters]
+            self.folders = {str(folder): weight for folder, weight in adapters}
             self.vectors = combined(self.adapters, self.weights, self.base_vectors)
             for adapter in self.adapters:
                 self._take_full(adapter)
             self._stack = stack.pop_all()
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> AdaptedBase:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -139,9 +150,8 @@ class Source:
             shape = self._reader.shape(disk)
             if targets == [name]:
                 self._check_shape(f"{self.base}: {disk}", name, shape)
-            self.tensors[disk] = Stored(
-                name, shape, self._reader.dtype(disk), self._read(self._reader, disk), (self._reader.file(disk),)
-            )
+            read = partial(self._reader.tensor, disk)
+            self.tensors[disk] = Stored(name, shape, self._reader.dtype(disk), read, (self._reader.file(disk),))
             located.update(targets)
         self.layers: dict[str, Layer] = {}
         for disk in natural_order(self._groups):
@@ -157,10 +167,6 @@ class Source:
                 f"{self.base}: {len(missing)} tensors that {self.plain.class_name} needs are missing, among them "
                 f"{missing[0]!r}; get the whole base"
             )
-
-    @staticmethod
-    def _read(reader: CheckpointReader, name: str) -> Callable[[], torch.Tensor]:
-        return lambda: reader.tensor(name)
 
     def _check_shape(self, what: str, name: str, shape: tuple[int, ...]) -> None:
         expected = self.plain.shapes.get(name)
@@ -179,29 +185,24 @@ class Source:
         transposed = module in self.plain.transposed
         n = _in_features(stored["weight"][0], m, expected[0 if transposed else 1] if len(expected) == 2 else 0)
         layer = Layer(module, disk, m, n, rank, transposed)
-        for prefix, shape in layer.shapes().items():
-            for field, (size, _) in self._fields(shape).items():
-                part = prefix if field == "packed" else f"{prefix}_{field}"
-                if stored.get(part) != size:
-                    raise CheckpointError(
-                        f"{self.base}: {disk}.{part} must have shape {size}, got {stored.get(part, 'nothing')}; "
-                        "config.json and the weights belong to different bases"
-                    )
+        expected_shapes = parts.stored_shapes(*layer.size, self.storage.blocksize, self.storage.double_quant)
+        for name, (size, _) in expected_shapes.items():
+            if stored.get(name) != size:
+                raise CheckpointError(
+                    f"{self.base}: {disk}.{name} must have shape {size}, got {stored.get(name, 'nothing')}; "
+                    "config.json and the weights belong to different bases"
+                )
         return layer
 
-    def _fields(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return nf4.stored_shapes(shape[0] * shape[1], self.storage.blocksize, self.storage.double_quant)
-
-    def _four_bit(self, layer: Layer, prefix: str) -> FourBitTensor:
-        shape = layer.shapes()[prefix]
-        read: dict[str, Any] = {"absmax_scale": None, "absmax_offset": None}
-        for field in self._fields(shape):
-            read[field] = self._reader.tensor(f"{layer.disk}.{prefix if field == 'packed' else f'{prefix}_{field}'}")
-        return FourBitTensor(**read, shape=shape, quant_type=self.storage.quant_type, blocksize=self.storage.blocksize)
+    def _four_bit(self, layer: Layer, part: str) -> FourBitTensor:
+        names = parts.stored_names(part, self.storage.double_quant)
+        read = {name: self._reader.tensor(f"{layer.disk}.{name}") for name in names}
+        shape = parts.shapes(*layer.size)[part]
+        return parts.four_bit(part, read, shape, self.storage.quant_type, self.storage.blocksize)
 
     def factors(self, layer: Layer) -> Factors:
         """Read a layer's decomposition; its σ is the base's s."""
-        residual = self._four_bit(layer, "weight")
+        residual = self._four_bit(layer, "residual")
         return Factors(residual, *self.directions(layer), self.base_vectors[layer.module][0])
 
     def directions(self, layer: Layer) -> tuple[FourBitTensor, FourBitTensor]:
@@ -278,15 +279,10 @@ class Source:
 
 
 def _base_config(base: Path) -> tuple[dict[str, Any], QosoraConfig]:
-    if not (base / "config.json").is_file() and (base / ADAPTER_CONFIG).is_file():
+    if not (base / CONFIG_NAME).is_file() and (base / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{base} is an adapter; give its base, and it as the adapter")
-    config = read_json(base / "config.json")
-    stored = config.get("quantization_config")
-    method = stored.get("quant_method") if isinstance(stored, dict) else None
-    if not isinstance(stored, dict) or method != QUANT_METHOD:
-        kind = "an ordinary checkpoint" if method is None else f"quantized with {method!r}"
-        raise CheckpointError(f"{base} is {kind}, not a qosora base; give the folder that `qosora quantize` made of it")
-    return config, QosoraConfig(**stored)
+    config = read_json(base / CONFIG_NAME)
+    return config, QosoraConfig(**require_base(base, config))
 
 
 def _dtype_in(config: Mapping[str, Any]) -> torch.dtype:

@@ -29,7 +29,7 @@ from qosora.checkpoints import has_tokenizer
 from qosora.errors import CheckpointError
 from qosora.export import outsider
 from qosora.export.original import Original
-from qosora.export.stored import Layer, Source
+from qosora.export.stored import AdaptedBase, Layer
 from qosora.layers import QosoraLinear
 
 __all__ = ["Reference", "Verification", "verify_export"]
@@ -76,28 +76,28 @@ class Reference:
     """The adapted model that an export stands for.
 
     Args:
-        source: Base and adapters.
+        adapted: Base and adapters.
         original: The original model, where the export is onto that.
         trust_remote_code: Whether to run model code that the base brings.
     """
 
-    def __init__(self, source: Source, original: Original | None, trust_remote_code: bool) -> None:
-        self.source, self.original, self.trust_remote_code = source, original, trust_remote_code
+    def __init__(self, adapted: AdaptedBase, original: Original | None, trust_remote_code: bool) -> None:
+        self.adapted, self.original, self.trust_remote_code = adapted, original, trust_remote_code
 
     @property
     def name(self) -> str:
         """What it is, in words."""
         start = "base in 4 bits" if self.original is None else "original model"
-        return f"{start} with the adapter" if self.source.adapters else start
+        return f"{start} with the adapter" if self.adapted.adapters else start
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Return tokens of the texts, or random ones without a tokenizer: (texts, length), padded on the right."""
-        folders = [*(adapter.folder for adapter in self.source.adapters), self.source.base]
+        folders = [*(adapter.folder for adapter in self.adapted.adapters), self.adapted.base]
         if folders := list(filter(has_tokenizer, folders)):
             tokenizer = load_tokenizer(*folders, trust_remote_code=self.trust_remote_code)
             rows = [tokenizer(text)["input_ids"][:_LENGTH] for text in TEXTS]
         else:
-            vocabulary = self.source.plain.model.config.get_text_config().vocab_size
+            vocabulary = self.adapted.plain.model.config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(0)
             rows = [torch.randint(vocabulary, (_LENGTH,), generator=generator).tolist() for _ in TEXTS]
         width = max(map(len, rows))
@@ -105,12 +105,14 @@ class Reference:
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         return {"input_ids": ids, "attention_mask": mask}
 
-    def logits(self, inputs: dict[str, torch.Tensor], dtype: torch.dtype, *, adapted: bool = True) -> torch.Tensor:
+    def logits(
+        self, inputs: dict[str, torch.Tensor], dtype: torch.dtype, *, with_adapters: bool = True
+    ) -> torch.Tensor:
         """Return the logits of the tokens, (tokens, vocabulary), with what is not decomposed in `dtype`."""
         model: Any = load_base(
-            self.source.base, dtype=dtype, device_map="cpu", trust_remote_code=self.trust_remote_code
+            self.adapted.base, dtype=dtype, device_map="cpu", trust_remote_code=self.trust_remote_code
         )
-        if self.source.adapters and adapted:
+        if self.adapted.adapters and with_adapters:
             model = self._adapted(model)
         if self.original is not None:
             self._add_what_quantization_lost(model, self.original)
@@ -119,16 +121,16 @@ class Reference:
 
     def _adapted(self, model: nn.Module) -> nn.Module:
         """Load the adapters onto the base; a combination's vectors take the place of the base's."""
-        folders = [str(adapter.folder) for adapter in self.source.adapters]
+        folders = [str(adapter.folder) for adapter in self.adapted.adapters]
         adapted = PeftModel.from_pretrained(model, folders[0], "0")
-        if self.source.weights == [1.0]:
+        if self.adapted.weights == [1.0]:
             return adapted
         for i, folder in enumerate(folders[1:], 1):
             adapted.load_adapter(folder, str(i))
         for layer in adapted.modules():
             if isinstance(layer, OsoraLayer):
                 for k, base in enumerate(layer.base_vectors):
-                    parts = [w * (layer.vectors(str(i))[k] - base) for i, w in enumerate(self.source.weights)]
+                    parts = [w * (layer.vectors(str(i))[k] - base) for i, w in enumerate(self.adapted.weights)]
                     base.data = base + torch.stack(parts).sum(0)
         plain: nn.Module = adapted.unload()
         return plain
@@ -136,12 +138,12 @@ class Reference:
     def _add_what_quantization_lost(self, model: nn.Module, original: Original) -> None:
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         for name, module in causal.named_modules():
-            if isinstance(module, (OsoraLayer, QosoraLinear)) and name in self.source.layers:
+            if isinstance(module, (OsoraLayer, QosoraLinear)) and name in self.adapted.layers:
                 base = module.base_layer if isinstance(module, OsoraLayer) else module
-                module.register_forward_hook(self._addition(self.source.layers[name], base, original))
+                module.register_forward_hook(self._addition(self.adapted.layers[name], base, original))
 
     def _addition(self, layer: Layer, base: QosoraLinear, original: Original) -> Callable[..., torch.Tensor]:
-        sigma, ones = self.source.base_vectors[layer.module]
+        sigma, ones = self.adapted.base_vectors[layer.module]
 
         def add(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             lost = original.weight(layer).float() - base.dequantize(sigma, ones)
@@ -172,32 +174,16 @@ def verify_export(
     """
     inputs = reference.inputs()
     # Of a LoRA, what it does not adapt comes from the original.
-    plain_dtype = dtype if model is None else reference.source.dtype
+    plain_dtype = dtype if model is None else reference.adapted.dtype
     expected = reference.logits(inputs, plain_dtype)
-    learned = expected - reference.logits(inputs, plain_dtype, adapted=False) if rank_error else None
+    learned = expected - reference.logits(inputs, plain_dtype, with_adapters=False) if rank_error else None
     gc.collect()
-    adapter = [] if model is None else ["--adapter", str(folder)]
-    code = ["--trust-remote-code"] if reference.trust_remote_code else []
-    with TemporaryDirectory(prefix="qosora-") as scratch:
-        files = [str(Path(scratch) / name) for name in ("inputs.safetensors", "logits.safetensors")]
-        save_file(inputs, files[0])
-        program = Path(outsider.__file__)
-        done = subprocess.run(
-            [sys.executable, "-I", str(program), model or str(folder), *files, *adapter, *code],
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TRANSFORMERS_VERBOSITY": "error"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
-            raise CheckpointError(f"the export does not load where qosora cannot be imported: {lines[-1]}")
-        got = load_file(files[1])["logits"]
+    got = _logits_elsewhere(folder, model, inputs, reference.trust_remote_code)
     difference = (got - expected).abs()
     size = torch.linalg.vector_norm(expected - expected.mean(-1, keepdim=True))
     tolerance = _TOLERANCES[dtype]
     if reference.original is not None:  # what is not decomposed is in the base's dtype in the reference only
-        tolerance = max(tolerance, _TOLERANCES[reference.source.dtype])
+        tolerance = max(tolerance, _TOLERANCES[reference.adapted.dtype])
     if learned is not None:
         tolerance += 2 * rank_error * float(torch.linalg.vector_norm(learned) / size)
     found = Verification(
@@ -216,3 +202,25 @@ def verify_export(
             "the export is kept"
         )
     return found
+
+
+def _logits_elsewhere(
+    folder: Path, model: str | None, inputs: dict[str, torch.Tensor], trust_remote_code: bool
+) -> torch.Tensor:
+    """Return an export's logits, (tokens, vocabulary), from a program that cannot import qosora."""
+    adapter = [] if model is None else ["--adapter", str(folder)]
+    code = ["--trust-remote-code"] if trust_remote_code else []
+    with TemporaryDirectory(prefix="qosora-") as scratch:
+        files = [str(Path(scratch) / name) for name in ("inputs.safetensors", "logits.safetensors")]
+        save_file(inputs, files[0])
+        done = subprocess.run(
+            [sys.executable, "-I", outsider.__file__, model or str(folder), *files, *adapter, *code],
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TRANSFORMERS_VERBOSITY": "error"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+            raise CheckpointError(f"the export does not load where qosora cannot be imported: {lines[-1]}")
+        return load_file(files[1])["logits"]

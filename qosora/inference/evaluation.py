@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qosora.data import IGNORED, Columns, Example, Records, load_records, tokenize
+from qosora.data import IGNORED, Columns, Example, Records, load_records, padded_batch, tokenize
 from qosora.errors import ConfigError, DataError
 from qosora.inference.generation import Prompt, generate, inference, stop_token_ids
 
@@ -139,20 +139,14 @@ def mean_loss(model: Any, examples: Sequence[Example], batch_size: int = 8) -> f
     return total / sum(e.supervised for e in examples)
 
 
-def _loss_sum(model: Any, batch: Sequence[Example]) -> float:
+def _loss_sum(model: Any, examples: Sequence[Example]) -> float:
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = causal.get_input_embeddings().weight.device
-    width = len(batch[0].input_ids)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for row, example in enumerate(batch):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.from_numpy(example.input_ids)
-        labels[row, :length] = torch.from_numpy(example.labels)
-        mask[row, :length] = 1
-    output = causal.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+    batch = padded_batch(examples)
+    ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+    output = causal.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     hidden = output.last_hidden_state
-    targets = labels[:, 1:].to(hidden.device)
+    targets = batch["labels"][:, 1:].to(hidden.device)
     chosen = targets != IGNORED
     hidden, targets = hidden[:, :-1][chosen], targets[chosen]
     rows = max(1, _LOGITS // causal.get_output_embeddings().weight.shape[0])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from qosora.data import padded
 from qosora.errors import ConfigError, DataError
 
 __all__ = ["Prompt", "generate", "inference", "stop_token_ids"]
@@ -131,10 +132,10 @@ def _generation_config(
 
 def _continue(model: Any, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
     """Return the new tokens after each prompt, without the stop token."""
-    width = max(map(len, prompts))
     device = model.get_input_embeddings().weight.device
-    ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    ids = padded(prompts, config.pad_token_id, left=True).to(device)
+    mask = padded([[1] * len(p) for p in prompts], 0, left=True).to(device)
+    written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    new = written[:, ids.shape[1] :].tolist()
     stops = set(config.eos_token_id or ())
-    return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in written]
+    return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in new]

@@ -2,9 +2,12 @@
 
 | module | one line |
 |---|---|
-| `ops` | the operations on 4-bit tensors, in plain PyTorch |
-| `triton_ops` | the same as Triton kernels |
+| `device` | which device a computation is for |
+| `precision` | which dtype a CPU computes quickly in |
+| `triton_ops` | operations on 4-bit tensors as Triton kernels |
+| `ops` | the same operations in plain PyTorch, and which of the two runs |
 | `product` | the layer's product and its gradients |
+| `kept` | what a layer keeps while it generates on a CPU |
 | `linear` | `QosoraLinear` |
 | `experts` | experts as linear layers |
 | `tiling` | MLPs and norms in tiles along the sequence |
@@ -20,6 +23,7 @@ from qosora._lazy import door
 if TYPE_CHECKING:
     from qosora.layers.decoder import compile_layers as compile_layers
     from qosora.layers.decoder import decoder_layers as decoder_layers
+    from qosora.layers.device import planning_for as planning_for
     from qosora.layers.experts import LinearExperts as LinearExperts
     from qosora.layers.experts import router_names as router_names
     from qosora.layers.experts import split_experts as split_experts
@@ -30,12 +34,15 @@ if TYPE_CHECKING:
     from qosora.layers.linear import float32_kept as float32_kept
     from qosora.layers.linear import qosora_modules as qosora_modules
     from qosora.layers.ops import fused as fused
-    from qosora.layers.tiling import TILE_LENGTH as TILE_LENGTH
+    from qosora.layers.precision import fast_dtype as fast_dtype
+    from qosora.layers.tiling import Tiling as Tiling
     from qosora.layers.tiling import apply_tiling as apply_tiling
 
 __getattr__, __dir__ = door(
     __name__,
     {
+        "device": ["planning_for"],
+        "precision": ["fast_dtype"],
         "ops": ["fused"],
         "linear": ["QosoraLinear", "float32_kept", "qosora_modules"],
         "experts": [
@@ -46,7 +53,7 @@ __getattr__, __dir__ = door(
             "stacked_names",
             "without_stacking",
         ],
-        "tiling": ["TILE_LENGTH", "apply_tiling"],
+        "tiling": ["Tiling", "apply_tiling"],
         "decoder": ["compile_layers", "decoder_layers"],
     },
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qosora.compat.torch import allow_recompiles
 from qosora.errors import QosoraError
 
 __all__ = ["compile_layers", "decoder_layers"]
@@ -34,6 +34,6 @@ def _is_layer(module: nn.Module) -> bool:
 def compile_layers(model: Any) -> None:
     """Compile each decoder layer of a PEFT model: one graph does for all, where the whole would make a long one."""
     # With and without padding, gradients, evaluation; a last batch that is smaller: each is a graph of its own
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    allow_recompiles(32)
     for layer in decoder_layers(model.get_base_model())[1]:
         layer.compile()

@@ -18,9 +18,20 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightTransform
-from transformers.integrations.moe import _default_apply_gate
+
+from qosora.compat.transformers import (
+    WeightConverter,
+    WeightTransform,
+    add_conversions,
+    are_plain_experts,
+    get_model_conversion_mapping,
+    has_gate,
+    makes,
+    names_on_disk,
+    only_stacks,
+    own_gate,
+    stacks_experts,
+)
 
 __all__ = ["LinearExperts", "router_names", "split_experts", "stack_experts", "stacked_names", "without_stacking"]
 
@@ -39,6 +50,7 @@ class LinearExperts(nn.Module):
         self.projections = projections
         # It holds no data, but knows the activation and how gates apply. The tuple keeps it out of the module tree.
         self._stacked: tuple[Any] = (stacked,)
+        self._has_gate, self._own_gate = has_gate(stacked), own_gate(stacked)
         for index in range(self.num_experts):
             expert = nn.ModuleDict()
             for parameter, names in projections.items():
@@ -65,7 +77,8 @@ class LinearExperts(nn.Module):
         """
         tokens, top_k = top_k_index.shape
         order = top_k_index.flatten().argsort(stable=True)
-        inputs = torch.split(hidden_states[order // top_k], _tokens_of_each(top_k_index, self.num_experts))
+        counted = _hardest if hidden_states.is_meta else _tokens_of_each  # there, a planner asks for what is enough
+        inputs = torch.split(hidden_states[order // top_k], counted(top_k_index, self.num_experts))
         outputs = torch.cat([self._expert(i, rows) for i, rows in enumerate(inputs) if len(rows)])
         outputs = (outputs * top_k_weights.flatten()[order, None])[order.argsort()]
         return outputs.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
@@ -75,13 +88,13 @@ class LinearExperts(nn.Module):
         (stacked,) = self._stacked
         inner, (down,) = self.projections.values()
         projected = [expert[name](x) for name in inner]
-        if not stacked.has_gate:
+        if not self._has_gate:
             hidden = stacked.act_fn(*projected)
-        elif type(stacked)._apply_gate is _default_apply_gate:  # without a copy of both into one tensor
+        elif self._own_gate is None:  # without a copy of both into one tensor
             gate, up = projected
             hidden = stacked.act_fn(gate) * up
         else:
-            hidden = stacked._apply_gate(torch.cat(projected, -1))
+            hidden = self._own_gate(torch.cat(projected, -1))
         return expert[down](hidden)
 
     @torch.no_grad()
@@ -106,7 +119,7 @@ def split_experts(model: PreTrainedModel) -> list[str]:
         name: _projections(model, name, module, stackers)
         for name, module in model.named_modules()
         for param, tensor in module.named_parameters(recurse=False)
-        if tensor.ndim == 3 and any(_makes(stacker, f"{name}.{param}") for stacker in stackers)
+        if tensor.ndim == 3 and any(makes(stacker, f"{name}.{param}") for stacker in stackers)
     }
     if not all(projections.values()):  # the loader's rules hold for all of a model's experts
         return []
@@ -118,11 +131,10 @@ def split_experts(model: PreTrainedModel) -> list[str]:
 def stack_experts(model: PreTrainedModel) -> None:
     """Undo `split_experts`, with the weights that the linear layers now have; they must be `nn.Linear` again."""
     names = [name for name, module in model.named_modules() if isinstance(module, LinearExperts)]
-    loaded_by = getattr(model, "_weight_conversions", None)
     for name in names:  # one layer at a time: each holds a copy
         model.set_submodule(name, model.get_submodule(name).stacked())
-    if names and loaded_by is not None:  # `save_pretrained` reverts what the loader did
-        model._weight_conversions = [*loaded_by, *_stackers(get_model_conversion_mapping(model, add_legacy=False))]
+    if names:  # `save_pretrained` reverts what the loader did
+        add_conversions(model, _stackers(get_model_conversion_mapping(model, add_legacy=False)))
 
 
 def without_stacking(conversions: Sequence[WeightTransform], model: nn.Module) -> list[WeightTransform]:
@@ -133,7 +145,7 @@ def without_stacking(conversions: Sequence[WeightTransform], model: nn.Module) -
         if isinstance(module, LinearExperts)
         for parameter in module.projections
     ]
-    dropped = [stacker for stacker in _stackers(conversions) if any(_makes(stacker, name) for name in split)]
+    dropped = [stacker for stacker in _stackers(conversions) if any(makes(stacker, name) for name in split)]
     return [conversion for conversion in conversions if conversion not in dropped]
 
 
@@ -172,25 +184,32 @@ def _tokens_of_each(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
     return counts
 
 
+def _hardest(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
+    """Give the last expert every token, and the others even shares of what is left: no choice of experts takes more.
+
+    For tensors without values, by which the memory of a step is planned.
+
+    What experts save for backward, and the gradients of vectors whose expert has any token, add up to the same however
+    tokens are spread. What one expert's backward needs goes with its tokens, and that of the last comes first, when
+    all is still saved.
+    """
+    tokens, top_k = top_k_index.shape
+    rest = max(tokens * (top_k - 1), min(num_experts, tokens * top_k) - 1)
+    share, more = divmod(rest, num_experts - 1)
+    return [share + (i < more) for i in range(num_experts - 1)] + [tokens * top_k - rest]
+
+
 def _stackers(conversions: Iterable[WeightTransform]) -> Iterator[WeightConverter]:
     """Return the conversions that stack one matrix for each expert."""
-    for conversion in conversions:
-        if isinstance(conversion, WeightConverter) and isinstance(conversion.operations[0], MergeModulelist):
-            yield conversion
-
-
-def _makes(stacker: WeightConverter, parameter: str) -> bool:
-    """Say whether a parameter of the model is what a conversion makes."""
-    return stacker.reverse_transform().rename_source_key(parameter)[1] is not None
+    return filter(stacks_experts, conversions)
 
 
 def _projections(
     model: PreTrainedModel, name: str, module: nn.Module, stackers: list[WeightConverter]
 ) -> dict[str, list[str]]:
     """Return what `LinearExperts` needs for a module, or nothing if it cannot stand for it."""
-    parameters = ["gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"]
-    follows_protocol = hasattr(module, "_apply_gate") and module.is_concatenated  # hence the options below
-    if not follows_protocol or module.is_transposed or module.has_bias or module.has_post_expert_norm:
+    parameters = ["gate_up_proj" if has_gate(module) else "up_proj", "down_proj"]
+    if not are_plain_experts(module):
         return {}
     if sorted(dict(module.named_parameters())) != sorted(parameters) or list(module.buffers()):
         return {}
@@ -202,17 +221,10 @@ def _names_on_disk(model: PreTrainedModel, module: str, parameter: str, stackers
     """Return the projections of an expert that are stacked in a parameter, by their names on disk; none if unclear."""
     name, weight = f"{module}.{parameter}", model.get_parameter(f"{module}.{parameter}")
     for stacker in stackers:
-        if [(type(op), op.dim) for op in stacker.operations] not in _UNDERSTOOD or not _makes(stacker, name):
+        if not only_stacks(stacker) or not makes(stacker, name):
             continue
-        back = stacker.reverse_transform()
-        key, pattern = back.rename_source_key(name)
-        back.add_tensor(key, name, pattern, weight)
-        on_disk = list(back.convert(key, model=model, config=model.config))
+        on_disk = names_on_disk(stacker, name, weight, model)
         projections = list(dict.fromkeys(n.removesuffix(".weight").rpartition(".")[2] for n in on_disk))
         if on_disk == [f"{module}.{i}.{p}.weight" for p in projections for i in range(len(weight))]:
             return projections
     return []
-
-
-#: Ways to stack: one projection of every expert; or several, one below the other.
-_UNDERSTOOD = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])

@@ -16,24 +16,21 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from qosora.decompose import Factors, FourBitTensor, nf4, reconstruct
+from qosora.compat.torch import own_parameters
+from qosora.decompose import Factors, nf4, parts, reconstruct
 from qosora.errors import QosoraError
 from qosora.layers import ops
+from qosora.layers.kept import KEPT_ROWS, Kept
 from qosora.layers.product import osora_product
 
 __all__ = ["QosoraLinear", "float32_kept", "qosora_modules"]
-
-#: Prefix of a stored 4-bit tensor's parameters in the module. The packed residual is called `weight`, so that a loader
-#: that knows nothing of qosora stops at its shape instead of initialising a weight at random.
-_PREFIXES = {"residual": "weight", "U": "U", "V": "V"}
 
 
 class QosoraLinear(nn.Module):
     """A frozen, decomposed linear layer.
 
-    Parameters, all frozen: `weight`, `weight_absmax`, `weight_absmax_scale`, `weight_absmax_offset` (R), the same
-    with `U` (Uᵀ, (rank, out_features)) and `V` (Vᵀ, (rank, in_features)), as laid out in `decompose.nf4`; `s` (rank,)
-    and `o` (out_features,), float32; `bias` (out_features,).
+    Parameters, all frozen: R, U and V as `decompose.parts` names them; `s` (rank,) and `o` (out_features,), float32;
+    `bias` (out_features,).
 
     Args:
         in_features: n.
@@ -74,11 +71,12 @@ class QosoraLinear(nn.Module):
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.compute_dtype = compute_dtype
         self.fan_in_fan_out = fan_in_fan_out
-        for part, prefix in _PREFIXES.items():
-            numel = self._shape(part)[0] * self._shape(part)[1]
-            for field, (shape, kind) in nf4.stored_shapes(numel, blocksize, double_quant).items():
-                name = prefix if field == "packed" else f"{prefix}_{field}"
-                self._add(name, torch.empty(shape, dtype=kind, device=device))
+        #: Whether this is the last product of a layer that is checkpointed; see `osora_product`.
+        self.saves_first = False
+        self._kept: Kept | None = None
+        stored = parts.stored_shapes(out_features, in_features, self.rank, blocksize, double_quant)
+        for name, (shape, kind) in stored.items():
+            self._add(name, torch.empty(shape, dtype=kind, device=device))
         self._add("s", torch.empty(self.rank, dtype=torch.float32, device=device))
         self._add("o", torch.empty(out_features, dtype=torch.float32, device=device))
         self._add("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
@@ -86,39 +84,17 @@ class QosoraLinear(nn.Module):
     def _add(self, name: str, tensor: torch.Tensor | None) -> None:
         self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
-    def _shape(self, part: str) -> tuple[int, int]:
-        return {
-            "residual": (self.out_features, self.in_features),
-            "U": (self.rank, self.out_features),
-            "V": (self.rank, self.in_features),
-        }[part]
-
-    def _four_bit(self, part: str) -> FourBitTensor:
-        prefix, params = _PREFIXES[part], self._parameters
-        return FourBitTensor(
-            params[prefix],  # type: ignore[arg-type]
-            params[f"{prefix}_absmax"],  # type: ignore[arg-type]
-            params.get(f"{prefix}_absmax_scale"),
-            params.get(f"{prefix}_absmax_offset"),
-            self._shape(part),
-            self.quant_type,
-            self.blocksize,
-        )
-
     @property
     def factors(self) -> Factors:
         """The decomposition, as views of the parameters; its σ is the layer's `s`."""
-        return Factors(self._four_bit("residual"), self._four_bit("U"), self._four_bit("V"), self.s)
+        shapes = parts.shapes(self.out_features, self.in_features, self.rank)
+        return parts.factors(self._parameters, shapes, self.s, self.quant_type, self.blocksize)
 
     @staticmethod
     def state_of(factors: Factors) -> dict[str, torch.Tensor]:
         """Return the parameters that hold a decomposition, by name: all but the bias."""
-        state = {}
-        for part, prefix in _PREFIXES.items():
-            for field, tensor in getattr(factors, part).tensors().items():
-                state[prefix if field == "packed" else f"{prefix}_{field}"] = tensor
         ones = torch.ones(factors.U.shape[1], dtype=torch.float32, device=factors.sigma.device)
-        return {**state, "s": factors.sigma, "o": ones}
+        return {**parts.tensors(factors), "s": factors.sigma, "o": ones}
 
     @torch.no_grad()
     def set_factors(self, factors: Factors) -> None:
@@ -157,15 +133,33 @@ class QosoraLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         factors = self.factors
         if torch.is_grad_enabled() and (x.requires_grad or s.requires_grad or o.requires_grad):
-            y = osora_product(rows, s, o, factors, bias)
+            y = osora_product(rows, s, o, factors, bias, saves_first=self.saves_first)
+        elif (kept := self._kept_for(rows, s, o, factors)) is not None:
+            y = kept.product(rows, factors.residual, bias)
         else:
             h = nf4.matmul(rows, factors.V)
             y = nf4.matmul(rows, factors.residual)
             ops.add_low_rank_(y, h, factors.U, s, o, bias)
         return y.to(out_dtype).view(*x.shape[:-1], self.out_features)
 
+    def _kept_for(self, x: torch.Tensor, s: torch.Tensor, o: torch.Tensor, factors: Factors) -> Kept | None:
+        """Return the matrices to generate with, made anew where the vectors have changed; None where none are kept."""
+        few = x.device.type == "cpu" and 0 < len(x) <= KEPT_ROWS
+        if self.training or not few or torch.compiler.is_compiling():
+            return None
+        if self._kept is None or not self._kept.is_for(s, o, x.dtype):
+            self._kept = None  # first, for its memory
+            self._kept = Kept(factors, s, o, x.dtype) if Kept.affordable(factors, x.dtype) else None
+        return self._kept
+
+    def train(self, mode: bool = True) -> QosoraLinear:
+        """Set the mode, as of any module; what is kept for generation is dropped in training."""
+        self._kept = None if mode else self._kept
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QosoraLinear:
         """Move or cast, but keep float32 statistics and vectors float32: `model.to(torch.bfloat16)` is common."""
+        self._kept = None
         with float32_kept(self, [name for name in self._parameters if name != "bias"]):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -191,11 +185,12 @@ def float32_kept(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
     A parameter that stays on its device stays the same object, which an optimizer may hold, and keeps its gradient.
     """
-    params = {name: p for name in names if (p := module._parameters[name]) is not None and p.dtype == torch.float32}
+    own = own_parameters(module)
+    params = {name: p for name in names if (p := own[name]) is not None and p.dtype == torch.float32}
     kept = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in params.items()}
     yield
     for name, (data, grad) in kept.items():
-        param = module._parameters[name]
+        param = own[name]
         assert param is not None
         if param.dtype != torch.float32:
             device = param.device

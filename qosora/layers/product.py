@@ -21,14 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from qosora.decompose import Factors, FourBitTensor
+from qosora.decompose import Factors, parts
 from qosora.layers import ops
+from qosora.layers.device import device_type
 
 __all__ = ["osora_product"]
 
 
 def osora_product(
-    x: torch.Tensor, s: torch.Tensor, o: torch.Tensor, factors: Factors, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    s: torch.Tensor,
+    o: torch.Tensor,
+    factors: Factors,
+    bias: torch.Tensor | None = None,
+    *,
+    saves_first: bool = False,
 ) -> torch.Tensor:
     """Return R x + o ⊙ (U (s ⊙ Vᵀ x)) + b, (T, m), differentiable in x, s and o.
 
@@ -38,9 +45,16 @@ def osora_product(
         o: (m,), float32.
         factors: R, U and V.
         bias: (m,), of the dtype of x.
+        saves_first: Whether to save what backward needs before R x is computed. Where this product is the last of a
+            checkpointed layer, that ends there when it computes the layer again, and R x is not computed for nothing;
+            elsewhere it costs another call of autograd.
     """
     if torch.compiler.is_compiling():
         y: torch.Tensor = _product_op(x, s, o, bias, *_stored(factors))[0]
+    elif saves_first and (s.requires_grad or o.requires_grad):
+        call = _Call(factors)
+        handle, h = _Projection.apply(call, x, s, o)  # type: ignore[no-untyped-call]
+        y = _Value.apply(handle, call, x.detach(), h, s.detach(), o.detach(), bias)  # type: ignore[no-untyped-call]
     else:
         y = _OsoraFunction.apply(x, s, o, factors, bias)  # type: ignore[no-untyped-call]
     return y
@@ -54,10 +68,22 @@ def _product(
     bias: torch.Tensor | None,  # (m,), compute dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y = x Rᵀ + (x V ⊙ s) Uᵀ ⊙ o + b, (T, m), and h = x V, (T, r)."""
+    h = _projection(x, factors)
+    return _value(x, h, s, o, factors, bias), h
+
+
+def _projection(x: torch.Tensor, factors: Factors) -> torch.Tensor:
+    """Return h = x V, (T, r)."""
+    return x @ ops.dequantize(factors.V, x.dtype).T
+
+
+def _value(
+    x: torch.Tensor, h: torch.Tensor, s: torch.Tensor, o: torch.Tensor, factors: Factors, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return y, (T, m), given h."""
     y = F.linear(x, ops.dequantize(factors.residual, x.dtype), bias)
-    h = x @ ops.dequantize(factors.V, x.dtype).T
     ops.add_low_rank_(y, h, factors.U, s, o)
-    return y, h
+    return y
 
 
 def _gradients(
@@ -71,11 +97,16 @@ def _gradients(
     """Return those of dL/ds (r,) and dL/do (m,), and of dL/dx (T, n), that are wanted."""
     found: list[torch.Tensor] = []
     with _no_autocast(g.device.type):
-        if h is not None:
+        if h is None:
+            B = ops.scaled_U(factors.U, s, o, g.dtype)
+        elif of_x:
+            *found, B = ops.gradients_and_scaled_U(_product_float32(h.T, g), factors.U, s, o, g.dtype)
+        else:
             found += ops.vector_gradients(_product_float32(h.T, g), factors.U, s, o)
         if of_x:
+            dh = g @ B.T
+            del B
             dx = g @ ops.dequantize(factors.residual, g.dtype)
-            dh = g @ ops.scaled_U(factors.U, s, o, g.dtype).T
             found.append(dx.addmm_(dh, ops.dequantize(factors.V, g.dtype)))
     return found
 
@@ -106,6 +137,60 @@ class _OsoraFunction(torch.autograd.Function):
         h, s, o = ctx.saved_tensors
         of_x = ctx.needs_input_grad[0]
         return *_of_x_s_o(_gradients(g, h, s, o, ctx.factors, of_x), of_x), None, None
+
+
+class _Call:
+    """One product in two steps: its factors, and dL/dy on its way from the second step to the first."""
+
+    def __init__(self, factors: Factors) -> None:
+        self.factors = factors
+        self.g: torch.Tensor | None = None
+
+
+class _Projection(torch.autograd.Function):
+    """The first step: computes h, saves it, and in backward computes all gradients. Also gives an empty handle."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, x: torch.Tensor, s: torch.Tensor, o: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        h = _projection(x, call.factors)
+        ctx.save_for_backward(h, s, o)
+        ctx.call = call
+        ctx.mark_non_differentiable(h)
+        return x.new_empty(0), h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        h, s, o = ctx.saved_tensors
+        g, ctx.call.g = ctx.call.g, None
+        of_x = ctx.needs_input_grad[1]
+        return None, *_of_x_s_o(_gradients(g, h, s, o, ctx.call.factors, of_x), of_x)
+
+
+class _Value(torch.autograd.Function):
+    """The second step: y. Its gradient goes to the first past autograd, which wants it in the shape of the handle."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        handle: torch.Tensor,
+        call: _Call,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        s: torch.Tensor,
+        o: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.call = call
+        return _value(x, h, s, o, call.factors, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.call.g = g
+        return g.new_empty(0), None, None, None, None, None, None
 
 
 # The same for torch.compile, as operators that it does not look into: what it sees inside, it would share between
@@ -190,21 +275,15 @@ def _factors(
     stored: list[torch.Tensor], in_features: int, s: torch.Tensor, o: torch.Tensor, quant_type: str, blocksize: int
 ) -> Factors:
     """Return the decomposition that `_stored` takes apart."""
-    shapes = {"residual": (len(o), in_features), "U": (len(s), len(o)), "V": (len(s), in_features)}
-    fields = iter(stored)
-    doubled = len(stored) > 2 * len(shapes)  # with double quantization
-    parts = {}
-    for part, shape in shapes.items():
-        packed, absmax = next(fields), next(fields)
-        scale, offset = (next(fields), next(fields)) if doubled else (None, None)
-        parts[part] = FourBitTensor(packed, absmax, scale, offset, shape, quant_type, blocksize)
-    return Factors(**parts, sigma=s)
+    doubled = len(stored) > 2 * len(parts.PARTS)  # with double quantization
+    names = [name for part in parts.PARTS for name in parts.stored_names(part, doubled)]
+    shapes = parts.shapes(len(o), in_features, len(s))
+    return parts.factors(dict(zip(names, stored, strict=True)), shapes, s, quant_type, blocksize)
 
 
 def _stored(factors: Factors) -> tuple[list[torch.Tensor], str, int]:
     """Return a decomposition as the operators take it."""
-    parts = (factors.residual, factors.U, factors.V)
-    return [t for part in parts for t in part.tensors().values()], parts[0].quant_type, parts[0].blocksize
+    return list(parts.tensors(factors).values()), factors.residual.quant_type, factors.residual.blocksize
 
 
 def _no_autocast(device: str) -> AbstractContextManager[None]:
@@ -216,6 +295,6 @@ def _product_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Multiply in float32, a @ b from operands of 16 bits, without float32 copies of them."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.device.type == "cuda":
+    if device_type(a) == "cuda" and torch.version.hip is None:  # ROCm does not take an out_dtype
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a.contiguous() @ b).float()  # CPU products accumulate in float32, too, but come out rounded

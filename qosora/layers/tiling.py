@@ -12,13 +12,14 @@ arXiv 2506.13996); here a norm is a case of it, and three things are done differ
 - A sequence of one tile runs an MLP as it is. So short sequences pay nothing.
 - Tiles are long: a tile dequantizes all of the MLP's weights, which is little beside products with 4096 rows.
 
-What is such a module is read off its structure: see `_is_mlp` and `_is_norm`.
+What is such a module is read off its structure: see `_output_projection` and `_is_norm`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,13 +29,46 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from qosora.compat.torch import changes
 from qosora.errors import ConfigError
+from qosora.layers.linear import QosoraLinear
 
-__all__ = ["TILE_LENGTH", "apply_tiling"]
+__all__ = ["TILE_LENGTH", "Tiling", "apply_tiling"]
 
 #: Tokens of a tile. Of 2048 tokens on a CPU, tiles of 256, 512 and 1024 made a step 15, 8 and 1 % longer; a GPU, whose
 #: products are faster in relation to its memory, wants longer ones.
 TILE_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What of a model computes in tiles; `Tiling.of` makes one of what a user says.
+
+    Attributes:
+        length: Tokens of a tile, over all sequences of a batch; with 0 nothing does.
+        mlps: Whether MLPs do, too, and not norms alone.
+    """
+
+    length: int
+    mlps: bool
+
+    @classmethod
+    def of(cls, tile_length: int | None = None, *, gradient_checkpointing: bool = True) -> Tiling:
+        """Return what `tile_length` means.
+
+        Args:
+            tile_length: Tokens of a tile; by default `TILE_LENGTH`, and MLPs only where that costs nothing: without
+                checkpointing they would be computed a second time. Norms cost little.
+            gradient_checkpointing: Whether layers are computed again in backward.
+
+        Raises:
+            ConfigError: `tile_length` is negative.
+        """
+        if tile_length is None:
+            return cls(TILE_LENGTH, mlps=gradient_checkpointing)
+        if tile_length < 0:
+            raise ConfigError(f"tile_length must be at least 0, got {tile_length}")
+        return cls(tile_length, mlps=True)
 
 
 def apply_tiling(model: nn.Module, tile_length: int | None = None, *, mlps: bool = True) -> list[str]:
@@ -45,7 +79,7 @@ def apply_tiling(model: nn.Module, tile_length: int | None = None, *, mlps: bool
     Args:
         model: A transformers model or PEFT's wrapper of one.
         tile_length: Tokens of a tile, over all sequences of a batch; `TILE_LENGTH` by default, 0 undoes tiling.
-        mlps: Whether to tile MLPs. Without gradient checkpointing this computes them a second time; norms cost little.
+        mlps: Whether to tile MLPs, too, and not norms alone.
 
     Returns:
         The names of the modules that are tiled now.
@@ -57,9 +91,7 @@ def apply_tiling(model: nn.Module, tile_length: int | None = None, *, mlps: bool
         >>> model = get_peft_model(model, OsoraConfig())  # doctest: +SKIP
         >>> apply_tiling(model, 2048)  # doctest: +SKIP
     """
-    length = TILE_LENGTH if tile_length is None else tile_length
-    if length < 0:
-        raise ConfigError(f"tile_length must be at least 0, got {length}")
+    length = Tiling.of(tile_length).length
     hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
     tiled = []
     for name, module in model.named_modules():
@@ -67,34 +99,38 @@ def apply_tiling(model: nn.Module, tile_length: int | None = None, *, mlps: bool
             del module.forward
             if tiling.forward != module.forward:  # as where Liger had put its own
                 module.forward = tiling.forward
-        is_mlp = _is_mlp(module)
+        down = _output_projection(module)
+        is_mlp = down is not None
+        if isinstance(last := getattr(down, "base_layer", down), QosoraLinear):
+            last.saves_first = mlps  # where a tile is all there is; MLPs are tiled where layers are checkpointed
         if length and ((is_mlp and mlps) or _is_norm(module)):
             module.forward = _Tiled(module, module.forward, length * hidden_size, is_mlp)
             tiled.append(name)
     return tiled
 
 
-def _is_mlp(module: nn.Module) -> bool:
-    """Say whether a module is n → m, an activation, maybe a gate, m → n: two or three linear layers and no mixing.
+def _output_projection(module: nn.Module) -> nn.Module | None:
+    """Return the last linear layer of an MLP: n → m, an activation, maybe a gate, m → n, and no mixing; None of others.
 
     Attention has four linear layers, or a fused one of another width, and no activation; a mixture of experts has a
     router; state space models have parameters of their own.
     """
-    shapes, activations = [], 0
+    linears, shapes, activations = [], [], 0
     for child in module.children():
         if (shape := _linear_shape(child)) is not None:
+            linears.append(child)
             shapes.append(shape)
         elif type(child).__module__.startswith(("torch.nn.modules.activation", "transformers.activations")):
             activations += 1
         elif any(True for _ in child.parameters()):
-            return False
+            return None
     if len(shapes) not in (2, 3) or not activations or any(True for _ in module.parameters(recurse=False)):
-        return False
+        return None
     n = shapes[0][0]
-    return any(
-        out == n and all(shape in ((n, m), (n, 2 * m)) for shape in [*shapes[:i], *shapes[i + 1 :]])
-        for i, (m, out) in enumerate(shapes)
-    )
+    for i, (m, out) in enumerate(shapes):
+        if out == n and all(shape in ((n, m), (n, 2 * m)) for shape in [*shapes[:i], *shapes[i + 1 :]]):
+            return linears[i]
+    return None
 
 
 def _linear_shape(module: Any) -> tuple[int, int] | None:
@@ -138,7 +174,7 @@ class _Tiled:
         if not (torch.is_grad_enabled() and (x.requires_grad or params)):
             return tiles.map(self.forward, x)
         source: _Source | None = getattr(x, "_tiled_source", None)
-        if source is not None and x._version == source.version and not params:
+        if source is not None and changes(x) == source.version and not params:
             # A norm of an MLP's output (Gemma, OLMo 2): computed again from the MLP's input, it need not save its own
             y: torch.Tensor = _Value.apply(source.handle, source.call, self.forward, x.detach())  # type: ignore[no-untyped-call]
             return y
@@ -146,7 +182,7 @@ class _Tiled:
         handle = _Saved.apply(call, x, *params)  # type: ignore[no-untyped-call]
         y = _Value.apply(handle, call, None, x.detach())  # type: ignore[no-untyped-call]
         if self.is_mlp:
-            y._tiled_source = _Source(call, handle, y._version)  # type: ignore[attr-defined]
+            y._tiled_source = _Source(call, handle, changes(y))  # type: ignore[attr-defined]
         return y
 
 

@@ -12,18 +12,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-import trl.kernels.chunked_logprob as chunked
-import trl.trainer.utils as trl_utils
 
-import qosora.layers.experts
-import qosora.layers.product
+from qosora.compat.bitsandbytes import GEMM_4BIT
+from qosora.compat.torch import (
+    cpu_flash_attention,
+    cuda_operators,
+    efficient_attention,
+    flash_attention,
+    index,
+    is_pure,
+    operator_name,
+    read_scalar,
+    result_count,
+    storage_key,
+)
+from qosora.compat.trl import fused_loss_on_meta
+from qosora.layers import planning_for
 from qosora.memory.tracer import Workspace
 
 __all__ = ["CPU_WORKSPACES", "CUDA_WORKSPACES", "MetaKernels", "computing_as"]
@@ -35,59 +45,18 @@ _is_autocast_enabled = torch.is_autocast_enabled
 @contextmanager
 def computing_as(device: str) -> Iterator[None]:
     """Let meta tensors take the ways that tensors on "cuda" or "cpu" take."""
-    changes: list[tuple[Any, dict[str, Any]]] = [
-        (torch, {"is_autocast_enabled": lambda device=None: device != "meta" and _autocast(device)}),
-        (F, {"scaled_dot_product_attention": _cuda_attention if device == "cuda" else _cpu_attention}),
-        (qosora.layers.experts, {"_tokens_of_each": _most_to_one}),
-    ]
-    if device == "cuda":
-        kernel = _FusedKernel()
-        changes += [
-            (chunked, {"_use_triton": _always, "_forward_kernel": kernel, "_backward_kernel": kernel}),
-            (chunked, {"_addmm_fp32": _nothing, "triton": SimpleNamespace(cdiv=lambda a, b: -(-a // b))}),
-            (trl_utils, {"_use_triton": _always}),
-            (qosora.layers.product, {"_product_float32": _product_float32}),
-        ]
-    with ExitStack() as stack:
-        for module, names in changes:
-            stack.enter_context(patch.multiple(module, create=True, **names))
+    cuda = device == "cuda"
+    with (
+        patch.object(torch, "is_autocast_enabled", lambda device=None: device != "meta" and _autocast(device)),
+        patch.object(F, "scaled_dot_product_attention", _cuda_attention if cuda else _cpu_attention),
+        fused_loss_on_meta() if cuda else nullcontext(),
+        planning_for(device),
+    ):
         yield
 
 
 def _autocast(device: str | None) -> bool:
     return _is_autocast_enabled() if device is None else _is_autocast_enabled(device)
-
-
-def _always(*_: Any) -> bool:
-    return True
-
-
-def _nothing(*_: Any) -> None:
-    """An accumulating product without a temporary: cuBLAS adds to the float32 result itself."""
-
-
-def _most_to_one(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
-    """Give the last expert every token, and the others even shares of what is left: no choice of experts takes more.
-
-    What experts save for backward, and the gradients of vectors whose expert has any token, add up to the same however
-    tokens are spread. What one expert's backward needs goes with its tokens, and that of the last comes first, when
-    all is still saved.
-    """
-    tokens, top_k = top_k_index.shape
-    rest = max(tokens * (top_k - 1), min(num_experts, tokens * top_k) - 1)
-    share, more = divmod(rest, num_experts - 1)
-    return [share + (i < more) for i in range(num_experts - 1)] + [tokens * top_k - rest]
-
-
-class _FusedKernel:
-    """A Triton kernel: launched as `kernel[grid](...)`, allocates nothing."""
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: None
-
-
-def _product_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _cuda_attention(
@@ -107,8 +76,7 @@ def _cuda_attention(
         width = query.shape[-1]
         if width % 8:  # the kernel wants heads of whole 16 bytes
             query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        out: torch.Tensor = flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        out: torch.Tensor = flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
         return out[..., :width]
     if enable_gqa:  # which the memory-efficient kernel does not have
         return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
@@ -117,8 +85,7 @@ def _cuda_attention(
         if short := -attn_mask.shape[-1] % (8 if half else 4):
             attn_mask = F.pad(attn_mask, (0, short))[..., : attn_mask.shape[-1]]
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    result: torch.Tensor = efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+    result: torch.Tensor = efficient_attention(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
     return result
 
 
@@ -137,8 +104,9 @@ def _cpu_attention(
         return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None:
         attn_mask = _additive(attn_mask, query.dtype)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out: torch.Tensor = flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    out: torch.Tensor = cpu_flash_attention(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[
+        0
+    ]
     return out
 
 
@@ -164,13 +132,13 @@ class MetaKernels:
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation; without values where it needs them."""
         if (pure := self._pure.get(func)) is None:
-            pure = self._pure[func] = all(argument.alias_info is None for argument in func._schema.arguments)
+            pure = self._pure[func] = is_pure(func)
         if not pure:
-            in_place = func._schema.name.endswith("_") and isinstance(args[0], torch.Tensor) and args[0].is_meta
+            in_place = operator_name(func).endswith("_") and isinstance(args[0], torch.Tensor) and args[0].is_meta
             return args[0] if in_place else func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+        if func is read_scalar and args[0].is_meta:
             return self.answer
-        if func is torch.ops.aten.index.Tensor and _is_mask(args[1]):  # as if the mask were true everywhere
+        if func is index and _is_mask(args[1]):  # as if the mask were true everywhere
             mask = args[1][0]
             return args[0].new_empty((mask.numel(), *args[0].shape[mask.ndim :]))
         inputs: list[torch.Tensor] = []
@@ -183,7 +151,7 @@ class MetaKernels:
         if results is None:
             return func(*args, **kwargs)
         made = [r.tensor() if isinstance(r, _Made) else r for r in results]
-        return made[0] if len(func._schema.returns) == 1 else tuple(made)
+        return made[0] if result_count(func) == 1 else tuple(made)
 
 
 class _Made(NamedTuple):
@@ -214,11 +182,11 @@ def _described(value: Any, inputs: list[torch.Tensor]) -> Any:
 
 def _results(out: Any, inputs: list[torch.Tensor]) -> list[_Result] | None:
     """What to make again of a result; None where it is no new memory on the meta device."""
-    shared = {tensor.untyped_storage()._cdata for tensor in inputs}
+    shared = {storage_key(tensor) for tensor in inputs}
     found: list[_Result] = []
     for item in out if isinstance(out, tuple) else (out,):
         if isinstance(item, torch.Tensor):
-            if not item.is_meta or item.untyped_storage()._cdata in shared:
+            if not item.is_meta or storage_key(item) in shared:
                 return None
             found.append(_Made(item.shape, item.stride(), item.dtype))
         elif item is None or isinstance(item, (int, float)):
@@ -259,10 +227,8 @@ def _index(x: torch.Tensor, indices: Any, *_: Any, **__: Any) -> int:
     return indices[0].numel() * indices[0].ndim * 8 if _is_mask(indices) else 0
 
 
-CPU_WORKSPACES: Mapping[str, Workspace] = {"bitsandbytes::gemm_4bit": _gemm_4bit}
+CPU_WORKSPACES: Mapping[str, Workspace] = {GEMM_4BIT: _gemm_4bit}
 CUDA_WORKSPACES: Mapping[str, Workspace] = {
     **CPU_WORKSPACES,
-    "aten::index": _index,
-    "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
-    "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    **dict(zip(cuda_operators(), (_index, _flash_backward, _efficient_backward), strict=True)),
 }

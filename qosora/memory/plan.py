@@ -1,6 +1,6 @@
 """`plan`: will it fit, at which batch and length, and where do the bytes go? From the model's class, without weights.
 
-The step is traced on the meta device (`traced`), and what a GPU needs beside live tensors is added (`devices`). Batch
+The step is traced on the meta device (`predict`), and what a GPU needs beside live tensors is added (`cards`). Batch
 sizes and lengths that were not traced are interpolated. At any place of a step, what is live is a sum of tensors whose
 sizes are constant, or go with the tokens N = B·T, with the rows of the loss's tile, min(N, 4096), or, for masks and
 eager attention's scores, with B·T²; so three or four traces give all others, but for the cosines and sines of T
@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 from transformers import PreTrainedConfig
-from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
-from qosora.config import QUANT_METHOD, QosoraConfig
+from qosora.checkpoints import base_storage
+from qosora.compat.trl import TOKEN_CHUNK_SIZE
+from qosora.config import QosoraConfig
 from qosora.errors import ConfigError
-from qosora.layers import TILE_LENGTH
 from qosora.memory.cards import ASSUMPTIONS, CONTEXT, OF_EXPERTS, OF_FP16, OVERHEAD, Card, the_card
 from qosora.memory.predict import Prediction, StepOptions, TracedModel, has_experts
 from qosora.memory.shapes import model_config
@@ -231,11 +231,8 @@ def events(model: str | Path | PreTrainedConfig, found: Plan, *, trust_remote_co
 
 def storage_of(config: PreTrainedConfig, rank: int | None) -> QosoraConfig:
     """Return how a base is decomposed, or how a model would be at a rank."""
-    stored = getattr(config, "quantization_config", None)
-    stored = stored if isinstance(stored, dict) or stored is None else stored.to_dict()
+    stored = base_storage(config)
     if stored is None:
-        return QosoraConfig() if rank is None else QosoraConfig(rank=rank)
-    if stored.get("quant_method") != QUANT_METHOD:
         return QosoraConfig() if rank is None else QosoraConfig(rank=rank)
     if rank not in (None, stored["rank"]):
         raise ConfigError(f"the base is decomposed at rank {stored['rank']}, so rank {rank} cannot be planned for it")
@@ -268,8 +265,7 @@ class _Planner:
         text = config.get_text_config()
         self.positions: int = getattr(text, "max_position_embeddings", None) or 2**20
         self.window: int = getattr(text, "sliding_window", None) or 2**30
-        length = TILE_LENGTH if step.tile_length is None else step.tile_length
-        self.tile = length if step.method == "qosora" else 0
+        self.tile = step.tiling.length if step.method == "qosora" else 0
         self._known: dict[Batch, Prediction] = {}
         self._families: dict[Any, dict[Site, _Family]] = {}
 

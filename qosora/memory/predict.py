@@ -17,17 +17,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import peft.tuners.lora.bnb  # noqa: F401, its import is what tells PEFT that bitsandbytes works
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qosora.base import decompose_structure, skipped_modules
+from qosora.compat.peft import load_bnb_layers
+from qosora.compat.transformers import attention_of, should_convert_module
 from qosora.config import OsoraConfig, QosoraConfig
+from qosora.dtypes import PRECISIONS, dtype_named
 from qosora.errors import CheckpointError, QosoraError
-from qosora.layers import decoder_layers, stacked_names
+from qosora.layers import Tiling, decoder_layers, stacked_names
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
 from qosora.memory.standins import (
     STASH,
@@ -42,11 +43,10 @@ from qosora.memory.tracer import Event, Peak, Site, Tracer
 from qosora.training import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
 
 __all__ = [
-    "DTYPES", "Prediction", "StepOptions", "TracedModel", "has_experts", "meta_model", "prediction", "quantize_linears",
+    "Prediction", "StepOptions", "TracedModel", "has_experts", "meta_model", "prediction", "quantize_linears",
     "stacked_experts",
 ]  # fmt: skip
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GRANULARITY = {"cuda": 512, "cpu": 1}  # bytes; what PyTorch's CUDA allocator rounds to
 
 
@@ -80,12 +80,17 @@ class StepOptions:
     precision: str = "bf16"
     device: str = "cuda"
 
+    @property
+    def tiling(self) -> Tiling:
+        """What computes in tiles."""
+        return Tiling.of(self.tile_length, gradient_checkpointing=self.gradient_checkpointing)
+
     def problems(self) -> list[str]:
         """Return a sentence for every value that there is not."""
         choices = {
             "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"),
             "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS),
-            "precision": tuple(DTYPES), "device": tuple(_GRANULARITY),
+            "precision": tuple(PRECISIONS), "device": tuple(_GRANULARITY),
         }  # fmt: skip
         problems = [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
         if self.activation_offloading and self.device == "cpu":
@@ -158,7 +163,7 @@ class TracedModel:
                 "and what their kernels allocate depends on the GPU and the data. Measure it with `qosora profile`"
             )
         self.vocab: int = model.config.get_text_config().vocab_size
-        self.attention: str = model.config._attn_implementation
+        self.attention = attention_of(model.config)
         model.requires_grad_(False)
         adapter = OsoraConfig(vectors=options.vectors) if options.method == "qosora" else _lora(options)
         with torch.device("meta"):
@@ -170,10 +175,12 @@ class TracedModel:
             self.model,
             gradient_checkpointing=options.gradient_checkpointing,
             fused_head=options.chunked_loss,
-            tile_length=options.tile_length,
+            tiling=options.tiling,
         )
         self.trained_parameters = self._in_all(lambda: sum(p.numel() for p in self._trained()))
-        self.pack_elements = self._in_all(lambda: sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self._trained()))
+        self.buffer_elements = self._in_all(
+            lambda: sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self._trained())
+        )
         self.paged_bytes = self._in_all(self._paged_bytes)
 
     def _trained(self) -> list[nn.Parameter]:
@@ -202,7 +209,7 @@ class TracedModel:
             return 0
         sizes = [p.numel() for p in self._trained()]
         if self.options.method == "qosora":
-            sizes = [sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)] * (self.pack_elements >= PAGED_NUMEL)
+            sizes = [sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)] * (self.buffer_elements >= PAGED_NUMEL)
         else:
             sizes = [n for n in sizes if n >= PAGED_NUMEL]
         shapes = (shape for n in sizes for shape in state_shapes(n, self.options.optimizer))
@@ -259,7 +266,7 @@ class TracedModel:
     def _optimizer(self, tracer: Tracer, trained: list[nn.Parameter]) -> Any:
         paged = self.options.device == "cuda"
         if self.options.method == "qosora":
-            return PackedStandIn(trained, tracer, self.options.optimizer, paged, self.pack_elements)
+            return PackedStandIn(trained, tracer, self.options.optimizer, paged, self.buffer_elements)
         return PerTensorStandIn(trained, tracer, self.options.optimizer, paged)
 
 
@@ -291,7 +298,7 @@ def meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                config, dtype=DTYPES[options.precision], attn_implementation=options.attn_implementation
+                config, dtype=dtype_named(options.precision), attn_implementation=options.attn_implementation
             )
     except (ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -311,6 +318,7 @@ def quantize_linears(model: Any, storage: QosoraConfig, options: StepOptions) ->
 
 
 def _lora(options: StepOptions) -> LoraConfig:
+    load_bnb_layers()
     return LoraConfig(r=options.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 

@@ -19,18 +19,20 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from trl.models import get_act_offloading_ctx_manager
 
 from qosora.base import load_base, load_tokenizer
+from qosora.checkpoints import quantization_in
+from qosora.compat.torch import own_buffers, own_parameters
+from qosora.compat.trl import get_act_offloading_ctx_manager
 from qosora.config import OsoraConfig, QosoraConfig
-from qosora.data import IGNORED, Columns, Records, load_records, tokenize
+from qosora.data import Columns, Records, load_records, padded_batch, tokenize
+from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError, DataError
 from qosora.layers import decoder_layers
 from qosora.memory.cards import the_card
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES
 from qosora.memory.plan import Usage, shape_problems, storage_of, usage_of
 from qosora.memory.predict import (
-    DTYPES,
     StepOptions,
     TracedModel,
     meta_model,
@@ -41,7 +43,7 @@ from qosora.memory.predict import (
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch, prepare_model, register_model, register_optimizer, training_step
 from qosora.memory.tracer import Event, Tracer
-from qosora.training import create_optimizer
+from qosora.training import choose_precision, create_optimizer
 
 __all__ = ["Measurement", "fill_at_random", "measure", "offloading", "profile", "random_model"]
 
@@ -137,7 +139,8 @@ def profile(
         DataError: Data that cannot be used.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.setdefault("precision", "bf16" if device == "cuda" else "fp32")
+    if "precision" not in options:
+        options["precision"] = choose_precision("auto")
     step = StepOptions(**options, device=device)
     problems = step.problems() + ["steps must be at least 1"] * (steps < 1)
     if packing and padding:
@@ -173,15 +176,17 @@ def _load(
     if isinstance(model, PreTrainedModel):
         return model, storage_of(model.config, rank)
     config = model_config(model, trust_remote_code=trust_remote_code)
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return random_model(config, storage := storage_of(config, rank), step), storage
-    return load_base(
+    storage = storage_of(config, rank)
+    if quantization_in(config) is None:
+        return random_model(config, storage, step), storage
+    loaded = load_base(
         model,
-        dtype=DTYPES[step.precision],
-        **({"attn_implementation": step.attn_implementation} if step.attn_implementation else {}),
+        config=config,
+        dtype=dtype_named(step.precision),
+        attn_implementation=step.attn_implementation,
         trust_remote_code=trust_remote_code,
-    ), storage_of(config, rank)
+    )
+    return loaded, storage
 
 
 def random_model(config: PreTrainedConfig, storage: QosoraConfig, step: StepOptions) -> PreTrainedModel:
@@ -197,7 +202,7 @@ def fill_at_random(model: nn.Module, device: str) -> None:
     """Put random numbers on a device in place of all tensors on the meta device; tied ones stay tied."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (own_parameters(module), own_buffers(module)):
             for name, tensor in tensors.items():
                 if tensor is None or not tensor.is_meta:
                     continue
@@ -219,17 +224,8 @@ def _longest(records: Records, model: str, like: Batch) -> tuple[Batch, dict[str
             if like.packing
             else f"{records.name} has {len(examples)} examples, fewer than the batch size {like.size}"
         )
-    length = len(examples[0].input_ids)
-    inputs = {
-        name: torch.full((like.size, length), fill, dtype=torch.int64)
-        for name, fill in (("input_ids", 0), ("labels", IGNORED), ("attention_mask", 0))
-    }
-    for row, example in enumerate(examples):
-        end = len(example.input_ids)
-        inputs["input_ids"][row, :end] = torch.from_numpy(example.input_ids)
-        inputs["labels"][row, :end] = torch.from_numpy(example.labels)
-        inputs["attention_mask"][row, :end] = 1
-    return Batch(like.size, length, padding=len(examples[-1].input_ids) < length), inputs
+    shortest, longest = len(examples[-1].input_ids), len(examples[0].input_ids)
+    return Batch(like.size, longest, padding=shortest < longest), padded_batch(examples)
 
 
 def _measure(base: PreTrainedModel, inputs: dict[str, torch.Tensor], step: StepOptions, steps: int) -> dict[str, Any]:
@@ -238,7 +234,7 @@ def _measure(base: PreTrainedModel, inputs: dict[str, torch.Tensor], step: StepO
         model,
         gradient_checkpointing=step.gradient_checkpointing,
         fused_head=step.chunked_loss,
-        tile_length=step.tile_length,
+        tiling=step.tiling,
     )
     optimizer = create_optimizer(model, lr=1e-6, optimizer=step.optimizer)
     return measure(model, inputs, optimizer, step, steps)

@@ -11,18 +11,20 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from bitsandbytes.functional import QuantState
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from qosora.compat.bitsandbytes import SMALL_NUMEL, fill_linear4bit
+from qosora.compat.torch import foreach_copy_, storage_key
+from qosora.compat.trl import offloading_limits
 from qosora.decompose import nf4
 from qosora.memory.tracer import Tracer
 from qosora.training import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
 
 __all__ = ["STASH", "FourBitLinear", "OffloadingStandIn", "PackedStandIn", "PerTensorStandIn", "state_shapes"]
 
-STASH = 5  # TRL's max_fwd_stash_size: offloaded tensors that are still on their way
-_SMALL = 4096  # elements; below, bitsandbytes keeps 32-bit states
+#: Bytes from which on TRL offloads a tensor, and the offloaded tensors that are still on their way.
+_OFFLOADED_BYTES, STASH = offloading_limits()
 
 
 def state_shapes(numel: int, optimizer: str, in_all: int | None = None) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -34,7 +36,7 @@ def state_shapes(numel: int, optimizer: str, in_all: int | None = None) -> list[
         in_all: Elements of the whole parameter, whose size decides about 8 bits; `numel` by default.
     """
     moments = 2 if "adam" in optimizer else 1
-    if OPTIMIZERS[optimizer].bits == 32 or (in_all or numel) < _SMALL:
+    if OPTIMIZERS[optimizer].bits == 32 or (in_all or numel) < SMALL_NUMEL:
         return [((numel,), torch.float32)] * moments
     return [((numel,), torch.uint8), ((-(-numel // 256),), torch.float32)] * moments
 
@@ -65,7 +67,7 @@ class PackedStandIn(_StandIn):
         tracer: Entered.
         optimizer: One of `OPTIMIZERS`.
         paged: Whether the device is one where bitsandbytes pages.
-        in_all: Elements of the pack in the whole model, of which this may be the first layers.
+        in_all: Elements of the buffer in the whole model, of which this may be the first layers.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class PackedStandIn(_StandIn):
 
     def step(self) -> None:
         """Gather the gradients."""
-        torch._foreach_copy_(self.views, [p.grad for p in self.params if p.grad is not None])
+        foreach_copy_(self.views, [p.grad for p in self.params if p.grad is not None])
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
 
@@ -120,35 +122,23 @@ class FourBitLinear(bitsandbytes.nn.Linear4bit):
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.compute_dtype, self.compute_type_is_set = None, False
-        self.quant_storage, self.support_avx512bf16_for_cpu = torch.uint8, False
+        self.bias = linear.bias
         stored = nf4.stored_shapes(linear.weight.numel(), 64, True)
         parts = {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in stored.items()}
-        code = torch.empty(256, device="meta")
-        nested = QuantState(
-            absmax=parts["absmax_scale"], code=code, blocksize=nf4.ABSMAX_BLOCKSIZE, dtype=torch.float32
-        )
-        state = QuantState(
-            absmax=parts["absmax"], shape=linear.weight.shape, code=torch.empty(16, device="meta"), blocksize=64,
-            quant_type="nf4", dtype=linear.weight.dtype, offset=parts["absmax_offset"], state2=nested,
-        )  # fmt: skip
-        weight: Any = nn.Parameter(parts["packed"].view(-1, 1), requires_grad=False)
-        weight.quant_state, weight.quant_type, weight.compress_statistics = state, "nf4", True
-        weight.bnb_quantized, weight.blocksize = True, 64
-        self.weight, self.bias, self.quant_state = weight, linear.bias, state
+        fill_linear4bit(self, parts, linear.weight.shape, linear.weight.dtype)
 
 
 class OffloadingStandIn(saved_tensors_hooks):
     """As TRL's `OffloadActivations`: saved tensors go to host memory, but the last few, and come back in backward."""
 
     def __init__(self, params: Sequence[torch.Tensor]) -> None:
-        kept = {p.untyped_storage()._cdata for p in params}
+        kept = {storage_key(p) for p in params}
         stash: deque[torch.Tensor] = deque(maxlen=STASH)
 
         def pack(tensor: torch.Tensor) -> Any:
-            storage = tensor.untyped_storage()
-            moved = any(tensor.untyped_storage()._cdata == t.untyped_storage()._cdata for t in stash)
-            if tensor.nbytes < 1024 or storage._cdata in kept or moved:
+            key = storage_key(tensor)
+            moved = any(key == storage_key(t) for t in stash)
+            if tensor.nbytes < _OFFLOADED_BYTES or key in kept or moved:
                 return tensor
             stash.append(tensor)
             return (tensor.shape, tensor.stride(), tensor.dtype)

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
+from qosora.compat.bitsandbytes import is_paged, quant_tensors
+from qosora.compat.trl import add_fused_lm_head
 from qosora.decompose import nf4
-from qosora.layers import apply_tiling, qosora_modules
+from qosora.layers import Tiling, apply_tiling, qosora_modules
 from qosora.memory.tracer import Tracer
+from qosora.training import PackedPagedOptimizer
 
 __all__ = ["Batch", "prepare_model", "register_model", "register_optimizer", "training_step"]
 
@@ -68,9 +70,7 @@ class Batch:
         return made | {"attention_mask": mask}
 
 
-def prepare_model(
-    model: Any, *, gradient_checkpointing: bool, fused_head: bool = True, tile_length: int | None = None
-) -> None:
+def prepare_model(model: Any, *, gradient_checkpointing: bool, tiling: Tiling, fused_head: bool = True) -> None:
     """Do to a PEFT model what `train` and TRL's trainer do to it before it trains; other methods have no tiles."""
     base: PreTrainedModel = model.get_base_model()
     if fused_head:
@@ -79,7 +79,7 @@ def prepare_model(
         base.enable_input_require_grads()
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if qosora_modules(model):
-        apply_tiling(model, tile_length, mlps=gradient_checkpointing or tile_length is not None)
+        apply_tiling(model, tiling.length, mlps=tiling.mlps)
     model.train()
 
 
@@ -92,19 +92,13 @@ def register_model(tracer: Tracer, model: Any) -> None:
         for name, p in layer.named_parameters(recurse=False):
             if name != "bias":
                 tracer.register([p], "base residual" if name.startswith("weight") else "factors")
-        tracer.register([nf4._absmax_code(layer.s.device)], "base residual")
+        tracer.register([nf4.absmax_code(layer.s.device)], "base residual")
     for p in model.parameters():
-        state = getattr(p, "quant_state", None)  # of bitsandbytes' own 4-bit layers
-        if state is not None:
-            tracer.register([p, *_tensors_of(state)], "base residual")
+        if stored := quant_tensors(p):
+            tracer.register([p, *stored], "base residual")
     tracer.register((p for p in model.parameters() if p.requires_grad), "adapter")
     tracer.register(_new(tracer, model.parameters()), "norms, biases, buffers")
     tracer.register(_new(tracer, model.buffers()), "norms, biases, buffers")
-
-
-def _tensors_of(state: Any) -> list[torch.Tensor]:
-    nested = [] if state.state2 is None else [state.offset, state.state2.absmax, state.state2.code]
-    return [state.absmax, state.code, *nested]
 
 
 def _new(tracer: Tracer, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -113,18 +107,18 @@ def _new(tracer: Tracer, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 def register_optimizer(tracer: Tracer, optimizer: Any) -> None:
     """Count an optimizer's states, and the buffers that the packed one keeps parameters and gradients in."""
-    for pack in getattr(optimizer, "_packs", []):
-        tracer.register([pack.flat], "adapter")
-        if pack.grad is not None:
-            tracer.register([pack.grad], "gradients")
-        tracer.register(_unpaged(pack.tensors()), "optimizer state")
+    for buffer in optimizer.buffers if isinstance(optimizer, PackedPagedOptimizer) else []:
+        tracer.register([buffer.flat], "adapter")
+        if buffer.grad is not None:
+            tracer.register([buffer.grad], "gradients")
+        tracer.register(_unpaged(buffer.tensors()), "optimizer state")
     for state in optimizer.state.values():
         tracer.register(_unpaged(state), "optimizer state")
 
 
 def _unpaged(state: dict[str, Any]) -> list[torch.Tensor]:
     """Tensors but those in managed memory, which CUDA's allocator does not count either."""
-    return [t for t in state.values() if isinstance(t, torch.Tensor) and not getattr(t, "is_paged", False)]
+    return [t for t in state.values() if isinstance(t, torch.Tensor) and not is_paged(t)]
 
 
 def training_step(

@@ -6,6 +6,8 @@ bytes of operations where that matters.
 
 A storage counts once, however many tensors view it. On a real device also where several storage objects lie in the
 same memory, as DLPack makes them of the packed optimizer's flat buffer.
+
+It is our own, as torch's `MemTracker` is private and knows neither our categories nor what operations need inside.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from qosora.compat.torch import TorchDispatchMode, operator_name, storage_key, tree_iter
 
 __all__ = ["CATEGORIES", "PHASES", "Event", "Peak", "Site", "Tracer", "Workspace", "category_of"]
 
@@ -88,7 +90,7 @@ class _Block:
     reference: Any = field(default=None, repr=False)
 
 
-class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tracer(TorchDispatchMode):
     """Follows live bytes while it is entered.
 
     Args:
@@ -109,7 +111,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         log: list[Event] | None = None,
         device: str | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.granularity, self.workspaces, self.run = granularity, workspaces or {}, run
         self.sites: dict[Site, Peak] = {}
         self.total = 0
@@ -133,7 +135,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Say whether a tensor's memory is counted."""
-        return tensor.untyped_storage()._cdata in self._blocks
+        return storage_key(tensor) in self._blocks
 
     @contextmanager
     def allocating(self, category: str) -> Iterator[None]:
@@ -198,7 +200,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name
+        name = operator_name(func)
         out = self.run(func, args, kwargs)
         if (extra := self.workspaces.get(name)) is not None:
             self._peak(name, extra(*args, **kwargs))
@@ -216,7 +218,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.device is not None and tensor.device.type != self.device:
             return
         storage = tensor.untyped_storage()
-        identity = storage._cdata
+        identity = storage_key(tensor)
         if (known := self._blocks.get(identity)) is not None:
             if key.category is not None and known.key.category != key.category:
                 self._count_block(known, -1)

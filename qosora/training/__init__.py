@@ -5,7 +5,7 @@
 | `config` | `TrainConfig`: what a user says |
 | `sft_options` | the same in TRL's words |
 | `run_folder` | the folder of a run |
-| `checks` | all that is checked before a model is loaded |
+| `checks` | a run, checked and resolved before its model is loaded |
 | `flat_buffers` | vectors as windows of flat buffers |
 | `optimizer` | the packed paged optimizer |
 | `trainer` | TRL's trainer with our evaluation, checkpoints and record |
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qosora.training.run import TrainResult as TrainResult
     from qosora.training.run import train as train
     from qosora.training.run_folder import MetricsLog as MetricsLog
+    from qosora.training.sft_options import choose_precision as choose_precision
     from qosora.training.sft_options import sft_config as sft_config
     from qosora.training.trainer import QosoraTrainer as QosoraTrainer
     from qosora.training.trainer import Recorder as Recorder
@@ -38,7 +39,7 @@ __getattr__, __dir__ = door(
     __name__,
     {
         "config": ["OPTIMIZER_NAMES", "TrainConfig"],
-        "sft_options": ["sft_config"],
+        "sft_options": ["choose_precision", "sft_config"],
         "run_folder": ["MetricsLog"],
         "flat_buffers": ["ALIGNMENT", "OPTIMIZERS", "PAGED_NUMEL"],
         "optimizer": ["PackedPagedOptimizer", "create_optimizer", "trainer_optimizer"],

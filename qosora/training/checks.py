@@ -1,7 +1,8 @@
-"""Everything of a training run that is checked before its model is loaded, in the order of what it costs.
+"""A run resolved: all of it that is checked before its model is loaded, in the order of what it costs.
 
-The options, then the output folder, then the base's kind, then the data to the last token. Examples are tokenized here
-and not by TRL, so that the tokens that were counted are those that are trained on.
+The options, then the base's kind, then the data to the last token. What an option leaves open is decided here, and
+config.json is read here: `Run` holds the results, and nothing after it asks again. Examples are tokenized here and not
+by TRL, so that the tokens that were counted are those that are trained on.
 """
 
 from __future__ import annotations
@@ -11,32 +12,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from qosora.base import load_base, load_tokenizer
-from qosora.checkpoints import quantization_of
-from qosora.config import QUANT_METHOD, OsoraConfig
+from qosora.base import load_tokenizer
+from qosora.checkpoints import load_config, require_base
+from qosora.config import OsoraConfig
 from qosora.data import Columns, Tokenized, load_records, tokenize
+from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError, DataError
+from qosora.layers import Tiling
 from qosora.training.config import TrainConfig
 from qosora.training.run_folder import RunFolder
 from qosora.training.sft_options import choose_precision, sft_config
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Run", "resolve_run"]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Run:
     """A run that can begin.
 
     Args:
         config: As given.
         folder: Not made yet.
         precision: "bf16", "fp16" or "fp32".
+        dtype: That of the precision.
+        tiling: What computes in tiles.
         arguments: Of TRL's trainer.
+        learning_rate: Of the vectors.
+        modules_to_save_learning_rate: Of all else that is trained.
         adapter: What is trained.
         source: Folder (absolute, as the adapter records it) or hub id of the base.
+        model_config: The base's.
         tokenizer: The base's.
         data: To train on.
         held_out: To evaluate on.
@@ -45,15 +54,20 @@ class Prepared:
     config: TrainConfig
     folder: RunFolder
     precision: str
+    dtype: torch.dtype
+    tiling: Tiling
     arguments: SFTConfig
+    learning_rate: float
+    modules_to_save_learning_rate: float
     adapter: OsoraConfig
     source: str
+    model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     data: Tokenized
     held_out: Tokenized | None
 
 
-def prepare(config: TrainConfig, folder: RunFolder) -> Prepared:
+def resolve_run(config: TrainConfig, folder: RunFolder) -> Run:
     """Check a run and read its data; nothing is written.
 
     Raises:
@@ -61,29 +75,41 @@ def prepare(config: TrainConfig, folder: RunFolder) -> Prepared:
         DataError: Data that cannot be used.
         CheckpointError: The model is no qosora base.
     """
-    if config.schedule == "warmup_stable_decay" and "num_decay_steps" not in (
-        config.sft.get("lr_scheduler_kwargs") or {}
-    ):
+    _check_schedule(config)
+    precision = choose_precision(config.precision)
+    arguments, adapter = sft_config(config, precision, folder.path), _adapter_config(config)
+    source = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
+    model_config = load_config(source, trust_remote_code=config.trust_remote_code)
+    require_base(source, model_config)
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    data, held_out = _tokenized(config, source, tokenizer)
+    _check_fit(config, source, model_config, [data, *([held_out] if held_out else [])])
+    tile_length = 0 if config.compile else config.tile_length
+    return Run(
+        config=config,
+        folder=folder,
+        precision=precision,
+        dtype=dtype_named(precision),
+        tiling=Tiling.of(tile_length, gradient_checkpointing=config.gradient_checkpointing),
+        arguments=arguments,
+        learning_rate=config.learning_rate,
+        modules_to_save_learning_rate=config.modules_to_save_learning_rate or config.learning_rate / 100,
+        adapter=adapter,
+        source=source,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        data=data,
+        held_out=held_out,
+    )
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    known = config.sft.get("lr_scheduler_kwargs") or {}
+    if config.schedule == "warmup_stable_decay" and "num_decay_steps" not in known:
         raise ConfigError(
             "schedule warmup_stable_decay needs to know when the decay begins: set num_decay_steps in the option "
             "lr_scheduler_kwargs of sft, such as --sft 'lr_scheduler_kwargs={num_decay_steps: 100}'"
         )
-    precision = choose_precision(config)
-    arguments = sft_config(config, precision, folder.path)
-    adapter = _adapter_config(config)
-    source = _source(config)
-    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-    data, held_out = _tokenized(config, source, tokenizer)
-    return Prepared(config, folder, precision, arguments, adapter, source, tokenizer, data, held_out)
-
-
-def _source(config: TrainConfig) -> str:
-    """Return the base's place, absolute (the adapter records it), after a look at what it is."""
-    source = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
-    stored = quantization_of(source, trust_remote_code=config.trust_remote_code) or {}
-    if stored.get("quant_method") != QUANT_METHOD:
-        load_base(source, trust_remote_code=config.trust_remote_code)  # says what it is instead, loading nothing
-    return source
 
 
 def _adapter_config(config: TrainConfig) -> OsoraConfig:
@@ -105,7 +131,7 @@ def _names(names: list[str] | None) -> list[str] | str | None:
 def _tokenized(
     config: TrainConfig, source: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tokenized, Tokenized | None]:
-    """Return the training and evaluation examples, checked against the model's configuration."""
+    """Return the training and evaluation examples."""
     columns = Columns(config.prompt_column, config.completion_column, config.messages_column, config.text_column)
     stops = _stop_ids(source)
     # Only packing that cuts may be told of cuts; the others split what is too long
@@ -120,7 +146,6 @@ def _tokenized(
             config.eval_data, split=split, columns=columns, chat=config.chat, limit=config.eval_limit
         )
         held_out = tokenize(records, tokenizer, max_length=config.max_length, **options)
-    _check_fit(config, source, [data, *([held_out] if held_out else [])])
     return data, held_out
 
 
@@ -132,9 +157,9 @@ def _stop_ids(source: str) -> list[int]:
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def _check_fit(config: TrainConfig, source: str, data: list[Tokenized]) -> None:
+def _check_fit(config: TrainConfig, source: str, model_config: PreTrainedConfig, data: list[Tokenized]) -> None:
     """Refuse ids and lengths that the model has no embedding for: both end in an index error deep inside."""
-    model = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code).get_text_config()
+    model = model_config.get_text_config()
     largest = max(int(e.input_ids.max()) for d in data for e in d.examples)
     longest = max(len(e.input_ids) for d in data for e in d.examples)
     positions = getattr(model, "max_position_embeddings", None)

@@ -33,6 +33,14 @@ def _option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+class _FieldErrors(ConfigError):
+    """Problems of a configuration, each with the name of its field."""
+
+    def __init__(self, found: list[tuple[str, str]]) -> None:
+        super().__init__([message for _, message in found])
+        self.found = found
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. The fields' help texts are the documentation: `qosora train --help`.
@@ -117,7 +125,7 @@ class TrainConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         coerced, problems = _check(values)
         if problems:
-            raise ConfigError([message for _, message in problems])
+            raise _FieldErrors(problems)
         for name, value in coerced.items():
             object.__setattr__(self, name, value)
 
@@ -142,13 +150,18 @@ class TrainConfig:
                     values[name] = value
                 else:
                     problems.append(where.get(name, "") + f"unknown option {name!r}{near_miss(name, known)}")
-        found = _check(values)[1]
-        problems += [("" if name in overrides else lines.get(name, "")) + message for name, message in found]
         required = {f.name: f.metadata["help"] for f in fields(cls) if f.default is f.default_factory is MISSING}
-        problems += [f"{name} is missing: {text}" for name, text in required.items() if name not in values]
+        missing = [name for name in required if name not in values]
+        values |= dict.fromkeys(missing, "missing")  # so that all else is checked, too
+        try:
+            config = cls(**values)
+        except _FieldErrors as error:
+            found = error.found
+            problems += [("" if name in overrides else lines.get(name, "")) + message for name, message in found]
+        problems += [f"{name} is missing: {required[name]}" for name in missing]
         if problems:
             raise ConfigError(problems)
-        return cls(**values)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as plain data."""
@@ -159,11 +172,10 @@ class TrainConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def save(self, path: str | Path) -> None:
-        """Write `to_yaml` to a file, under a temporary name first."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(self.to_yaml(), encoding="utf-8")
-        temporary.replace(path)
+        """Write `to_yaml` to a file, whole or not at all."""
+        from qosora.checkpoints import write_atomically
+
+        write_atomically(path, self.to_yaml())
 
     def changed_since(self, earlier: TrainConfig) -> list[str]:
         """Return the fields in which a run differs from an earlier one such that it cannot go on from it."""

@@ -8,10 +8,10 @@ launch one kernel for each. Here the vectors become windows on one flat buffer,
     grad    [ ds_0 ........ pad | do_0 ................ pad | ds_1 ........ pad | ... ]    p.grad are views of it
     state1, state2          of the same length, each one paged tensor of bitsandbytes (in 8 bits with absmax beside it)
 
-and bitsandbytes sees one parameter: one paged state, one update a step. There is one such pack for each (group, dtype,
-device). A parameter of 100,000 elements or more (a head or embedding of `modules_to_save`) is a pack of its own on the
-memory it has: bitsandbytes pages it as it is, and a copy would double it. A pack of fewer elements than that is not
-paged, and need not be: its states are under 0.8 MB.
+and bitsandbytes sees one parameter: one paged state, one update a step. There is one such buffer for each (group,
+dtype, device). A parameter of 100,000 elements or more (a head or embedding of `modules_to_save`) is a buffer of its
+own on the memory it has: bitsandbytes pages it as it is, and a copy would double it. A buffer of fewer elements than
+that is not paged, and need not be: its states are under 0.8 MB.
 
 Layout. Each vector starts at a multiple of 256 elements, the block of the 8-bit states: a block shared by a vector of
 singular values and one of output scales, whose gradients differ by orders of magnitude, would round the smaller away.
@@ -27,6 +27,8 @@ a step under 2^-9 of a weight's size is rounded away. To train `modules_to_save`
 
 from __future__ import annotations
 
+import platform
+import sys
 from typing import Any, NamedTuple
 
 import bitsandbytes
@@ -34,12 +36,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
+from qosora.compat.bitsandbytes import PAGED_NUMEL, allocate_states, is_paged, launching
+from qosora.compat.torch import foreach_copy_, foreach_zero_
 from qosora.errors import QosoraError
 
-__all__ = ["OPTIMIZERS", "PAGED_NUMEL", "Kind", "MemoryUse", "Pack", "layout_mismatch", "parameter_problems"]
+__all__ = [
+    "OPTIMIZERS",
+    "PAGED_NUMEL",
+    "FlatBuffer",
+    "Kind",
+    "MemoryUse",
+    "layout_mismatch",
+    "parameter_problems",
+    "why_unpaged",
+]
 
 ALIGNMENT = 256  # elements; the block size of bitsandbytes' 8-bit states
-PAGED_NUMEL = 100_000  # bitsandbytes pages states from this many elements on (Optimizer8bit.get_state_buffer)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what bitsandbytes' kernels update
 
 
@@ -69,22 +81,22 @@ class MemoryUse(NamedTuple):
     paged_bytes: int  # the part of state_bytes in managed memory, outside torch.cuda.max_memory_allocated
 
 
-class Pack:
+class FlatBuffer:
     """Parameters of one group, dtype and device as one flat tensor, and bitsandbytes' optimizer for it."""
 
     def __init__(self, params: list[nn.Parameter], names: list[str], group_index: int, kind: Kind) -> None:
         self.params, self.names, self.group_index = params, names, group_index
         self.grad: Tensor | None = None  # None: a large parameter alone, which keeps its own gradient
         self.grad_views: list[Tensor] = []
-        if len(params) == 1 and params[0].numel() >= PAGED_NUMEL:
-            params[0].data = params[0].data.contiguous()  # bitsandbytes would rebind it at the first step
-            self.flat: Tensor = params[0]
-        else:
-            self.flat = self._flatten()
-        self.addresses = [p.data_ptr() for p in params]
-        # The options are set before every update, from the group that schedulers write to.
-        paged = self.flat.device.type != "cpu"
-        self.inner = kind.cls([self.flat], optim_bits=kind.bits, is_paged=paged)
+        with launching(params[0]):
+            if len(params) == 1 and params[0].numel() >= PAGED_NUMEL:
+                params[0].data = params[0].data.contiguous()  # bitsandbytes would rebind it at the first step
+                self.flat: Tensor = params[0]
+            else:
+                self.flat = self._flatten()
+            self.addresses = [p.data_ptr() for p in params]
+            # The options are set before every update, from the group that schedulers write to.
+            self.inner = kind.cls([self.flat], optim_bits=kind.bits, is_paged=not why_unpaged(self.flat.device))
 
     @torch.no_grad()
     def _flatten(self) -> Tensor:
@@ -124,9 +136,9 @@ class Pack:
         missing = [view for p, view in pairs if p.grad is None]
         fresh = [(view, p.grad) for p, view in pairs if p.grad is not None and p.grad.data_ptr() != view.data_ptr()]
         if missing:
-            torch._foreach_zero_(missing)
+            foreach_zero_(missing)
         if fresh:
-            torch._foreach_copy_([view for view, _ in fresh], [grad for _, grad in fresh])
+            foreach_copy_([view for view, _ in fresh], [grad for _, grad in fresh])
         for p, view in pairs:
             p.grad = view
 
@@ -149,7 +161,8 @@ class Pack:
         self.gather()
         options = {"lr": float(group["lr"]), "betas": tuple(group["betas"])}
         self.inner.param_groups[0].update(options, eps=group["eps"], weight_decay=group["weight_decay"])
-        self.inner.step()
+        with launching(self.flat):
+            self.inner.step()
 
     def tensors(self) -> dict[str, Tensor]:
         """The state tensors, by bitsandbytes' names; empty before the first step."""
@@ -162,10 +175,11 @@ class Pack:
         saved: dict[str, Any] = {key: value.detach() for key, value in self.tensors().items()}
         return {"step": self.inner.state[self.flat]["step"], **saved} if saved else {}
 
-    def prepare(self, saved: dict[str, Any]) -> list[str]:
+    def allocate(self, saved: dict[str, Any]) -> list[str]:
         """Have bitsandbytes allocate the states (paged where it pages); return the keys that `saved` lacks."""
         if saved and not self.tensors():
-            self.inner.init_state(self.inner.param_groups[0], self.flat, 0, 0)
+            with launching(self.flat):
+                allocate_states(self.inner)
         expected = {key: value.shape for key, value in self.tensors().items()} if saved else {}
         wrong = [key for key, shape in expected.items() if getattr(saved.get(key), "shape", None) != shape]
         return wrong + ["step"] * (bool(saved) and "step" not in saved)
@@ -173,11 +187,12 @@ class Pack:
     @torch.no_grad()
     def load(self, saved: dict[str, Any]) -> None:
         """Fill the states in place (bitsandbytes never frees a paged one), with zeros if nothing was saved."""
-        for key, value in self.tensors().items():
-            if saved:
-                value.copy_(saved[key])
-            elif not key.startswith("qmap"):
-                value.zero_()
+        with launching(self.flat):
+            for key, value in self.tensors().items():
+                if saved:
+                    value.copy_(saved[key])
+                elif not key.startswith("qmap"):
+                    value.zero_()
         if self.tensors():
             self.inner.state[self.flat]["step"] = saved.get("step", 0)
 
@@ -189,8 +204,22 @@ class Pack:
     def memory(self) -> MemoryUse:
         """Bytes of the flat tensor, its gradient and its states."""
         grad, states = self.flat.grad, self.tensors().values()
-        paged = sum(t.nbytes for t in states if getattr(t, "is_paged", False))
+        paged = sum(t.nbytes for t in states if is_paged(t))
         return MemoryUse(self.flat.nbytes, 0 if grad is None else grad.nbytes, sum(t.nbytes for t in states), paged)
+
+
+def why_unpaged(device: torch.device) -> str | None:
+    """Return why the states of parameters on a device are not paged, or None where they are.
+
+    Paging is CUDA's managed memory that GPU and CPU may touch at the same time: there is none under Windows and WSL.
+    """
+    if device.type != "cuda":
+        return f"the parameters are on {device.type}"
+    if torch.version.hip is not None:
+        return "a ROCm build of torch has no CUDA managed memory"
+    if sys.platform != "linux" or "microsoft" in platform.release().lower():
+        return "managed memory does not page under Windows"
+    return None
 
 
 def parameter_problems(params: list[Tensor], names: list[str]) -> list[str]:
@@ -210,12 +239,13 @@ def parameter_problems(params: list[Tensor], names: list[str]) -> list[str]:
 
 def layout_mismatch(here: dict[str, Any], saved: Any) -> str | None:
     """The first difference between two layouts in words, or None."""
+    # The key is older than the name of the class; saved states have it
     if not isinstance(saved, dict) or "packs" not in saved:
         return "it has no `layout`, so it was not saved by PackedPagedOptimizer"
     if saved.get("optimizer") != here["optimizer"]:
         return f"it was saved by {saved.get('optimizer')}, this is {here['optimizer']}"
     if len(saved["packs"]) != len(here["packs"]):
-        return f"it has {len(saved['packs'])} packs of parameters, this optimizer has {len(here['packs'])}"
+        return f"it has {len(saved['packs'])} buffers of parameters, this optimizer has {len(here['packs'])}"
     for mine, theirs in zip(here["packs"], saved["packs"], strict=True):
         if len(mine["names"]) != len(theirs["names"]):
             return f"it has {len(theirs['names'])} parameters where this optimizer has {len(mine['names'])}"

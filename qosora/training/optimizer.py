@@ -1,9 +1,9 @@
 """The packed paged optimizer: every trained vector in one flat tensor, updated by one bitsandbytes kernel.
 
-`pack.py` holds the flat buffers and says why; here is the torch optimizer around them.
+`flat_buffers` holds the buffers and says why; here is the torch optimizer around them.
 
-Where this differs from a per-tensor optimizer: a parameter without a gradient, in a pack where another has one, counts
-as having gradient zero (its moments and weight decay go on); per-tensor optimizers skip it. A pack in which no
+Where this differs from a per-tensor optimizer: a parameter without a gradient, in a buffer where another has one,
+counts as having gradient zero (its moments and weight decay go on); per-tensor optimizers skip it. A buffer in which no
 parameter has a gradient is skipped.
 
 Weight decay is 0 unless given: the vectors are scales around the singular values and around one, so decay towards zero
@@ -24,10 +24,11 @@ from qosora.errors import CheckpointError, ConfigError
 from qosora.training.flat_buffers import (
     OPTIMIZERS,
     PAGED_NUMEL,
+    FlatBuffer,
     MemoryUse,
-    Pack,
     layout_mismatch,
     parameter_problems,
+    why_unpaged,
 )
 
 __all__ = ["OPTIMIZERS", "MemoryUse", "PackedPagedOptimizer", "create_optimizer", "trainer_optimizer"]
@@ -48,7 +49,7 @@ class PackedPagedOptimizer(torch.optim.Optimizer):
             bfloat16 or float16, all with requires_grad.
         lr: Learning rate. Required, as Trainer passes none to a class given by `optimizer_cls_and_kwargs`.
         optimizer: One of `OPTIMIZERS`: "paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit",
-            "paged_lion_8bit". Packs of fewer than 4,096 elements keep 32-bit states (bitsandbytes' rule).
+            "paged_lion_8bit". Buffers of fewer than 4,096 elements keep 32-bit states (bitsandbytes' rule).
         betas: Decay rates; by default (0.9, 0.999) for AdamW and (0.9, 0.99) for Lion.
         eps: Added to the denominator of AdamW; Lion has none.
         weight_decay: Decoupled weight decay; 0 by default (see the module docstring).
@@ -77,16 +78,17 @@ class PackedPagedOptimizer(torch.optim.Optimizer):
         if optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {optimizer!r}")
         self._name, self._kind = optimizer, OPTIMIZERS[optimizer]
-        self._packs: list[Pack] = []
+        self.buffers: list[FlatBuffer] = []
         defaults = {"lr": lr, "betas": betas or self._kind.betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
-        if not self._packs:
+        if not self.buffers:
             raise ConfigError("the optimizer got no trainable parameters: attach an adapter (get_peft_model) first")
-        if any(pack.flat.device.type == "cpu" for pack in self._packs):
-            logger.warning("%s runs on the CPU: optimizer states are ordinary tensors, not paged", optimizer)
+        reasons = (why_unpaged(buffer.flat.device) for buffer in self.buffers)
+        if reason := next(filter(None, reasons), None):
+            logger.warning("%s: optimizer states are ordinary tensors, not paged, as %s", optimizer, reason)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters and pack them, one pack for each dtype and device."""
+        """Add a group of parameters and pack them, into one buffer for each dtype and device."""
         super().add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         params = group["params"]
@@ -95,16 +97,16 @@ class PackedPagedOptimizer(torch.optim.Optimizer):
         if problems:
             self.param_groups.pop()
             raise ConfigError(problems)
-        packs: dict[Any, list[int]] = {}
+        together: dict[Any, list[int]] = {}
         for i, p in enumerate(params):
-            packs.setdefault(i if p.numel() >= PAGED_NUMEL else (p.dtype, p.device), []).append(i)
-        for members in packs.values():
+            together.setdefault(i if p.numel() >= PAGED_NUMEL else (p.dtype, p.device), []).append(i)
+        for members in together.values():
             chosen = [params[i] for i in members], [names[i] for i in members]
-            self._packs.append(Pack(*chosen, index, self._kind))
+            self.buffers.append(FlatBuffer(*chosen, index, self._kind))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters: one bitsandbytes update for each pack that has a gradient.
+        """Update all parameters: one bitsandbytes update for each buffer that has a gradient.
 
         Args:
             closure: Reevaluates the model and returns the loss, as for any torch optimizer.
@@ -116,24 +118,24 @@ class PackedPagedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for pack in self._packs:  # all before the first update: an error leaves no half-done step
-            pack.check()
-        for pack in self._packs:
-            pack.update(self.param_groups[pack.group_index])
+        for buffer in self.buffers:  # all before the first update: an error leaves no half-done step
+            buffer.check()
+        for buffer in self.buffers:
+            buffer.update(self.param_groups[buffer.group_index])
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients. Packed ones stay views of the flat buffer; `set_to_none` is for large parameters."""
-        for pack in self._packs:
-            pack.zero_grad(set_to_none)
+        for buffer in self.buffers:
+            buffer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain tensors, numbers and strings, which `torch.load(weights_only=True)` accepts.
 
         Beside torch's two keys there is `layout`, by which `load_state_dict` knows the vectors again. `state` is keyed
-        by pack and, as in torch, refers to the live tensors: copy them to keep them past the next step.
+        by buffer and, as in torch, refers to the live tensors: copy them to keep them past the next step.
         """
-        state = {i: pack.save() for i, pack in enumerate(self._packs)}
+        state = {i: buffer.save() for i, buffer in enumerate(self.buffers)}
         return {**super().state_dict(), "state": state, "layout": self._layout()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,21 +152,21 @@ class PackedPagedOptimizer(torch.optim.Optimizer):
         """
         problem = layout_mismatch(self._layout(), state_dict.get("layout"))
         saved = state_dict.get("state", {})
-        for i, pack in enumerate(self._packs if not problem else []):
-            if wrong := pack.prepare(saved.get(i, {})):
-                problem = f"{', '.join(wrong)} of pack {i} are missing or of another size: the file is damaged"
+        for i, buffer in enumerate(self.buffers if not problem else []):
+            if wrong := buffer.allocate(saved.get(i, {})):
+                problem = f"{', '.join(wrong)} of buffer {i} are missing or of another size: the file is damaged"
         if problem:
             raise CheckpointError(f"cannot load this optimizer state: {problem}")
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for i, pack in enumerate(self._packs):
-            pack.load(saved.get(i, {}))
+        for i, buffer in enumerate(self.buffers):
+            buffer.load(saved.get(i, {}))
 
     def _layout(self) -> dict[str, Any]:
-        return {"optimizer": self._name, "packs": [pack.layout() for pack in self._packs]}
+        return {"optimizer": self._name, "packs": [buffer.layout() for buffer in self.buffers]}
 
     def memory(self) -> MemoryUse:
         """Bytes of the parameters (padding included), gradients and states that the optimizer holds now."""
-        return MemoryUse(*(sum(column) for column in zip(*(p.memory() for p in self._packs), strict=True)))
+        return MemoryUse(*(sum(column) for column in zip(*(b.memory() for b in self.buffers), strict=True)))
 
 
 def create_optimizer(

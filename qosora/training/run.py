@@ -1,7 +1,7 @@
 """`train`: a base, data and a configuration to an adapter, on TRL's `SFTTrainer` with the packed optimizer.
 
-All that can be known to be wrong is found (`prepare`) before the model is loaded, and the output folder is made only
-when the trainer stands.
+All that can be known to be wrong is found (`resolve_run`) before the model is loaded, and the output folder is made
+only when the trainer stands.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback
 
 from qosora.base import load_base
+from qosora.compat.transformers import TRAINER_LOGGER, is_of_mtime, old_names_warning
+from qosora.compat.trl import liger_warning
 from qosora.data import no_progress_bars
 from qosora.errors import ConfigError, QosoraError
 from qosora.inference import perplexity
-from qosora.layers import TILE_LENGTH, apply_tiling, compile_layers
-from qosora.training.checks import Prepared, prepare
+from qosora.layers import apply_tiling, compile_layers
+from qosora.training.checks import Run, resolve_run
 from qosora.training.config import TrainConfig
 from qosora.training.optimizer import trainer_optimizer
 from qosora.training.run_folder import RunFolder
@@ -37,7 +39,6 @@ logger = logging.getLogger("qosora")
 
 #: Tokens of a tile to advise where memory runs out. Each tile dequantizes the weights: shorter ones take more time.
 _SHORT_TILE = 1024
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -99,26 +100,27 @@ def train(config: TrainConfig) -> TrainResult:
     if (result := folder.finished()) is not None:
         logger.info("the run in %s is finished already", folder.path)
         return TrainResult(**result)
-    prepared = prepare(config, folder)
-    with _quiet(), _advice_on_memory(config):
-        trainer, recorder = _trainer(prepared)
+    run = resolve_run(config, folder)
+    with _quiet(), _advice_on_memory(run):
+        trainer, recorder = _trainer(run)
         try:
             losses, resumed_from = _run(trainer, folder)
         finally:
             recorder.close()
-        return _finish(trainer, prepared, losses, resumed_from, time.perf_counter() - start)
+        return _finish(trainer, run, losses, resumed_from, time.perf_counter() - start)
 
 
-def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
+def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
     """Load the base and build the trainer; nothing stays on disk if that fails."""
-    config, attention = run.config, run.config.attn_implementation
+    config = run.config
     recorder = Recorder(run.folder.metrics, config.progress)
     try:
         model = load_base(
             run.source,
-            dtype=_DTYPES[run.precision],
+            config=run.model_config,
+            dtype=run.dtype,
+            attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
-            **({"attn_implementation": attention} if attention else {}),
         )
         trainer = QosoraTrainer(
             model=model,
@@ -132,7 +134,8 @@ def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
             optimizer_cls_and_kwargs=trainer_optimizer(
                 run.arguments,
                 optimizer=config.optimizer,
-                modules_to_save_lr=config.modules_to_save_learning_rate or config.learning_rate / 100,
+                lr=run.learning_rate,
+                modules_to_save_lr=run.modules_to_save_learning_rate,
             ),
             callbacks=[recorder],
         )
@@ -145,8 +148,7 @@ def _trainer(run: Prepared) -> tuple[QosoraTrainer, Recorder]:
     if config.compile:
         compile_layers(trainer.model)
     else:
-        mlps = config.gradient_checkpointing or config.tile_length is not None
-        apply_tiling(trainer.model, config.tile_length, mlps=mlps)
+        apply_tiling(trainer.model, run.tiling.length, mlps=run.tiling.mlps)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; the bar shows them
     return trainer, recorder
 
@@ -172,7 +174,7 @@ def _run(trainer: QosoraTrainer, folder: RunFolder) -> tuple[tuple[float | None,
 
 def _finish(
     trainer: QosoraTrainer,
-    run: Prepared,
+    run: Run,
     losses: tuple[float | None, ...],
     resumed_from: int | None,
     wall_seconds: float,
@@ -207,8 +209,9 @@ def _finish(
 
 
 @contextmanager
-def _advice_on_memory(config: TrainConfig) -> Iterator[None]:
+def _advice_on_memory(run: Run) -> Iterator[None]:
     """Turn running out of GPU memory into what to change."""
+    config = run.config
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -216,9 +219,8 @@ def _advice_on_memory(config: TrainConfig) -> Iterator[None]:
         advice += [f"lower max_length ({config.max_length})"]
         advice += [] if config.gradient_checkpointing else ["turn gradient_checkpointing on"]
         advice += [] if config.activation_offloading else ["turn activation_offloading on"]
-        tile_length = TILE_LENGTH if config.tile_length is None else config.tile_length
-        tiled = 0 < tile_length <= _SHORT_TILE or config.batch_size * config.max_length <= _SHORT_TILE
-        advice += [] if tiled else [f"set tile_length to {_SHORT_TILE}"]
+        tiled = 0 < run.tiling.length <= _SHORT_TILE or config.batch_size * config.max_length <= _SHORT_TILE
+        advice += [] if tiled else [f"set tile_length to {_SHORT_TILE}{', without compile' * config.compile}"]
         reason = str(error).splitlines()[0]
         raise QosoraError(f"out of GPU memory: {'; or '.join(advice)} ({reason})") from error
 
@@ -226,15 +228,15 @@ def _advice_on_memory(config: TrainConfig) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back what libraries say that is not for the user of a training run; each with its reason."""
-    mtime = logging.getLogger("transformers.trainer_utils")
+    mtime = logging.getLogger(TRAINER_LOGGER)
     mtime.addFilter(_no_mtime)
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings(), no_progress_bars():
         # see sft_options
-        warnings.filterwarnings("ignore", message=".*use_liger_kernel.*")
+        warnings.filterwarnings("ignore", message=liger_warning())
         # PEFT and TRL call methods of transformers by names that it has changed
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=old_names_warning(), category=FutureWarning)
         try:
             yield
         finally:
@@ -245,4 +247,4 @@ def _quiet() -> Iterator[None]:
 
 def _no_mtime(record: logging.LogRecord) -> bool:
     """Drop Trainer's remark that it orders checkpoints by their numbers, and not by their time."""
-    return "mtime may not be reliable" not in record.getMessage()
+    return not is_of_mtime(record.getMessage())

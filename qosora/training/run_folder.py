@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qosora.checkpoints import ADAPTER_CONFIG, ADAPTER_STEM, write_atomically
 from qosora.errors import ConfigError
 from qosora.training.config import TrainConfig
 
@@ -25,9 +26,8 @@ __all__ = ["MetricsLog", "RunFolder"]
 CONFIG = "train_config.yaml"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
-ADAPTER_CONFIG = "adapter_config.json"
 #: Files without which a checkpoint cannot be resumed. Trainer writes the last one last.
-WHOLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+WHOLE = (f"{ADAPTER_STEM}.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 class MetricsLog:
@@ -54,9 +54,7 @@ class MetricsLog:
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that will be done again."""
         kept = [json.dumps(line) + "\n" for line in self.read() if line["step"] <= step]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_atomically(self.path, "".join(kept))
 
 
 class RunFolder:

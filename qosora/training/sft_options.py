@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from qosora.compat.transformers import use_one_gpu
+from qosora.compat.trl import liger_warning
 from qosora.errors import ConfigError, near_miss
 from qosora.training.config import TrainConfig
 
@@ -40,19 +42,22 @@ _ELSEWHERE = {
 }  # fmt: skip
 
 
-def choose_precision(config: TrainConfig) -> str:
+def choose_precision(precision: str) -> str:
     """Return "bf16", "fp16" or "fp32".
+
+    Args:
+        precision: One of these, or "auto".
 
     Raises:
         ConfigError: The device cannot compute in it.
     """
     cuda = torch.cuda.is_available()
-    if config.precision == "fp16" and not cuda:
+    if precision == "fp16" and not cuda:
         raise ConfigError("precision fp16 needs a GPU: its loss scaling does not run on a CPU; use bf16 or fp32")
-    if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError("this GPU does not compute in bfloat16; use precision fp16, or fp32")
-    if config.precision != "auto":
-        return config.precision
+    if precision != "auto":
+        return precision
     if not cuda:
         return "fp32"
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -73,13 +78,12 @@ def sft_config(config: TrainConfig, precision: str, output_dir: Path) -> SFTConf
     options = {**_options(config, precision, output_dir), **_numbers(config.sft)}
     with warnings.catch_warnings():
         # TRL points to kernels of the hub instead of Liger; its FutureWarning is for programmers
-        warnings.filterwarnings("ignore", message=".*use_liger_kernel.*")
+        warnings.filterwarnings("ignore", message=liger_warning())
         try:
             arguments = SFTConfig(**options)
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"TRL refuses the options: {error}") from error
-    # Where there are several GPUs, Trainer would wrap the model in nn.DataParallel, which copies the base at each step
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    use_one_gpu(arguments)  # several would copy the base at each step
     return arguments
 
 

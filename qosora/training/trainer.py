@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from qosora.compat.trl import know_parameters_again
 from qosora.data import Example
 from qosora.errors import QosoraError
 from qosora.inference import mean_loss, perplexity
@@ -41,6 +42,12 @@ class QosoraTrainer(SFTTrainer):
     def __init__(self, *, eval_examples: Sequence[Example], **kwargs: Any) -> None:
         self.eval_examples = eval_examples
         super().__init__(**kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the optimizer, which moves the vectors: what is offloaded must not take them for activations."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        know_parameters_again(self)
+        return optimizer
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Return loss and perplexity per supervised token of the evaluation examples, and log them."""

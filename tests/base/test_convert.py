@@ -188,7 +188,7 @@ def damage(source: Path, change: str) -> None:
     [
         ("truncated", "not a whole safetensors file"),
         ("nan", r"model.layers.1.self_attn.k_proj.weight: 1 of 512 values are NaN or infinite"),
-        ("nan in a norm", r"model.norm.weight holds NaN or infinite values"),
+        ("nan in a norm", r"model.norm.weight holds NaN or infinity"),
         ("missing tensor", r"1 tensors .* 'model.layers.1.mlp.down_proj.weight'"),
         ("wrong shape", r"model.norm.weight has shape \(7,\), but config.json makes it \(32,\)"),
         ("wrong weight shape", r"mlp.down_proj.weight has shape \(32, 57\), but config.json makes it \(32, 56\)"),

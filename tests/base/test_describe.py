@@ -48,5 +48,5 @@ def test_neither(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither config.json nor adapter_config.json"):
         describe(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(CheckpointError, match="no qosora base"):
+    with pytest.raises(CheckpointError, match="not a qosora base"):
         describe(tmp_path)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import load, logits, make_base, make_checkpoint, make_tokenizer, train
 
 from qosora.base.load import load_base, load_model, load_tokenizer
+from qosora.checkpoints.stored_config import load_config
 from qosora.config import OsoraConfig
 from qosora.errors import CheckpointError, FingerprintError
 from qosora.layers.linear import qosora_modules
@@ -49,6 +50,23 @@ class TestBase:
         assert load_base(place / "base").dtype == torch.bfloat16
         assert load_base(str(place / "base"), dtype=torch.float32).dtype == torch.float32
         assert len(qosora_modules(load_base(place / "base", dtype="float32", device_map="cpu"))) == 14
+
+    @pytest.mark.parametrize("dtype", ["auto", torch.float32], ids=str)
+    def test_with_a_configuration_that_was_read_already(self, place: Path, dtype: Any):
+        config = load_config(place / "base")
+        before = config.to_dict()
+        found, expected = load_base(place / "base", config=config, dtype=dtype), load(place / "base", dtype=dtype)
+        assert config.to_dict() == before
+        assert found.config.to_dict() == expected.config.to_dict()
+        assert found.name_or_path == expected.name_or_path == str(place / "base")
+        assert {n: (p.dtype, p.requires_grad) for n, p in found.named_parameters()} == {
+            n: (p.dtype, p.requires_grad) for n, p in expected.named_parameters()
+        }
+        assert torch.equal(logits(found), logits(expected))
+
+    def test_values_for_the_configuration(self, place: Path):
+        assert load_base(place / "base", max_position_embeddings=7).config.max_position_embeddings == 7
+        assert load_base(place / "base", attn_implementation="eager").config._attn_implementation == "eager"
 
     def test_an_ordinary_checkpoint(self, place: Path):
         with pytest.raises(
@@ -152,3 +170,36 @@ def test_a_plain_checkpoint_stays_untouched_by_qosora(tmp_path: Path):
     model = load(make_checkpoint(tmp_path))
     assert not qosora_modules(model)
     assert not hasattr(model.config, "quantization_config")
+
+
+class TestOnACPUThatIsSlowIn16Bits:
+    @pytest.fixture
+    def half(self, tmp_path: Path) -> Path:
+        return make_base(tmp_path / "base", dtype=torch.bfloat16)
+
+    @pytest.mark.parametrize(
+        ("times", "options", "expected"),
+        [
+            (60.0, {}, torch.float32),
+            (60.0, {"dtype": torch.bfloat16}, torch.bfloat16),
+            (0.5, {}, torch.bfloat16),
+        ],
+    )
+    def test_inference_is_in_float32(
+        self,
+        half: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        times: float,
+        options: dict[str, Any],
+        expected: torch.dtype,
+    ):
+        monkeypatch.setattr("qosora.layers.precision.slowdown", lambda _: times)
+        with caplog.at_level("INFO", "qosora"):
+            model = load_model(half, device_map="cpu", **options)
+        assert model.dtype == expected
+        assert ("computing in float32, as this CPU is slow in bfloat16" in caplog.text) == (expected == torch.float32)
+
+    def test_what_is_asked_for_in_training_stays(self, half: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("qosora.layers.precision.slowdown", lambda _: 60.0)
+        assert load_base(half, device_map="cpu").dtype == torch.bfloat16

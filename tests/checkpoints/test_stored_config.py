@@ -10,7 +10,14 @@ import pytest
 from peft import LoraConfig
 from tiny import tiny_config
 
-from qosora.checkpoints.stored_config import adapter_config, quantization_of, split_source
+from qosora.checkpoints.stored_config import (
+    adapter_config,
+    base_storage,
+    load_config,
+    quantization_in,
+    require_base,
+    split_source,
+)
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.errors import CheckpointError
 
@@ -32,15 +39,26 @@ def change(file: Path, **values: Any) -> None:
 
 
 def test_what_a_base_is(place: Path) -> None:
-    stored = quantization_of(place / "base")
-    assert stored is not None
+    config = load_config(place / "base")
+    stored = require_base("base", config)
     assert (stored["quant_method"], stored["rank"]) == ("qosora", 8)
-    assert quantization_of(place / "source") is None
+    assert base_storage(config) == quantization_in(config) == stored
+    assert require_base("base", json.loads((place / "base" / "config.json").read_text())) == stored
 
 
-def test_another_quantization_is_told_too(place: Path) -> None:
+def test_what_is_no_base(place: Path) -> None:
+    ordinary = load_config(place / "source")
+    assert quantization_in(ordinary) is base_storage(ordinary) is None
+    with pytest.raises(
+        CheckpointError, match=r"source is an ordinary checkpoint, not a qosora base\. .*quantize SRC OUT"
+    ):
+        require_base(place / "source", ordinary)
     change(place / "base" / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    assert quantization_of(str(place / "base")) == {"quant_method": "gptq", "bits": 4}
+    other = load_config(str(place / "base"))
+    assert quantization_in(other) == {"quant_method": "gptq", "bits": 4}
+    assert base_storage(other) is None
+    with pytest.raises(CheckpointError, match="is quantized with 'gptq', not a qosora base"):
+        require_base(place / "base", other)
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "unheard-of"}'])
@@ -48,7 +66,7 @@ def test_no_model(place: Path, content: str | None) -> None:
     file = place / "base" / "config.json"
     file.unlink() if content is None else file.write_text(content)
     with pytest.raises(CheckpointError, match=r"base: no model there that transformers can load \(") as caught:
-        quantization_of(place / "base")
+        load_config(place / "base")
     assert "\n" not in str(caught.value)
 
 

@@ -257,3 +257,10 @@ def test_table_and_size() -> None:
         "5.0 MiB",
         "3072.0 GiB",
     ]
+
+
+@pytest.mark.parametrize("option", ["rank", "svd", "svd_iterations", "quant_type", "blocksize"])
+def test_help_of_quantize_names_the_defaults(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = " ".join(run(capsys, "quantize", "--help")[1].split()).partition("options:")[2]
+    text = options.partition(f"--{option.replace('_', '-')} ")[2].partition(" --")[0]
+    assert f"(default: {getattr(QosoraConfig(), option)})" in text

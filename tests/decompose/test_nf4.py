@@ -323,6 +323,27 @@ def test_matmul(rows: int, m: int, n: int, dtype: torch.dtype, quant_type: str, 
     assert (np.abs(reference.array(y) - exact) <= bound + info.eps * np.maximum(np.abs(exact), info.tiny)).all()
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_blocks_of_zeros_are_zeros(device: str, quant_type: str):
+    x = torch.randn(5, 96, device=device)  # ends inside a block
+    x[0], x[2, 32:], x[4] = 0, 0, 0
+    for double_quant in (True, False):
+        q = quantize(x, quant_type=quant_type, blocksize=32, double_quant=double_quant)
+        assert (dequantize(q)[x == 0] == 0).all()
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_the_code_of_zero_replaces_what_a_kernel_makes_of_nan(quant_type: str):
+    """CUDA's kernel gives blocks of zeros the code of -1, which is 0 in NF4."""
+    packed, absmax = torch.zeros(40, dtype=torch.uint8), torch.tensor([1.0, 0.0, 0.0])
+    nf4._zeros_kept(packed, absmax, quant_type, 32)
+    assert not packed[:16].any()
+    table = bnb.get_4bit_type(quant_type, device="cpu")
+    assert (table[packed[16:].int() >> 4] == 0).all()
+    assert (table[packed[16:].int() & 15] == 0).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,8 +17,7 @@ from qosora.checkpoints.folders import read_json
 from qosora.checkpoints.names import MANIFEST_NAME
 from qosora.errors import CheckpointError
 from qosora.export import export_lora, export_merged
-from qosora.export.merged import _finite
-from qosora.export.stored import Source
+from qosora.export.stored import AdaptedBase
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +66,19 @@ def test_lora_of_experts_in_bfloat16(tmp_path: Path):
     assert found.relative_difference < 2**-5
 
 
-def wrong_vectors(self: Source, layer: Any, factors: Any) -> torch.Tensor:
+def wrong_vectors(self: AdaptedBase, layer: Any, factors: Any) -> torch.Tensor:
     return (
         merged(self, layer, factors) if "layers.1" in layer.module else torch.zeros_like(merged(self, layer, factors))
     )
 
 
-merged = Source.merged
+merged = AdaptedBase.merged
 
 
 @pytest.mark.usefixtures("outsider_here")
 def test_a_wrong_export_leaves_nothing(tiny: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = tmp_path / "new" / "export"
-    monkeypatch.setattr(Source, "merged", wrong_vectors)
+    monkeypatch.setattr(AdaptedBase, "merged", wrong_vectors)
     with pytest.raises(CheckpointError, match=r"logits differ .* by \d\.\d+ .* Nothing of the export is kept$") as info:
         export_merged(tiny.base, output, tiny.adapter, verify=True)
     assert "\n" not in str(info.value)
@@ -103,16 +102,10 @@ def break_config(folder: Path) -> None:
 
 @pytest.mark.usefixtures("outsider_here")
 def test_a_wrong_lora_leaves_nothing(tiny: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    low_rank = Source.low_rank
+    low_rank = AdaptedBase.low_rank
     monkeypatch.setattr(
-        Source, "low_rank", lambda *args: tuple(m.neg() for m in low_rank(*args)[:1]) + low_rank(*args)[1:]
+        AdaptedBase, "low_rank", lambda *args: tuple(m.neg() for m in low_rank(*args)[:1]) + low_rank(*args)[1:]
     )
     with pytest.raises(CheckpointError, match="original model with the adapter by"):
         export_lora(tiny.base, tmp_path / "export", tiny.adapter, verify=True)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_finite() -> None:
-    assert _finite("w", torch.ones(2)).shape == (2,)
-    with pytest.raises(CheckpointError, match="w holds NaN"):
-        _finite("w", torch.tensor([1.0, torch.nan]))

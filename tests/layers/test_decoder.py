@@ -20,6 +20,7 @@ from transformers import LlamaConfig
 
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.layers.decoder import decoder_layers
+from qosora.layers.tiling import Tiling
 from qosora.memory.predict import StepOptions
 from qosora.memory.profile import random_model
 from qosora.memory.step import prepare_model
@@ -114,7 +115,7 @@ def test_a_decoder_layer_is_one_graph_for_all(checkpointing: bool, precision: st
     )  # fmt: skip
     step = StepOptions(gradient_checkpointing=checkpointing, precision=precision, device="cpu")
     model: Any = get_peft_model(random_model(shape, QosoraConfig(rank=8), step), OsoraConfig())
-    prepare_model(model, gradient_checkpointing=checkpointing, tile_length=0)
+    prepare_model(model, gradient_checkpointing=checkpointing, tiling=Tiling.of(0))
     ids = torch.randint(0, 64, (2, 16))
 
     def gradients() -> list[Tensor]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
-from linear_checks import DTYPES, build, draw
+from linear_checks import DTYPES, build, draw, vectors
 from torch import Tensor
 
 import qosora
@@ -14,8 +15,23 @@ from qosora.decompose import nf4
 from qosora.decompose.nf4 import FourBitTensor
 from qosora.errors import QosoraError
 from qosora.layers import ops
+from qosora.layers.device import planning_for
 
 V32 = 2.0**-24  # unit roundoff of float32
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that ran."""
+    names: list[str] = []
+    launch = ops._launch
+
+    def recorded(kernel: str, *args: Any, **kwargs: Any) -> None:
+        names.append(kernel)
+        launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "_launch", recorded)
+    return names
 
 
 class TestTheSwitch:
@@ -23,9 +39,11 @@ class TestTheSwitch:
         monkeypatch.setitem(sys.modules, "triton", None)
         monkeypatch.delitem(sys.modules, "qosora.layers.triton_ops", raising=False)
         monkeypatch.delattr(qosora.layers, "triton_ops", raising=False)
-        with pytest.raises(QosoraError, match=r"need triton, which cannot be imported here .*leave the kernels off"):
+        with pytest.raises(
+            QosoraError, match=r"need triton, which cannot be imported here .*leave the choice to qosora"
+        ):
             ops.fused().__enter__()
-        assert ops._kernels is None
+        assert ops._wanted is None
 
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     def test_needs_cuda(self, device: str):
@@ -37,6 +55,41 @@ class TestTheSwitch:
             layer(x)
         again = layer(x)  # the error has left the block
         assert device == "meta" or torch.equal(again, expected)
+
+    def test_planning_for_a_gpu_takes_the_kernels_ways(self, launched: list[str], monkeypatch: pytest.MonkeyPatch):
+        """On the meta device nothing runs, and what would on a GPU is allocated."""
+        monkeypatch.setattr(ops, "_working", lambda: True)
+        layer = build(64, 96, 8).to("meta")
+        for device, kernels in (("cuda", {"dequantize", "vector_gradients"}), ("cpu", set())):
+            launched.clear()
+            x, s, o = torch.empty(40, 64, device="meta", requires_grad=True), *vectors(layer)
+            with planning_for(device):
+                layer.apply_vectors(x, s, o).sum().backward()
+            assert set(launched) == kernels
+            assert (x.grad is not None, s.grad is not None) == (True, True)
+
+    def test_a_gpu_on_which_they_fail_runs_the_plain_code(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ):
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("no C compiler\nmore")
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch, "linspace", fail)
+        assert not ops._working.__wrapped__()
+        assert "do not work here: no C compiler" in caplog.text
+        assert ops._wanted is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_and_scaled_U_are_those_of_each(dtype: torch.dtype):
+    U = nf4.quantize(draw(12, 64, seed=0, dtype=torch.float32))
+    s, o = (draw(n, seed=n, dtype=torch.float32) for n in (12, 64))
+    P = draw(12, 64, seed=1, dtype=torch.float32)
+    with ops.fused(False):
+        ds, do, B = ops.gradients_and_scaled_U(P.clone(), U, s, o, dtype)
+        expected = (*ops.vector_gradients(P.clone(), U, s, o), ops.scaled_U(U, s, o, dtype))
+    assert all(torch.equal(a, b) for a, b in zip((ds, do, B), expected, strict=True))
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

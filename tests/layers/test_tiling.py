@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from linear_checks import build, draw, vectors
 from peft import PeftModel, get_peft_model
 from tiny import decompose, logits, make_checkpoint, make_model, relative_difference, rounding, token_ids
 from torch import nn
@@ -22,7 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qosora.config import OsoraConfig
 from qosora.errors import ConfigError
-from qosora.layers.tiling import apply_tiling
+from qosora.layers import ops
+from qosora.layers.tiling import TILE_LENGTH, Tiling, apply_tiling
 
 Adapted = Callable[..., PeftModel]
 
@@ -444,3 +446,63 @@ def test_a_forward_of_someone_else_stays(adapted: Adapted):
 def test_a_negative_length_is_refused(adapted: Adapted):
     with pytest.raises(ConfigError, match="tile_length must be at least 0, got -1"):
         apply_tiling(adapted(), -1)
+
+
+@pytest.mark.parametrize(
+    ("tile_length", "gradient_checkpointing", "expected"),
+    [
+        (None, True, Tiling(TILE_LENGTH, mlps=True)),
+        (None, False, Tiling(TILE_LENGTH, mlps=False)),
+        (8, True, Tiling(8, mlps=True)),
+        (8, False, Tiling(8, mlps=True)),
+        (0, False, Tiling(0, mlps=True)),
+    ],
+)
+def test_what_a_tile_length_means(tile_length: int | None, gradient_checkpointing: bool, expected: Tiling):
+    assert Tiling.of(tile_length, gradient_checkpointing=gradient_checkpointing) == expected
+
+
+# ---- the last product of a checkpointed layer
+
+
+@pytest.mark.parametrize("trained", ["both", "s", "o"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saving_first_changes_no_bit(trained: str, dtype: torch.dtype):
+    layer = build(70, 96, 24, seed=0)
+    results = []
+    for saves_first in (False, True):
+        layer.saves_first = saves_first
+        x = draw(5, 70, seed=1, dtype=dtype).requires_grad_()
+        s, o = vectors(layer)
+        s.requires_grad_(trained != "o")
+        o.requires_grad_(trained != "s")
+        y = layer.apply_vectors(x, s, o)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, s.grad, o.grad])
+    for before, after in zip(*results, strict=True):
+        assert (before is None) == (after is None)
+        assert before is None or torch.equal(before, after)
+
+
+def test_a_checkpointed_layer_computes_its_last_product_once(adapted: Adapted, monkeypatch: pytest.MonkeyPatch):
+    """In forward; when the layer is computed again, that ends with what its last product saves."""
+    decoded: list[tuple[int, ...]] = []
+    dequantize = ops.dequantize
+
+    def counted(q: Any, *args: Any) -> torch.Tensor:
+        decoded.append(q.shape)
+        return dequantize(q, *args)
+
+    monkeypatch.setattr(ops, "dequantize", counted)
+    counts = []
+    for mlps in (False, True):
+        model = adapted("llama")
+        use_checkpointing(model)
+        apply_tiling(model, mlps=mlps)
+        down = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj").base_layer
+        assert down.saves_first == mlps
+        decoded.clear()
+        step(model)
+        counts.append(decoded.count((down.out_features, down.in_features)))
+    layers = 2
+    assert counts == [3 * layers, 2 * layers]  # forward, again, backward

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from qosora.config import QosoraConfig
+from qosora.layers.tiling import Tiling
 from qosora.memory.predict import StepOptions, TracedModel
 from qosora.memory.profile import measure
 from qosora.memory.standins import OffloadingStandIn, PackedStandIn, state_shapes
@@ -74,7 +75,7 @@ def test_qlora_stand_in_equals_bitsandbytes(tmp_path: Path, checkpointing: bool)
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.data = p.data.to(torch.bfloat16)
-    prepare_model(model, gradient_checkpointing=checkpointing)
+    prepare_model(model, gradient_checkpointing=checkpointing, tiling=Tiling.of(gradient_checkpointing=checkpointing))
     optimizer = bitsandbytes.optim.AdamW(trained, optim_bits=32)
     options = StepOptions(method="qlora", lora_rank=4, gradient_checkpointing=checkpointing, device="cpu")
     batch = Batch(2, 64, padding=True)

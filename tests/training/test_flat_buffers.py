@@ -19,10 +19,10 @@ from qosora.training.optimizer import PackedPagedOptimizer, create_optimizer
 
 def grads_are_views(optimizer: PackedPagedOptimizer) -> bool:
     return all(
-        p.grad is not None and p.grad.untyped_storage().data_ptr() == pack.grad.untyped_storage().data_ptr()
-        for pack in optimizer._packs
-        for p in pack.params
-        if pack.grad is not None
+        p.grad is not None and p.grad.untyped_storage().data_ptr() == buffer.grad.untyped_storage().data_ptr()
+        for buffer in optimizer.buffers
+        for p in buffer.params
+        if buffer.grad is not None
     )
 
 
@@ -30,7 +30,7 @@ def grads_are_views(optimizer: PackedPagedOptimizer) -> bool:
 def test_zero_grad_keeps_the_flat_gradient(set_to_none: bool) -> None:
     model = Vectors()
     optimizer = create_optimizer(model, lr=1e-2)
-    address = optimizer._packs[0].grad.data_ptr()
+    address = optimizer.buffers[0].grad.data_ptr()
     assert grads_are_views(optimizer)
     for _ in range(2):
         model().backward()
@@ -39,7 +39,7 @@ def test_zero_grad_keeps_the_flat_gradient(set_to_none: bool) -> None:
         optimizer.zero_grad(set_to_none=set_to_none)
         assert grads_are_views(optimizer)
         assert all(v.grad.eq(0).all() for v in model.vectors)
-        assert optimizer._packs[0].grad.data_ptr() == address
+        assert optimizer.buffers[0].grad.data_ptr() == address
 
 
 @pytest.mark.parametrize("zero", ["optimizer", "model", "fresh"])
@@ -201,11 +201,11 @@ def test_loading_fills_existing_buffers() -> None:
     fresh = copy.deepcopy(optimizer.state_dict())
     start = copy.deepcopy(model.state_dict())
     expected = train(model, optimizer)
-    addresses = [t.data_ptr() for t in optimizer._packs[0].tensors().values()]
+    addresses = [t.data_ptr() for t in optimizer.buffers[0].tensors().values()]
     saved = copy.deepcopy(optimizer.state_dict())
     train(model, optimizer)
     optimizer.load_state_dict(saved)
-    assert [t.data_ptr() for t in optimizer._packs[0].tensors().values()] == addresses
+    assert [t.data_ptr() for t in optimizer.buffers[0].tensors().values()] == addresses
     assert torch.equal(optimizer.state_dict()["state"][0]["state1"], saved["state"][0]["state1"])
     optimizer.load_state_dict(fresh)  # saved before the first step: as new
     model.load_state_dict(start)

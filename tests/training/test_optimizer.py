@@ -118,16 +118,16 @@ def test_padding_stays_out_of_the_way(name: str) -> None:
     model = Vectors((*SIZES, 5000))
     optimizer = create_optimizer(model, lr=1e-2, optimizer=name, weight_decay=0.1)
     train(model, optimizer)
-    (pack,) = optimizer._packs
-    inside = torch.zeros_like(pack.flat, dtype=torch.bool)
+    (buffer,) = optimizer.buffers
+    inside = torch.zeros_like(buffer.flat, dtype=torch.bool)
     offset = 0
-    for p in pack.params:
-        assert p.data_ptr() == pack.flat[offset:].data_ptr()
+    for p in buffer.params:
+        assert p.data_ptr() == buffer.flat[offset:].data_ptr()
         inside[offset : offset + p.numel()] = True
         offset += -(-p.numel() // 256) * 256
-    assert pack.grad[~inside].eq(0).all()
+    assert buffer.grad[~inside].eq(0).all()
     # In 8 bits on the CPU, bitsandbytes 0.50 requantizes a zero moment to code 131, 4e-5 of the block's largest.
-    assert OPTIMIZERS[name].bits == 8 or pack.flat[~inside].eq(0).all()
+    assert OPTIMIZERS[name].bits == 8 or buffer.flat[~inside].eq(0).all()
 
 
 def test_no_compilation_on_the_cpu() -> None:
@@ -212,7 +212,7 @@ def test_accelerate_wraps_it() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_other_parameters_have_a_group_and_packs_of_their_own(name: str, updates: list[int]) -> None:
+def test_other_parameters_have_a_group_and_buffers_of_their_own(name: str, updates: list[int]) -> None:
     model = Mixed()
     optimizer = create_optimizer(model, lr=1e-2, modules_to_save_lr=2e-3, optimizer=name)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 2e-3]
@@ -285,7 +285,9 @@ def test_cpu_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
         model().backward()
         optimizer.step()
     lines = [r.message for r in caplog.records if r.name == "qosora"]
-    assert lines == ["paged_adamw_32bit runs on the CPU: optimizer states are ordinary tensors, not paged"]
+    assert lines == [
+        "paged_adamw_32bit: optimizer states are ordinary tensors, not paged, as the parameters are on cpu"
+    ]
 
 
 # --- optimizer state ----------------------------------------------------------------------------------------------
@@ -323,9 +325,9 @@ def test_resume_is_bit_identical(name: str, build: Any, tmp_path: Path) -> None:
     again = second[1].state_dict()
     assert again["param_groups"] == saved[1]["param_groups"]
     assert again["layout"] == saved[1]["layout"]
-    for pack, state in saved[1]["state"].items():
-        assert state.keys() == again["state"][pack].keys()
-        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(again["state"][pack][k])) for k, v in state.items())
+    for i, state in saved[1]["state"].items():
+        assert state.keys() == again["state"][i].keys()
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(again["state"][i][k])) for k, v in state.items())
     got = run(*second, 6)
     assert all(torch.equal(got[key], expected[key]) for key in expected)
 
@@ -350,7 +352,7 @@ def test_loading_goes_through_the_buffers_that_bitsandbytes_pages(
     assert not any(hasattr(t, "is_paged") for t in state["state"][0].values())
     made.clear()
     resumed.load_state_dict(state)
-    tensors = resumed._packs[0].tensors()
+    tensors = resumed.buffers[0].tensors()
     assert [id(t) for t in tensors.values()] == [id(t) for t in made]
     assert resumed.memory().paged_bytes == resumed.memory().state_bytes > 0
     assert all(torch.equal(tensors[key], state["state"][0][key]) for key in tensors)
@@ -370,10 +372,10 @@ def test_state_onto_other_vectors_is_refused() -> None:
     cases = [
         (saved(Vectors((300, 201))), r"it has vectors\.1 \[201\] where this optimizer has vectors\.1 \[200\]"),
         (saved(Vectors((300, 200, 5))), "it has 3 parameters where this optimizer has 2"),
-        (saved(Mixed()), "it has 3 packs of parameters, this optimizer has 1"),
+        (saved(Mixed()), "it has 3 buffers of parameters, this optimizer has 1"),
         (saved(Vectors((300, 200)), optimizer="paged_lion_32bit"), "saved by paged_lion_32bit, this is paged_adamw"),
         (torch.optim.AdamW(model.vectors).state_dict(), "not saved by PackedPagedOptimizer"),
-        (damaged, "state2 of pack 0 are missing or of another size"),
+        (damaged, "state2 of buffer 0 are missing or of another size"),
     ]
     for state, message in cases:
         with pytest.raises(CheckpointError, match=message):
@@ -446,7 +448,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         inner = getattr(optimizer, "optimizer", optimizer)
         assert isinstance(inner, PackedPagedOptimizer)
-        self.sizes.append(len(inner._packs))
+        self.sizes.append(len(inner.buffers))
 
 
 @pytest.mark.parametrize("way", ["instance", "class", "factory"])
@@ -529,7 +531,7 @@ LARGE = (11_008, 4096, 128) * 10  # 153,600 elements with padding: over bitsandb
 
 
 def paged(optimizer: PackedPagedOptimizer) -> dict[str, bool]:
-    tensors = optimizer._packs[0].tensors()
+    tensors = optimizer.buffers[0].tensors()
     return {key: getattr(t, "is_paged", False) for key, t in tensors.items() if key.startswith("state")}
 
 
@@ -543,7 +545,7 @@ def test_gpu_state_is_paged_and_stays_paged(name: str, tmp_path: Path, caplog: p
     keys = {"state1", "state2"} if "adamw" in name else {"state1"}
     assert paged(optimizer) == dict.fromkeys(keys, True)
     use = optimizer.memory()
-    assert use.paged_bytes == len(keys) * OPTIMIZERS[name].bits // 8 * optimizer._packs[0].flat.numel()
+    assert use.paged_bytes == len(keys) * OPTIMIZERS[name].bits // 8 * optimizer.buffers[0].flat.numel()
     assert not [r for r in caplog.records if r.name == "qosora"]
 
     state = round_trip(optimizer.state_dict(), tmp_path / "state.pt")
@@ -569,7 +571,7 @@ def test_gpu_paged_equals_unpaged(name: str, updates: list[int]) -> None:
     model, reference = Vectors(LARGE, device="cuda"), Vectors(LARGE, device="cuda")
     optimizer = create_optimizer(model, lr=1e-2, optimizer=name, weight_decay=0.01)
     unpaged = create_optimizer(reference, lr=1e-2, optimizer=name, weight_decay=0.01)
-    unpaged._packs[0].inner.is_paged = False
+    unpaged.buffers[0].inner.is_paged = False
     mine = train(model, optimizer)
     assert len(updates) == 10
     assert_equal(mine, train(reference, unpaged))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import make_tokenizer, rounding, sums, write_jsonl
 from training_runs import RUN, config, metrics, names_in
+from transformers import AutoConfig
 
 import qosora.training.run
 from qosora.base.load import load_model, load_tokenizer
@@ -21,7 +22,7 @@ from qosora.errors import ConfigError, QosoraError
 from qosora.inference.evaluation import evaluate
 from qosora.inference.generation import generate
 from qosora.layers.tiling import apply_tiling
-from qosora.training.checks import prepare
+from qosora.training.checks import resolve_run
 from qosora.training.config import TrainConfig
 from qosora.training.run import TrainResult, train
 from qosora.training.run_folder import RunFolder
@@ -67,7 +68,7 @@ def test_summary(run: TrainResult):
 @pytest.mark.parametrize(("base", "precision"), [("base", "fp32"), ("base", "bf16"), ("tied", "fp32")])
 def test_only_the_vectors_change(place: Path, tmp_path: Path, base: str, precision: str):
     chosen = config(place, tmp_path / "run", model=str(place / base), precision=precision, learning_rate=1e-3)
-    trainer, _ = qosora.training.run._trainer(prepare(chosen, RunFolder(chosen)))
+    trainer, _ = qosora.training.run._trainer(resolve_run(chosen, RunFolder(chosen)))
     vectors = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert all(".osora_s." in name or ".osora_o." in name for name in vectors)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
@@ -126,7 +127,7 @@ def test_a_killed_run_goes_on_bit_for_bit(place: Path, run: TrainResult, tmp_pat
 
 
 def test_a_finished_run_is_not_trained_again(place: Path, run: TrainResult, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("qosora.training.run.prepare", None)
+    monkeypatch.setattr("qosora.training.run.resolve_run", None)
     again = TrainConfig.load(place / "run" / "train_config.yaml", {"resume": True})
     assert train(again) == run
 
@@ -206,6 +207,26 @@ def test_trainers_own_machinery_is_reachable(place: Path, tmp_path: Path):
 def test_kinds_of_data(place: Path, tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, Any]):
     data = write_jsonl(tmp_path / "data.jsonl", rows)
     assert train(config(place, tmp_path / "run", data=str(data), max_steps=1, **options)).steps == 1
+
+
+@pytest.mark.parametrize(("options", "rate"), [({}, 5e-5), ({"modules_to_save_learning_rate": 3e-3}, 3e-3)])
+def test_learning_rates_reach_the_optimizer(place: Path, tmp_path: Path, options: dict[str, Any], rate: float):
+    chosen = config(place, tmp_path / "run", modules_to_save=["lm_head"], learning_rate=5e-3, **options)
+    trainer, _ = qosora.training.run._trainer(resolve_run(chosen, RunFolder(chosen)))
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [5e-3, rate]
+
+
+def test_config_json_is_read_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tokenizer, own, sources = load_tokenizer(place / "base"), AutoConfig.from_pretrained, []
+
+    def from_pretrained(source: str, **options: Any) -> Any:
+        sources.append(source)
+        return own(source, **options)
+
+    monkeypatch.setattr("qosora.training.checks.load_tokenizer", lambda *_, **__: tokenizer)  # transformers' affair
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    train(config(place, tmp_path / "run", max_steps=1))
+    assert sources == [str(place / "base")]
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

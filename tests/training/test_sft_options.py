@@ -20,19 +20,19 @@ def config(**options: Any) -> TrainConfig:
 
 def test_precision_by_device(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_precision(config()) == "fp32"
-    assert choose_precision(config(precision="bf16")) == "bf16"
+    assert choose_precision("auto") == "fp32"
+    assert choose_precision("bf16") == "bf16"
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        choose_precision(config(precision="fp16"))
+        choose_precision("fp16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert choose_precision(config()) == "bf16"
+    assert choose_precision("auto") == "bf16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert not caplog.records
-    assert choose_precision(config()) == "fp16"
+    assert choose_precision("auto") == "fp16"
     assert "does not compute in bfloat16" in caplog.text
     with pytest.raises(ConfigError, match="does not compute in bfloat16"):
-        choose_precision(config(precision="bf16"))
+        choose_precision("bf16")
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,0 @@
-"""Undocumented names of other packages: this file alone touches them."""
