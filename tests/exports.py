@@ -28,14 +28,14 @@ def tensors_of(folder: Path, stem: str = "model") -> dict[str, torch.Tensor]:
 
 def learned(trained: Trained) -> dict[str, torch.Tensor]:
     """Return ΔW of each layer by its module name, float64, with loops over the live model's 4-bit factors."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, layer in qosora_modules(trained.model.get_base_model()).items():
         adapter = trained.model.get_base_model().get_submodule(name.removesuffix(".base_layer"))
         s, o = (v.detach().double() for v in adapter.vectors("default"))
         U, V = (nf4.dequantize(getattr(layer.factors, part)).double() for part in ("U", "V"))
         sigma = layer.s.double()
         parts = (torch.outer(o * U[k] * s[k] - U[k] * sigma[k], V[k]) for k in range(len(sigma)))
-        found[name.removesuffix(".base_layer")] = sum(parts)
+        found[name.removesuffix(".base_layer")] = torch.stack(list(parts)).sum(0)
     return found
 
 
@@ -58,13 +58,21 @@ def expected_logits(trained: Trained) -> torch.Tensor:
     return logits(model.float())
 
 
-def refused(tmp_path: Path, match: str, *args: Any, error: type[Exception] = CheckpointError, **kwargs: Any) -> None:
-    """Check that an export fails with one line and leaves nothing."""
-    export = kwargs.pop("export", export_merged)
+def refused(
+    tmp_path: Path,
+    match: str,
+    *args: Any,
+    error: type[Exception] = CheckpointError,
+    export: Any = export_merged,
+    kept: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Check that an export fails with one line and leaves nothing, or what was finished where it is to be `kept`."""
     with pytest.raises(error, match=match) as info:
         export(args[0], tmp_path / "out" / "export", *args[1:], **kwargs)
     assert "\n" not in str(info.value)
-    assert not (tmp_path / "out").exists()
+    left = [path.name for path in (tmp_path / "out").iterdir()] if (tmp_path / "out").exists() else []
+    assert left == (["export.partial"] if kept else [])
 
 
 def edit_tensors(file: Path, edit: Any) -> None:

@@ -108,6 +108,7 @@ def part(run_all: Any, tmp_path: Path) -> Callable[..., Any]:
     return make
 
 
+@pytest.mark.slow
 def test_failures_and_time_limits_are_survived(
     run_all: Any, part: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

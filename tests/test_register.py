@@ -66,6 +66,7 @@ for module in (peft.mapping, transformers.quantizers.auto):
     [USE_A_CONFIG + "import transformers, peft\n" + LOAD, "import transformers.quantizers.auto, peft, qosora\n" + LOAD],
     ids=["first", "last"],
 )
+@pytest.mark.slow
 def test_loads_whatever_the_order_of_imports(folders: Path, code: str):
     """One process for each order, since importing takes longer than all else."""
     assert run(code, folders).split() == ["14", "0", "14", "14", "14", "14"]

@@ -72,7 +72,7 @@ def test_names_that_mean_no_layer_are_told_together_and_only_of_a_new_base():
 def test_nothing_left_is_refused():
     model = on_meta("llama")
     with pytest.raises(ConfigError, match="LlamaForCausalLM has no linear layer left to decompose"):
-        replace_linears(model, QosoraConfig(), [".*proj"])
+        replace_linears(model, QosoraConfig(), [".*proj", "lm_head"])
     assert not qosora_modules(model)
 
 

@@ -67,7 +67,12 @@ def test_one_shard_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     files = {name: f"pytorch_model-{i % 3}.bin" for i, name in enumerate(pickle_weights(folder, shards=3))}
     opened: list[str] = []
     load = torch.load
-    monkeypatch.setattr(torch, "load", lambda path, **options: opened.append(path.name) or load(path, **options))
+
+    def recorded(path: Path, **options: Any) -> Any:
+        opened.append(path.name)
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", recorded)
     with open_source(folder) as source:
         assert opened == []
         for name in sorted(files, key=files.__getitem__):

@@ -72,6 +72,7 @@ def test_an_adapter_that_is_merged_already_is_not_merged_again():
         assert hidden.check_adapters_to_merge(lora, None) == []
 
 
+@pytest.mark.slow
 def test_layers_for_bitsandbytes_come_with_their_import():
     code = (
         "from qosora.compat.peft import load_bnb_layers; load_bnb_layers(); import sys; "

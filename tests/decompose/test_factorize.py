@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_any_shape(
 ):
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
     before = weight.clone()
-    storage = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
+    storage: dict[str, Any] = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
     factors = factorize(weight, rank, svd=svd, seed=seed, **storage)
     assert torch.equal(weight, before)
 
@@ -236,7 +237,7 @@ def test_one_call_equals_two(
 ):
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
     weight = weight.T if transposed else weight
-    options = {"blocksize": blocksize, "double_quant": double_quant}
+    options: dict[str, Any] = {"blocksize": blocksize, "double_quant": double_quant}
     factors, report = factorize_with_report(weight, 4, **options)
     two = factorize(weight, 4, **options)
     assert all(torch.equal(a, b) for a, b in zip(tensors(factors), tensors(two), strict=True))

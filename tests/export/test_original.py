@@ -42,6 +42,7 @@ def test_merged_and_lora_are_the_original_plus_what_was_learned(tmp_path: Path, 
     report = export_merged(trained.base, tmp_path / "merged", trained.adapter, onto="original", max_shard_bytes=50_000)
     lora = export_lora(trained.base, tmp_path / "lora", trained.adapter)
     assert report.original == lora.original == str(trained.original)  # as the manifest says
+    assert report.quantization_error is not None
     assert 0.03 < report.quantization_error < 0.1
     assert sorted(tensors_of(tmp_path / "merged")) == sorted(tensors_of(trained.original))
     expected = expected_logits(trained)
@@ -116,7 +117,7 @@ def test_the_original_is_asked_for_where_it_is_not_known(tiny: Trained, tmp_path
 def test_a_base_with_an_adapter_merged_into_it_has_no_original(tiny: Trained, tmp_path: Path):
     merged = perturbed(load(tiny.base), vectors="s").merge_and_unload()
     merged.save_pretrained(tmp_path / "base")
-    options = {"original": tiny.original}
+    options: dict[str, Any] = {"original": tiny.original}
     refused(tmp_path, "an adapter was merged into this base", tmp_path / "base", onto="original", **options)
     model = perturbed(load(tmp_path / "base"))
     model.save_pretrained(tmp_path / "adapter")
@@ -176,7 +177,7 @@ def test_killed_in_the_middle_it_goes_on(tiny: Trained, tmp_path: Path, kind: st
     for file in left:
         with pytest.raises(Exception, match="header"):
             load_file(file)
-    states = []
+    states: list[Any] = []
     export: Any = export_lora if kind == "lora" else export_merged
     options: dict[str, Any] = {} if kind == "lora" else {"onto": kind, "max_shard_bytes": 20_000}
     export(tiny.base, output, tiny.adapter, progress=states.append, **options)

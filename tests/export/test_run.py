@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_reports_come_back(tiny: Trained, tmp_path: Path):
         return FOUND
 
     given = {tiny.adapter: 0.5}
-    options = {"original": "here", "dtype": torch.float16, "options": {"k": 1}, "max_shard_bytes": 1000}
+    options: dict[str, Any] = {"original": "here", "dtype": torch.float16, "options": {"k": 1}, "max_shard_bytes": 1000}
     with Export(tiny.base, tmp_path / "out", given, trust_remote_code=False) as export:
         reports, common = export.write([unit(export)], finish, check, **options)
         fingerprint = export.adapted.fingerprint

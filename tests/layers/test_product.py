@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,12 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_checks import DTYPES, build, check, draw, expect, vectors
+from linear_checks import DTYPES, build, check, draw, expect, grad, vectors
 from reference import array
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qosora.decompose import nf4
-from qosora.layers import linear
 from qosora.layers.linear import QosoraLinear
 
 LAMBDA = 6.0
@@ -34,11 +34,16 @@ LAYERS = {
 }
 
 
+def bias(layer: QosoraLinear) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
+
+
 class TestAgainstTheReference:
     @given(dtype=st.sampled_from(DTYPES), **LAYERS)
     @settings(max_examples=60)
     def test_output_and_gradients(
-        self, dtype: torch.dtype, n: int, m: int, rank: int, rows: int, bias: bool, seed: int, **storage: object
+        self, dtype: torch.dtype, n: int, m: int, rank: int, rows: int, bias: bool, seed: int, **storage: Any
     ):
         check(build(n, m, rank, bias=bias, seed=seed, **storage), rows, dtype, seed)
 
@@ -54,7 +59,7 @@ class TestAgainstTheReference:
         rows: int,
         bias: bool,
         seed: int,
-        **storage: object,
+        **storage: Any,
     ):
         compute_dtype = None if autocast else dtype
         layer = build(n, m, rank, bias=bias, seed=seed, compute_dtype=compute_dtype, **storage)
@@ -73,7 +78,7 @@ class TestAgainstTheReference:
         e = expect(layer, x, g, dtype)
         f = layer.factors
         R, U, V = (reference.dequantize(q).value for q in (f.residual, f.U, f.V))
-        s, o, b, X, G = array(layer.s), array(layer.o), array(layer.bias), array(x), array(g)
+        s, o, b, X, G = array(layer.s), array(layer.o), array(bias(layer)), array(x), array(g)
         H = X @ V.T
         wrong = {
             "y without o": (X @ R.T + H @ (U * s[:, None]) + b, e.y, e.y_tolerance),
@@ -122,9 +127,9 @@ class TestAgainstTheReference:
         R, U, V = (nf4.dequantize(q).double() for q in (f.residual, f.U, f.V))
         leaves = [t.detach().double().requires_grad_() for t in (x, s, o)]
         x64, s64, o64 = leaves
-        (x64 @ (R + o64[:, None] * (U.T * s64 @ V)).T + layer.bias).square().sum().backward()
+        (x64 @ (R + o64[:, None] * (U.T * s64 @ V)).T + bias(layer)).square().sum().backward()
         for got, expected in zip((x, s, o), leaves, strict=True):
-            assert torch.linalg.norm(got.grad - expected.grad) < 1e-6 * torch.linalg.norm(expected.grad)
+            assert torch.linalg.norm(grad(got) - grad(expected)) < 1e-6 * torch.linalg.norm(grad(expected))
 
     @pytest.mark.gpu
     @pytest.mark.usefixtures("float32_sums")
@@ -222,7 +227,7 @@ class TestGraph:
         assert all(p.grad is None for p in layer.parameters())
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-    def test_no_graph_in_inference(self, mode: Callable):
+    def test_no_graph_in_inference(self, mode: Callable[[], Any]):
         layer = build(64, 48, 8)
         with mode():
             y = layer.apply_vectors(torch.randn(5, 64), *vectors(layer))
@@ -259,9 +264,14 @@ class TestGraph:
         leaves = dict(zip("xso", (torch.randn(5, 64), layer.s.clone(), layer.o.clone()), strict=True))
         leaves[wanted].requires_grad_()
         y = layer.apply_vectors(*leaves.values())
-        decoded = []
+        decoded: list[tuple[int, ...]] = []
         dequantize = nf4.dequantize
-        monkeypatch.setattr(linear.nf4, "dequantize", lambda q, *a: decoded.append(q.shape) or dequantize(q, *a))
+
+        def recorded(q: nf4.FourBitTensor, *args: Any) -> Tensor:
+            decoded.append(q.shape)
+            return dequantize(q, *args)
+
+        monkeypatch.setattr(nf4, "dequantize", recorded)
         y.sum().backward()
         assert {name for name, leaf in leaves.items() if leaf.grad is not None} == {wanted}
         residual_decoded = (48, 64) in decoded
@@ -284,7 +294,7 @@ class TestGraph:
                     y.backward(g)
             if not backward_in_autocast:
                 y.backward(g)
-            grads.append((y.detach(), leaf.grad.to(dtype), s.grad, o.grad))
+            grads.append((y.detach(), grad(leaf).to(dtype), grad(s), grad(o)))
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
     @pytest.mark.parametrize("autocast", [False, True])
@@ -306,7 +316,7 @@ class TestGraph:
 
                     y = checkpoint(block, y, use_reentrant=False) if checkpointed else block(y)
             y.float().square().sum().backward()
-            return [y.detach(), *(vector.grad for vector in sum(pairs, ()))]
+            return [y.detach(), *(grad(vector) for vector in sum(pairs, ()))]
 
         assert all(torch.equal(a, b) for a, b in zip(run(False), run(True), strict=True))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from linear_checks import build, draw, vectors
+from linear_checks import build, draw, grad, vectors
 from peft import PeftModel, get_peft_model
 from tiny import decompose, logits, make_checkpoint, make_model, relative_difference, rounding, token_ids
 from torch import nn
@@ -225,7 +225,7 @@ def test_dropout_is_the_same_in_backward(checkpointing: bool):
 
     mlp = MLP().double().train()
     model = nn.ModuleDict({"mlp": mlp})
-    model.config = _Config(8)
+    model.config = _Config(8)  # type: ignore[assignment]
     assert apply_tiling(model, 3) == ["mlp"]
     x = torch.randn(2, 10, 8, dtype=torch.float64, requires_grad=True)
 
@@ -345,7 +345,7 @@ class _Counting(nn.Module):
 def test_no_row_is_computed_a_third_time(tiled: bool, checkpointing: bool, after: str):
     mlp, norm = _Counting(8), LlamaRMSNorm(8).requires_grad_(False)
     model = nn.ModuleDict({"mlp": mlp, "norm": norm})
-    model.config = _Config(8)
+    model.config = _Config(8)  # type: ignore[assignment]
     inputs = torch.randn(2, 12, 8)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
@@ -359,7 +359,7 @@ def test_no_row_is_computed_a_third_time(tiled: bool, checkpointing: bool, after
         x = inputs.clone().requires_grad_()
         out = checkpoint(layer, x, use_reentrant=False) if checkpointing else layer(x)
         out.square().sum().backward()
-        return {"x": x.grad, **{name: p.grad for name, p in mlp.named_parameters()}}
+        return {"x": grad(x), **{name: grad(p) for name, p in mlp.named_parameters()}}
 
     expected = gradients()
     if tiled:
@@ -374,7 +374,7 @@ def test_no_row_is_computed_a_third_time(tiled: bool, checkpointing: bool, after
 def test_one_tile_runs_untouched(adapted: Adapted):
     mlp = _Counting(8)
     model = nn.ModuleDict({"mlp": mlp})
-    model.config = _Config(8)
+    model.config = _Config(8)  # type: ignore[assignment]
     apply_tiling(model, 24)
     mlp(torch.randn(2, 12, 8, requires_grad=True)).sum().backward()
     assert mlp.rows == 24

@@ -106,7 +106,7 @@ def test_checkpointing_and_chunked_loss_save_memory(tiny: Path):
         (Batch(3, 512), {"gradient_checkpointing": False}),
         (Batch(3, 768, padding=True), {}),
         (Batch(2, 768, packing=True), {}),
-        (Batch(1, 1500), {"tile_length": 768}),
+        (Batch(1, 1500), {"tile_length": 512}),
         (Batch(2, 1280), {"attn_implementation": "eager"}),
     ],
 )

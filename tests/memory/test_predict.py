@@ -54,8 +54,8 @@ STORAGE = QosoraConfig(rank=8)
     ],
 )
 def test_extrapolated_layers_equal_the_whole_model(name: str, options: dict[str, Any]):
-    options = StepOptions(**options)
-    few, whole = (TracedModel(CONFIGS[name], STORAGE, options, full_depth=full) for full in (False, True))
+    step = StepOptions(**options)
+    few, whole = (TracedModel(CONFIGS[name], STORAGE, step, full_depth=full) for full in (False, True))
     assert few.depths[-1] < CONFIGS[name].num_hidden_layers == whole.depths[0] == few.count
     batch = Batch(2, 64, padding=name == "llama")
     got, expected = few.predict(batch), whole.predict(batch)

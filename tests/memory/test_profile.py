@@ -148,6 +148,7 @@ def test_no_choice_of_experts_takes_more_than_planned(
     assert found.planned is not None
     for phase, measured in found.live.phases.items():
         assert measured <= found.planned.phases[phase], phase
+    assert found.difference is not None
     assert found.difference < 0.1
 
 

@@ -13,6 +13,7 @@ from tiny import VOCAB, decompose, make_base, make_checkpoint, write_jsonl
 import qosora
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.layers.decoder import decoder_layers
+from qosora.layers.tiling import Tiling
 from qosora.memory.profile import profile
 from qosora.memory.step import Batch, prepare_model, register_model, register_optimizer, training_step
 from qosora.memory.tracer import Tracer
@@ -46,7 +47,7 @@ def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(QosoraTrainer, "training_step", traced)
     for checkpointing in (True, False):
-        options = {"batch_size": 2, "gradient_checkpointing": checkpointing}
+        options: dict[str, Any] = {"batch_size": 2, "gradient_checkpointing": checkpointing}
         qosora.train(
             qosora.TrainConfig(
                 model=str(base),
@@ -101,7 +102,7 @@ def test_a_batch_on_meta_has_shapes_alone():
 @pytest.mark.parametrize("fused_head", [True, False])
 def test_a_step_trains_and_tells_where_it_is(tmp_path: Path, fused_head: bool):
     model = get_peft_model(decompose(make_checkpoint(tmp_path)), OsoraConfig())
-    prepare_model(model, gradient_checkpointing=True, fused_head=fused_head)
+    prepare_model(model, gradient_checkpointing=True, fused_head=fused_head, tiling=Tiling.of())
     assert model.training
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]

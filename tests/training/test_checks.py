@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,6 @@ from training_runs import config
 
 from qosora.errors import CheckpointError, ConfigError, DataError
 from qosora.training.run import train
-
-
-@pytest.fixture
-def nothing_left(tmp_path: Path) -> Iterator[Path]:
-    """An output folder that must not appear."""
-    yield tmp_path / "run"
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

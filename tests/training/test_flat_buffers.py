@@ -30,7 +30,9 @@ def grads_are_views(optimizer: PackedPagedOptimizer) -> bool:
 def test_zero_grad_keeps_the_flat_gradient(set_to_none: bool) -> None:
     model = Vectors()
     optimizer = create_optimizer(model, lr=1e-2)
-    address = optimizer.buffers[0].grad.data_ptr()
+    flat = optimizer.buffers[0].grad
+    assert flat is not None
+    address = flat.data_ptr()
     assert grads_are_views(optimizer)
     for _ in range(2):
         model().backward()
@@ -39,7 +41,8 @@ def test_zero_grad_keeps_the_flat_gradient(set_to_none: bool) -> None:
         optimizer.zero_grad(set_to_none=set_to_none)
         assert grads_are_views(optimizer)
         assert all(v.grad.eq(0).all() for v in model.vectors)
-        assert optimizer.buffers[0].grad.data_ptr() == address
+        assert optimizer.buffers[0].grad is flat
+        assert flat.data_ptr() == address
 
 
 @pytest.mark.parametrize("zero", ["optimizer", "model", "fresh"])

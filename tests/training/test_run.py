@@ -290,7 +290,7 @@ def test_out_of_memory_says_what_to_lower(place: Path, tmp_path: Path, monkeypat
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
-    monkeypatch.setattr(qosora.training.run.QosoraTrainer, "train", fail)
+    monkeypatch.setattr("qosora.training.run.QosoraTrainer.train", fail)
     expected = r"out of GPU memory: lower batch_size \(4\), .*; or lower max_length \(1024\); or turn activation_off"
     with pytest.raises(QosoraError, match=expected):
         train(config(place, tmp_path / "run"))
