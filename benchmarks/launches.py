@@ -3,8 +3,8 @@
     python benchmarks/launches.py --output benchmarks/results/launches.json
 
 On a small batch a step's time is that of its launches: each operation costs the host 10 to 60 microseconds, whatever it
-does. Counted is every operation that would run a kernel on a GPU: not views, nor allocations. A decoder layer's count is
-the difference between models of three and of two.
+does. Counted is every operation that would run a kernel on a GPU: not views, nor allocations. A decoder layer's count
+is the difference between models of three and of two.
 """
 
 from __future__ import annotations
