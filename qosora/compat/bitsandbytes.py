@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -147,3 +147,53 @@ def fill_linear4bit(layer: Any, parts: dict[str, torch.Tensor], shape: torch.Siz
     layer.weight, layer.quant_state = weight, state
     layer.compute_dtype, layer.compute_type_is_set = None, False
     layer.quant_storage, layer.support_avx512bf16_for_cpu = torch.uint8, False
+
+
+#: Rows of a weight that its layer repacks together, on a CPU.
+REPACKED_ROWS = 32
+
+
+@uses(
+    f"{_LAYER}.forward: packing_format_for_cpu",
+    f"{_LAYER}: quant_state",
+    "bitsandbytes.nn.Params4bit(data, quant_state, blocksize, quant_type, module, bnb_quantized)",
+    "bitsandbytes.functional.QuantState(absmax, shape, code, blocksize, quant_type, dtype, offset, state2)",
+)
+def linear4bit(
+    parts: Mapping[str, torch.Tensor],
+    shape: tuple[int, ...],
+    quant_type: str,
+    blocksize: int,
+    *,
+    table: torch.Tensor,
+    absmax_code: torch.Tensor,
+) -> Any:
+    """Return bitsandbytes' layer of a weight that is quantized already, on the same memory, to compute in bfloat16.
+
+    In evaluation, on a CPU with AVX512-BF16, it repacks the weight at its first use, into memory of its own.
+
+    Args:
+        parts: What double quantization of the weight stores, with keys as in `decompose.nf4`.
+        shape: (out_features, in_features).
+        quant_type: "nf4" or "fp4".
+        blocksize: Values per block.
+        table: (16,), float32, of the format.
+        absmax_code: (256,), float32, of the absmax values.
+    """
+    import torch
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    nested = QuantState(absmax=parts["absmax_scale"], code=absmax_code, blocksize=256, dtype=torch.float32)
+    state = QuantState(
+        absmax=parts["absmax"], shape=torch.Size(shape), code=table, blocksize=blocksize, quant_type=quant_type,
+        dtype=torch.bfloat16, offset=parts["absmax_offset"], state2=nested,
+    )  # fmt: skip
+    with torch.device("meta"):
+        layer: Any = Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type=quant_type)
+    layer.weight = Params4bit(
+        parts["packed"].view(-1, 1), quant_state=state, blocksize=blocksize, quant_type=quant_type,
+        bnb_quantized=True, module=layer,
+    )  # fmt: skip
+    layer.quant_state = state
+    return layer.eval()

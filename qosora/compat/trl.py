@@ -71,7 +71,7 @@ def fused_loss_on_meta() -> Iterator[None]:
         yield
 
 
-@uses("trl.SFTTrainer.__init__: maybe_activation_offload_context")
+@uses("trl.SFTTrainer: maybe_activation_offload_context")
 def know_parameters_again(trainer: Any) -> None:
     """Tell a trainer's context of offloading where the parameters lie now, which it leaves where they are.
 

@@ -9,13 +9,12 @@ GB). On a GPU the fused kernels decode on the way, and nothing is kept.
 
 from __future__ import annotations
 
-import bitsandbytes
 import psutil
 import torch
-from bitsandbytes.functional import QuantState
 from torch import nn
 
-from qosora.decompose import ABSMAX_BLOCKSIZE, Factors, FourBitTensor, nf4
+from qosora.compat.bitsandbytes import REPACKED_ROWS, linear4bit
+from qosora.decompose import Factors, FourBitTensor, nf4
 from qosora.layers import ops
 
 __all__ = ["KEPT_ROWS", "Kept"]
@@ -24,8 +23,6 @@ __all__ = ["KEPT_ROWS", "Kept"]
 KEPT_ROWS = 16
 #: Bytes of memory to leave for all else; with less, nothing more is kept.
 _SPARE_BYTES = 2**31
-#: bitsandbytes repacks rows by so many.
-_REPACKED_ROWS = 32
 
 
 class Kept:
@@ -63,21 +60,10 @@ class Kept:
 
 
 def _residual_layer(q: FourBitTensor) -> nn.Module | None:
-    """Return bitsandbytes' layer of a weight in place of ours, or None where it takes no other way than we do."""
-    if q.shape[0] % _REPACKED_ROWS or q.shape[1] % q.blocksize or q.absmax_scale is None:
+    """Return bitsandbytes' layer of a weight, or None where it takes no other way than we do."""
+    if q.shape[0] % REPACKED_ROWS or q.shape[1] % q.blocksize or q.absmax_scale is None:
         return None
-    (m, n), device = q.shape, q.packed.device
-    nested = QuantState(q.absmax_scale, code=nf4.absmax_code(device), blocksize=ABSMAX_BLOCKSIZE, dtype=torch.float32)
-    state = QuantState(
-        q.absmax, torch.Size((m, n)), nf4.code_table(q.quant_type, device), q.blocksize, q.quant_type, torch.bfloat16,
-        q.absmax_offset, nested,
+    return linear4bit(
+        q.tensors(), q.shape, q.quant_type, q.blocksize,
+        table=nf4.code_table(q.quant_type, q.packed.device), absmax_code=nf4.absmax_code(q.packed.device),
     )  # fmt: skip
-    with torch.device("meta"):
-        layer = bitsandbytes.nn.Linear4bit(n, m, bias=False, compute_dtype=torch.bfloat16, quant_type=q.quant_type)
-    layer.weight = bitsandbytes.nn.Params4bit(
-        q.packed.view(-1, 1), quant_state=state, blocksize=q.blocksize, quant_type=q.quant_type, bnb_quantized=True,
-        module=layer,
-    )  # fmt: skip
-    layer.quant_state = state
-    kept: nn.Module = layer.eval()
-    return kept

@@ -206,7 +206,10 @@ def test_on_a_gpu(bases: dict[str, Path], offloading: bool):
     assert found.device == torch.cuda.get_device_name()
     # What CUDA counts besides live tensors: cuBLAS' workspaces and rounding, with which small tensors differ most
     assert found.planned is not None
-    assert found.planned.rows["saved activations"] == pytest.approx(found.live.rows["saved activations"], rel=0.2)
+    # and, where activations are offloaded, a layer's input more or less that is on its way at the peak
+    layer_input = 2 * 64 * 32 * 2 * offloading
+    tolerance = {"rel": 0.2, "abs": layer_input + 1024}
+    assert found.planned.rows["saved activations"] == pytest.approx(found.live.rows["saved activations"], **tolerance)
 
 
 def test_command(bases: dict[str, Path], capsys: pytest.CaptureFixture[str]):

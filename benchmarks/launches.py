@@ -1,0 +1,108 @@
+"""How many kernels does a training step launch, against PEFT QLoRA and frozen NF4 alone? Counted on the meta device.
+
+    python benchmarks/launches.py --output benchmarks/results/launches.json
+
+On a small batch a step's time is that of its launches: each operation costs the host 10 to 60 microseconds, whatever it
+does. Counted is every operation that would run a kernel on a GPU: not views, nor allocations. A decoder layer's count
+is the difference between models of three and of two.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import Record
+from methods import shape_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qosora.config import QosoraConfig
+from qosora.layers import fused, ops
+from qosora.memory import Batch, StepOptions, TracedModel, training_step
+from qosora.memory.meta_kernels import MetaKernels, computing_as
+
+QUESTION = "How many kernels does a training step launch, against PEFT QLoRA?"
+SHAPE = "llama-2-7b"
+#: Operations that allocate or look at memory, and run nothing.
+NOTHING = ("empty", "detach", "alias", "_unsafe_view", "_local_scalar_dense", "is_same_size")
+#: Launches of an operation that makes several: for many rows bitsandbytes decodes absmax, adds its offset, decodes the
+#: weight, and calls cuBLAS.
+SEVERAL = {"gemm_4bit": 4}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations on meta tensors that would launch a kernel.
+
+    Args:
+        counts: By operation, written.
+    """
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+        self._run = MetaKernels(answer=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count it."""
+        name = func._schema.name.partition("::")[2]
+        if not func.is_view and not any(part in name for part in NOTHING):
+            self.counts[name] += SEVERAL.get(name, 1)
+        return self._run(func, args, kwargs or {})
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """Count the launches of a GPU, of operations and of fused kernels."""
+    counts: Counter[str] = Counter()
+    launch = ops._launch
+
+    def counted(kernel: str, *args: Any, **options: Any) -> None:
+        counts[f"fused {kernel}"] += 1
+        launch(kernel, *args, **options)
+
+    with computing_as("cuda"), patch.object(ops, "_launch", counted), Launches(counts):
+        yield counts
+
+
+def step_launches(method: str, layers: int, *, checkpointing: bool, tokens: int) -> Counter[str]:
+    """Return the launches of forward and backward of a model of some layers, by operation."""
+    options = StepOptions(method="qlora" if method == "qlora" else "qosora", gradient_checkpointing=checkpointing)
+    model = TracedModel(shape_config(f"{SHAPE}:{layers}"), QosoraConfig(), options, full_depth=True)
+    with torch.device("meta"):
+        inputs = Batch(1, tokens).tensors(model.vocab, "meta")
+    with fused(False) if method == "qosora-plain" else nullcontext(), counting() as counts:
+        training_step(model.model, inputs, SimpleNamespace(step=lambda: None), max_grad_norm=0)
+    return counts
+
+
+def of_a_layer(method: str, *, checkpointing: bool, tokens: int = 2048) -> Counter[str]:
+    """Return the launches of one decoder layer's part of a step."""
+    two, three = (step_launches(method, n, checkpointing=checkpointing, tokens=tokens) for n in (2, 3))
+    return Counter({name: three[name] - two[name] for name in three if three[name] != two[name]})
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=QUESTION)
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--resume", action="store_true", help="keep the stages that the output holds")
+    args = parser.parse_args()
+    record = Record(args.output, "launches", QUESTION, {"shape": SHAPE, "tokens": 2048, "rank": 128}, args.resume)
+    for checkpointing in (True, False):
+        for method in ("qosora", "qosora-plain", "qlora"):
+
+            def count(method: str = method, checkpointing: bool = checkpointing) -> dict[str, Any]:
+                counts = of_a_layer(method, checkpointing=checkpointing)
+                return {"launches": counts.total(), "by_operation": dict(counts.most_common())}
+
+            record.stage(f"{method}_{'checkpointed' if checkpointing else 'kept'}", count)
+
+
+if __name__ == "__main__":
+    main()
