@@ -304,7 +304,8 @@ def rounding(dtype: torch.dtype) -> float:
 
 def relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference over the largest value."""
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).abs().max() / expected.abs().max())
 
 
 def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
