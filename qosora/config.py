@@ -51,9 +51,9 @@ class QosoraConfig(QuantizationConfigMixin):
         ConfigError: With every problem that the arguments have.
 
     Example:
-        >>> config = QosoraConfig(rank=128, rank_pattern={"down_proj": 256})
-        >>> model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-2-7b-hf", quantization_config=config)
-        >>> model.save_pretrained("llama-2-7b-qosora")
+        >>> name, config = "meta-llama/Llama-2-7b-hf", QosoraConfig(rank=128, rank_pattern={"down_proj": 256})
+        >>> model = AutoModelForCausalLM.from_pretrained(name, quantization_config=config)  # doctest: +SKIP
+        >>> model.save_pretrained("llama-2-7b-qosora")  # doctest: +SKIP
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class OsoraConfig(PeftConfig):
         base_fingerprint: Identity of the base that the adapter was trained on; filled in.
 
     Example:
-        >>> model = get_peft_model(model, OsoraConfig())
+        >>> model = get_peft_model(model, OsoraConfig())  # doctest: +SKIP
     """
 
     task_type: Any = "CAUSAL_LM"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-from training_runs import place  # noqa: F401  (a fixture)
+from training_runs import place, run  # noqa: F401  (fixtures)
 
 SEED_VARIABLE = "QOSORA_TEST_SEED"
 

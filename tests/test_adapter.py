@@ -21,7 +21,7 @@ from peft import (
 )
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny_bases import (
+from tiny import (
     assert_same_tensors,
     decompose,
     layer_dtypes,
@@ -291,8 +291,9 @@ class TestRefuses:
         elif other == "model":
             model = decompose(make_checkpoint(tmp_path / "other", seed=1))
         else:
-            options = {"rank": {"rank": 9}, "seed": {"seed": 1, "svd_oversampling": 0}, "blocksize": {"blocksize": 128}}
-            model = decompose(source, QosoraConfig(**{"rank": 8, **options[other]}))
+            options: dict[str, Any] = {"rank": 9} if other == "rank" else {"seed": 1, "svd_oversampling": 0}
+            options = {"blocksize": 128} if other == "blocksize" else options
+            model = decompose(source, QosoraConfig(**{"rank": 8, **options}))
         expected, found = model_fingerprint(fresh(base)), model_fingerprint(model)
         assert expected != found
         with pytest.raises(FingerprintError, match=f"fingerprint {expected}, but this base has {found}"):

@@ -30,6 +30,7 @@ def test_the_readme_says_what_was_measured() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.slow
 def test_benchmarks_run_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {name: tmp_path / f"{name}.json" for name in NAMES}
     scripts = [[str(BENCHMARKS / f"{name}.py"), "--output", str(file), "--miniature"] for name, file in files.items()]

@@ -136,9 +136,9 @@ def private_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
         elif isinstance(node, ast.Import):
             yield from ((n, node.lineno) for a in node.names for n in a.name.split(".") if is_private(n))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
-            name = node.args[1]
-            if isinstance(name, ast.Constant) and is_private(str(name.value)) and name.value not in own:
-                yield str(name.value), node.lineno
+            argument = node.args[1]
+            if isinstance(argument, ast.Constant) and is_private(str(argument.value)) and argument.value not in own:
+                yield str(argument.value), node.lineno
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))

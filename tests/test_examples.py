@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny_bases import make_base
-from tiny_checkpoints import perturbed
-from tiny_models import make_llama
+import pytest
+from tiny import make_base, make_checkpoint, perturbed
 
 from qosora import QosoraConfig, quantize
 from qosora.base.load import load_base
@@ -18,6 +17,7 @@ from qosora.demo import assets
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_qlora_shaped_script(tmp_path: Path) -> None:
     with assets() as source:
         command = [sys.executable, ROOT / "examples" / "finetune_7b.py", "--model", source / "model"]
@@ -29,8 +29,9 @@ def test_the_qlora_shaped_script(tmp_path: Path) -> None:
     assert adapter_config(tmp_path / "adapter").vectors == "both"
 
 
+@pytest.mark.slow
 def test_the_ways_out(tmp_path: Path) -> None:
-    quantize(make_llama(tmp_path / "original"), tmp_path / "base", QosoraConfig(rank=8))
+    quantize(make_checkpoint(tmp_path / "original", "llama-text"), tmp_path / "base", QosoraConfig(rank=8))
     perturbed(load_base(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
     command = [sys.executable, str(ROOT / "examples" / "export_merged.py"), "adapter", "out", "--base", "base"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -40,6 +41,7 @@ def test_the_ways_out(tmp_path: Path) -> None:
     assert "reference='original model with the adapter'" in lines[1]
 
 
+@pytest.mark.slow
 def test_profile_memory(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     command = [sys.executable, ROOT / "examples" / "profile_memory.py", base, "--seq-len", "16"]

@@ -49,6 +49,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", names())
+@pytest.mark.slow
 def test_each_part_in_miniature(name: str, run_all: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Scripts run in this process, which has their imports, and compile nothing.
 
@@ -107,6 +108,7 @@ def part(run_all: Any, tmp_path: Path) -> Callable[..., Any]:
     return make
 
 
+@pytest.mark.slow
 def test_failures_and_time_limits_are_survived(
     run_all: Any, part: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -118,7 +118,7 @@ def test_doors_say_what_they_open(package: str):
     folder, name = (PACKAGE / package, f"qosora.{package}") if package else (PACKAGE, "qosora")
     tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    declared = {}
+    declared: dict[str, str | None] = {}
     for node in block.body:
         assert isinstance(node, ast.ImportFrom)
         declared |= {alias.name: node.module for alias in node.names}

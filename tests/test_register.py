@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from peft import get_peft_model
-from tiny_bases import load, make_base, train
+from tiny import load, make_base, train
 
 import qosora
 from qosora.config import OsoraConfig
@@ -33,45 +33,43 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+LOAD = """
+def count(model):
+    layers = [module for module in model.modules() if type(module).__name__ == "QosoraLinear"]
+    print(len(layers), sum("osora_s" in name for name, _ in model.named_parameters()))
+
+model = transformers.AutoModelForCausalLM.from_pretrained("base")
+count(model)
+model.load_adapter("adapter")  # transformers' own way, which looks up PEFT's tables itself
+count(model)
+count(peft.AutoPeftModelForCausalLM.from_pretrained("adapter"))
+"""
+#: A config alone is enough for PEFT, and the modules whose import was hooked look like any other to inspect.
+USE_A_CONFIG = """
+import inspect
+from qosora import OsoraConfig, QosoraConfig
+import peft.mapping, transformers.quantizers.auto
+model = transformers.AutoModelForCausalLM.from_pretrained("base")
+model = peft.get_peft_model(model, OsoraConfig())
+model.add_adapter("second", OsoraConfig())
+assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING["OSORA"] == "osora_"
+assert transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING["qosora"] is QosoraConfig
+for module in (peft.mapping, transformers.quantizers.auto):
+    assert type(module.__loader__).__name__ == "SourceFileLoader", module.__loader__
+    assert module.__spec__.loader is module.__loader__
+    assert inspect.getsource(module)
+"""
+
+
 @pytest.mark.parametrize(
-    "imports",
-    ["import qosora, transformers, peft", "import transformers.quantizers.auto, peft, qosora"],
+    "code",
+    [USE_A_CONFIG + "import transformers, peft\n" + LOAD, "import transformers.quantizers.auto, peft, qosora\n" + LOAD],
     ids=["first", "last"],
 )
-def test_loads_whatever_the_order_of_imports(folders: Path, imports: str):
-    code = f"""
-        {imports}
-
-        def count(model):
-            layers = [module for module in model.modules() if type(module).__name__ == "QosoraLinear"]
-            print(len(layers), sum("osora_s" in name for name, _ in model.named_parameters()))
-
-        model = transformers.AutoModelForCausalLM.from_pretrained("base")
-        count(model)
-        model.load_adapter("adapter")  # transformers' own way, which looks up PEFT's tables itself
-        count(model)
-        count(peft.AutoPeftModelForCausalLM.from_pretrained("adapter"))
-    """
+@pytest.mark.slow
+def test_loads_whatever_the_order_of_imports(folders: Path, code: str):
+    """One process for each order, since importing takes longer than all else."""
     assert run(code, folders).split() == ["14", "0", "14", "14", "14", "14"]
-
-
-def test_a_config_alone_is_enough_for_peft(folders: Path):
-    """And the modules whose import was hooked look like any other to inspect and pkgutil."""
-    code = """
-        import inspect
-        from qosora import OsoraConfig, QosoraConfig
-        import peft.mapping, transformers.quantizers.auto
-        model = transformers.AutoModelForCausalLM.from_pretrained("base")
-        model = peft.get_peft_model(model, OsoraConfig())
-        model.add_adapter("second", OsoraConfig())
-        assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING["OSORA"] == "osora_"
-        assert transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING["qosora"] is QosoraConfig
-        for module in (peft.mapping, transformers.quantizers.auto):
-            assert type(module.__loader__).__name__ == "SourceFileLoader", module.__loader__
-            assert module.__spec__.loader is module.__loader__
-            assert inspect.getsource(module)
-    """
-    run(code, folders)
 
 
 def test_import_costs_nothing(tmp_path: Path):

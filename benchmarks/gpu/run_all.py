@@ -58,7 +58,7 @@ TRAINING = "--shapes llama-2-7b llama-3.1-8b --tokens 2048 --batch-sizes 1 4 --c
 #: The most important first.
 PARTS = {
     # Compiling the kernels' variants takes minutes: their tests come later, in a part of their own.
-    "tests": Part("", "--deselect=tests/layers/test_ops.py", "tests/decompose/test_nf4.py", 150, tests),
+    "tests": Part("", "--deselect=tests/layers/test_triton_ops.py", "tests/decompose/test_nf4.py", 150, tests),
     "memory": Part(
         "benchmarks/memory.py",
         "--shapes llama-2-7b llama-3.1-8b --tokens 2048 8192 --checkpointing on --steps 2",
@@ -84,7 +84,7 @@ PARTS = {
         layer,
     ),
     "kernels": Part("benchmarks/kernels.py", "", "", 60, kernels),
-    "kernel-tests": Part("", "tests/layers/test_ops.py", "tests/decompose/test_nf4.py", 120, tests),
+    "kernel-tests": Part("", "tests/layers/test_triton_ops.py", "tests/decompose/test_nf4.py", 120, tests),
     "optimizer": Part("benchmarks/optimizer_step.py", "", "", 45, optimizer),
     "generate": Part("benchmarks/generate.py", "--rounds 3 --new-tokens 16", "", 90, generate),
     "convert": Part(

@@ -119,7 +119,7 @@ def export_lora(
         FingerprintError: If the adapter was trained on another base.
 
     Example:
-        >>> export_lora("llama-2-7b-qosora", "llama-2-7b-lora", "runs/gsm8k/adapter")
+        >>> export_lora("llama-2-7b-qosora", "llama-2-7b-lora", "runs/gsm8k/adapter")  # doctest: +SKIP
     """
     target = _checked_options(dtype, rank)
     with Export(base, output, adapter, trust_remote_code=trust_remote_code) as export:

@@ -143,7 +143,7 @@ def export_merged(
         FingerprintError: If the adapter was trained on another base.
 
     Example:
-        >>> export_merged("llama-2-7b-qosora", "llama-2-7b-tuned", "runs/gsm8k/adapter")
+        >>> export_merged("llama-2-7b-qosora", "llama-2-7b-tuned", "runs/gsm8k/adapter")  # doctest: +SKIP
     """
     target = _checked_options(dtype, max_shard_bytes, onto, original)
     with Export(base, output, adapter, trust_remote_code=trust_remote_code) as export:

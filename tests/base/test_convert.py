@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_bases import FAMILIES, decompose, make_checkpoint
+from tiny import FAMILIES, decompose, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from qosora.base.convert import by_kind, quantize

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from peft import get_peft_model
-from tiny_bases import make_base
+from tiny import make_base
 from transformers import AutoModelForCausalLM
 
 from qosora import OsoraConfig

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_bases import load, logits, make_base, make_checkpoint, train
-from tiny_models import make_tokenizer
+from tiny import load, logits, make_base, make_checkpoint, make_tokenizer, train
 
 from qosora.base.load import load_base, load_model, load_tokenizer
-from qosora.checkpoints.stored_config import adapter_config, load_config, quantization_in, require_base, split_source
+from qosora.checkpoints.stored_config import load_config
 from qosora.config import OsoraConfig
 from qosora.errors import CheckpointError, FingerprintError
 from qosora.layers.linear import qosora_modules
@@ -23,14 +22,13 @@ from qosora.layers.linear import qosora_modules
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With source (ordinary), base, adapter, lora, and a base of another model."""
+    """With source (ordinary), base, adapter, and a base of another model."""
     place = tmp_path_factory.mktemp("models")
     make_base(place / "base", dtype=torch.bfloat16)
     (place / "base-source").rename(place / "source")
     model = get_peft_model(load(place / "base"), OsoraConfig())
     train(model, steps=1)
     model.save_pretrained(place / "adapter")
-    get_peft_model(load(place / "source"), LoraConfig(target_modules=["q_proj"])).save_pretrained(place / "lora")
     make_base(place / "other", seed=1)
     return place
 
@@ -52,13 +50,6 @@ class TestBase:
         assert load_base(place / "base").dtype == torch.bfloat16
         assert load_base(str(place / "base"), dtype=torch.float32).dtype == torch.float32
         assert len(qosora_modules(load_base(place / "base", dtype="float32", device_map="cpu"))) == 14
-
-    def test_what_it_is(self, place: Path):
-        stored = require_base("base", load_config(place / "base"))
-        assert (stored["quant_method"], stored["rank"]) == ("qosora", 8)
-        assert quantization_in(load_config(place / "source")) is None
-        assert require_base("base", json.loads((place / "base" / "config.json").read_text())) == stored
-        assert require_base("base", load_base(place / "base").config) == stored
 
     @pytest.mark.parametrize("dtype", ["auto", torch.float32], ids=str)
     def test_with_a_configuration_that_was_read_already(self, place: Path, dtype: Any):
@@ -124,13 +115,6 @@ class TestAdapter:
             assert torch.equal(logits(model), expected)
         assert not isinstance(load_model(place / "base"), PeftModel)
 
-    def test_split_source(self, place: Path):
-        base, adapter = str(place / "base"), str(place / "adapter")
-        assert split_source(base) == (base, None)
-        assert split_source(adapter) == (base, adapter)
-        assert split_source(adapter, "moved") == ("moved", adapter)
-        assert split_source("user/adapter-on-the-hub", base) == (base, "user/adapter-on-the-hub")
-
     def test_names_no_base(self, copies: Path):
         file = copies / "adapter" / "adapter_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
@@ -146,12 +130,6 @@ class TestAdapter:
         file.write_text(json.dumps(changed))
         with pytest.raises(CheckpointError, match=rf"{recorded} is the base that .* names; if it has moved"):
             load_model(copies / "adapter")
-
-    def test_another_kind(self, place: Path):
-        with pytest.raises(CheckpointError, match="an adapter of type LORA, not one of qosora's"):
-            adapter_config(place / "lora")
-        with pytest.raises(CheckpointError, match="no adapter that PEFT can load"):
-            adapter_config(place / "base")
 
     def test_another_base(self, place: Path):
         with pytest.raises(FingerprintError, match="but this base has"):

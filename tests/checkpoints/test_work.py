@@ -184,6 +184,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(folder / "out")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path, source: Path, undisturbed: dict[str, bytes]):
     made: list[str] = []
     for kill in (0.05, 0.2, None):
@@ -214,6 +215,7 @@ def start_all(folder: Path, count: int, *args: str) -> list[subprocess.Popen[str
     return [start(folder, *args, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **rank) for rank in ranks]
 
 
+@pytest.mark.slow
 def test_processes_divide_the_units_and_write_the_same_bytes(
     tmp_path: Path, source: Path, undisturbed: dict[str, bytes]
 ):
@@ -226,6 +228,7 @@ def test_processes_divide_the_units_and_write_the_same_bytes(
     assert contents(tmp_path / "out") == undisturbed
 
 
+@pytest.mark.slow
 def test_where_the_first_process_cannot_prepare_all_end(tmp_path: Path, source: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import perturbed
-from tiny_models import make_base, make_llama, sums, write_jsonl
+from tiny import make_base, make_checkpoint, perturbed, sums, write_jsonl
 
 from qosora import cli
 from qosora.base.load import load_base
@@ -24,7 +23,7 @@ from qosora.training.config import TrainConfig
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source, a base, and data; the tests add to it."""
     folder = tmp_path_factory.mktemp("cli")
-    make_base(make_llama(folder / "source"), folder / "base")
+    make_base(folder / "base", make_checkpoint(folder / "source", "llama-text"), QosoraConfig(rank=16))
     write_jsonl(folder / "train.jsonl", sums(24))
     write_jsonl(folder / "test.jsonl", sums(8, 24))
     return folder
@@ -123,6 +122,7 @@ def test_train_evaluate_generate_export(adapter: Path, folder: Path, capsys: pyt
     assert (folder / "export" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_ways_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "quantize", folder / "source", tmp_path / "base", "--rank", 8)[0] == 0
     perturbed(load_base(tmp_path / "base")).save_pretrained(tmp_path / "adapter")

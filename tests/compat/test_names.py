@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,9 @@ from qosora.errors import DependencyError
 
 
 @pytest.fixture
-def package(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def package(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A dependency called `hasty`, in version 2.0."""
-    module = ModuleType("hasty")
+    module: Any = ModuleType("hasty")
     module.double = lambda x, times=2, **_: "twice" if module.loud else x * times
     module.loud = False
     monkeypatch.setitem(sys.modules, "hasty", module)
@@ -29,7 +30,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     "entry", ["hasty.double", "hasty.double(x)", "hasty.double(x, times)", "hasty.double(times)", "hasty.double: loud",
               "hasty.double(x): twice"]
 )  # fmt: skip
-def test_what_holds(package: ModuleType, entry: str):
+def test_what_holds(package: Any, entry: str):
     assert names.check(entry) is package.double
 
 
@@ -43,7 +44,7 @@ def test_what_holds(package: ModuleType, entry: str):
         ("hasty.double: thrice", "its hasty.double does not know 'thrice'"),
     ],
 )
-def test_what_does_not(package: ModuleType, entry: str, what: str):
+def test_what_does_not(package: Any, entry: str, what: str):
     with pytest.raises(DependencyError) as caught:
         names.check(entry)
     assert str(caught.value) == (
@@ -54,7 +55,7 @@ def test_what_does_not(package: ModuleType, entry: str, what: str):
 
 @pytest.mark.parametrize("installed", ["1.1.3", "1.2.0.dev1", "1.10"])
 def test_a_release_within_the_bounds_is_exchanged_for_one_that_was_tried(
-    package: ModuleType, monkeypatch: pytest.MonkeyPatch, installed: str
+    package: Any, monkeypatch: pytest.MonkeyPatch, installed: str
 ):
     monkeypatch.setattr(names, "version", lambda name: installed)
     cure = "hasty==1.1.2" if installed == "1.1.3" else "hasty<1.2"
@@ -62,7 +63,7 @@ def test_a_release_within_the_bounds_is_exchanged_for_one_that_was_tried(
         names.check("hasty.triple")
 
 
-def test_a_function_is_checked_when_it_is_called_first(package: ModuleType):
+def test_a_function_is_checked_when_it_is_called_first(package: Any):
     @names.uses("hasty.double", "hasty.later")
     def four() -> int:
         return package.double(2)
@@ -77,7 +78,7 @@ def test_a_function_is_checked_when_it_is_called_first(package: ModuleType):
     assert four() == 4
 
 
-def test_objects_under_names_of_our_own(package: ModuleType):
+def test_objects_under_names_of_our_own(package: Any):
     get = names.found("here", {"twice": "hasty.double(x)", "gone": "hasty.triple"})
     assert get("twice") is package.double
     with pytest.raises(DependencyError, match=r"hasty\.triple"):
@@ -86,13 +87,13 @@ def test_objects_under_names_of_our_own(package: ModuleType):
         get("other")
 
 
-def test_a_module_that_is_being_imported(package: ModuleType):
+def test_a_module_that_is_being_imported(package: Any):
     assert names.member(package, "hasty.loud") is False
     with pytest.raises(DependencyError, match=r"hasty\.quiet"):
         names.member(package, "hasty.quiet")
 
 
-def test_documentation_is_not_what_code_knows(package: ModuleType):
+def test_documentation_is_not_what_code_knows(package: Any):
     def described() -> None:
         """Mention a thing."""
 
@@ -101,7 +102,7 @@ def test_documentation_is_not_what_code_knows(package: ModuleType):
         names.check("hasty.described: a thing")
 
 
-def test_classes(package: ModuleType):
+def test_classes(package: Any):
     class Thing:
         number: int
         kept = 1
@@ -111,7 +112,7 @@ def test_classes(package: ModuleType):
 
         @property
         def read(self) -> int:
-            return self.inside
+            return self.inside  # type: ignore[attr-defined]
 
         @classmethod
         def make(cls) -> str:

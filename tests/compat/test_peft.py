@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_bases import make_checkpoint
+from tiny import make_checkpoint
 from transformers import LlamaForCausalLM
 
 import qosora.export.outsider
@@ -83,6 +83,7 @@ def test_a_model_that_is_marked_gets_loras_layers_of_4_bits():
     assert isinstance(get_peft_model(model, LoraConfig(r=1, target_modules=["0"])).base_model.model[0], Linear4bit)
 
 
+@pytest.mark.slow
 def test_layers_for_bitsandbytes_come_with_their_import():
     code = (
         "from qosora.compat.peft import load_bnb_layers; load_bnb_layers(); import sys; "

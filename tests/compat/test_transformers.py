@@ -10,9 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_bases import make_checkpoint
+from tiny import make_checkpoint
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
 from qosora.compat import transformers as hidden
 
@@ -23,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def mixtral(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
     folder = make_checkpoint(tmp_path_factory.mktemp("mixtral"), "mixtral")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
@@ -84,7 +91,7 @@ def test_what_no_quantizer_converts():
     assert list(hidden.optional_tensors(model)) == []
 
 
-def test_names_go_to_disk_and_back(mixtral: nn.Module):
+def test_names_go_to_disk_and_back(mixtral: PreTrainedModel):
     transforms = hidden.get_model_conversion_mapping(mixtral, add_legacy=False)
     stackers = list(filter(hidden.stacks_experts, transforms))
     assert all(isinstance(t, hidden.WeightTransform) for t in transforms)
@@ -119,7 +126,7 @@ def test_a_converter_of_one_tensor():
     assert hidden.converted(converters, "a", torch.ones(1), "x.b") == 2
 
 
-def test_plain_experts(mixtral: nn.Module):
+def test_plain_experts(mixtral: PreTrainedModel):
     experts = mixtral.get_submodule("model.layers.0.mlp.experts")
     assert hidden.are_plain_experts(experts)
     assert hidden.has_gate(experts)
@@ -130,7 +137,7 @@ def test_plain_experts(mixtral: nn.Module):
         setattr(other, option, True)
         assert not hidden.are_plain_experts(other), option
 
-    class Own(type(experts)):
+    class Own(type(experts)):  # type: ignore[misc]
         def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
             return gate_up + 1
 

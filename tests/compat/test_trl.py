@@ -13,8 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.models import activation_offloading as offloading
 
 from qosora.compat import trl as hidden
-from qosora.layers import meta_as
-from qosora.layers.ops import device_of
 
 
 @pytest.mark.parametrize("triton", [True, False])
@@ -67,15 +65,3 @@ def test_offloading_has_the_limits_that_it_is_made_with(monkeypatch: pytest.Monk
     with pytest.raises(NotImplementedError):
         hidden.get_act_offloading_ctx_manager(model=nn.Linear(1, 1))
     assert hidden.offloading_limits() == (made["min_offload_size"], made["max_fwd_stash_size"])
-
-
-def test_meta_tensors_stand_for_a_device_within_a_block():
-    here, there = torch.empty(1), torch.empty(1, device="meta")
-    assert (device_of(here), device_of(there)) == ("cpu", "cpu")
-    with meta_as("cuda"):
-        assert (device_of(here), device_of(there)) == ("cpu", "cuda")
-        with meta_as("cpu"):
-            assert device_of(there) == "cpu"
-        assert device_of(there) == "cuda"
-    assert device_of(there) == "cpu"
-    assert nn.Linear(1, 1).weight.device.type == "cpu"

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
-from tiny_models import make_tokenizer, sums
+from tiny import make_tokenizer, sums
 from trl import SFTConfig, SFTTrainer
 
 from qosora.data.records import load_records, no_progress_bars

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_any_shape(
 ):
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
     before = weight.clone()
-    storage = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
+    storage: dict[str, Any] = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
     factors = factorize(weight, rank, svd=svd, seed=seed, **storage)
     assert torch.equal(weight, before)
 
@@ -236,7 +237,7 @@ def test_one_call_equals_two(
 ):
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
     weight = weight.T if transposed else weight
-    options = {"blocksize": blocksize, "double_quant": double_quant}
+    options: dict[str, Any] = {"blocksize": blocksize, "double_quant": double_quant}
     factors, report = factorize_with_report(weight, 4, **options)
     two = factorize(weight, 4, **options)
     assert all(torch.equal(a, b) for a, b in zip(tensors(factors), tensors(two), strict=True))
@@ -289,3 +290,19 @@ def test_only_floating_point_matrices(weight: Tensor):
 def test_unknown_svd():
     with pytest.raises(ConfigError, match="svd method"):
         factorize(torch.randn(4, 4), 2, svd="magic")
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_wherever_the_weight_lies(dtype: torch.dtype, offset: int, seed: int):
+    """As in a mapped file, where it begins anywhere: some processors' products round differently there."""
+    weight = torch.randn(56, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    moved = torch.empty(weight.numel() + offset, dtype=dtype)[offset:].view(weight.shape).copy_(weight)
+    assert moved.data_ptr() % 64
+    expected, got = factorize(weight, 8), factorize(moved, 8)
+    assert torch.equal(got.sigma, expected.sigma)
+    for part in ("residual", "U", "V"):
+        for name, tensor in vars(getattr(expected, part)).items():
+            found = getattr(getattr(got, part), name)
+            assert torch.equal(found, tensor) if isinstance(tensor, torch.Tensor) else found == tensor, (part, name)
+    assert measure_error(moved, got) == measure_error(weight, expected)

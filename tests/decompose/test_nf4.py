@@ -45,6 +45,7 @@ def check_absmax(q: FourBitTensor, expected: np.ndarray) -> None:
     if q.absmax_scale is None:
         assert np.array_equal(reference.array(q.absmax), expected)
         return
+    assert q.absmax_offset is not None
     offset, scale = float(q.absmax_offset), reference.array(q.absmax_scale)
     # A float32 mean of `blocks` positive values: blocks - 1 additions and a division.
     assert abs(offset - expected.mean()) <= len(expected) * U32 * expected.mean()
@@ -122,6 +123,7 @@ def test_rows_that_end_inside_a_block(shape: tuple[int, int], blocksize: int, dt
 def test_more_absmax_values_than_one_block_holds(seed: int):
     x = random((300, 64), seed)  # 300 blocks: 256 and 44
     q = quantize(x)
+    assert q.absmax_scale is not None
     assert q.absmax_scale.shape == (2,)
     check_quantized(x, q)
     check_dequantized(q)
@@ -141,6 +143,8 @@ def test_equal_to_bitsandbytes_bit_for_bit(
     assert torch.equal(q.packed, packed.flatten())
     assert torch.equal(q.absmax, state.absmax)
     if double_quant:
+        assert q.absmax_scale is not None
+        assert q.absmax_offset is not None
         assert torch.equal(q.absmax_scale, state.state2.absmax)
         assert torch.equal(q.absmax_offset, state.offset)
     if shape[-1] % blocksize == 0:  # else bitsandbytes' CPU kernel takes wrong absmax values: see `dequantize`
@@ -219,6 +223,7 @@ def test_the_same_bits_on_any_number_of_threads(seed: int):
         assert torch.equal(tensor, three.tensors()[name]), name
     assert len({with_threads(n, lambda: squared_error(x, one)) for n in (1, 2, 3)}) == 1
     _, state = with_threads(1, lambda: bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True))
+    assert one.absmax_offset is not None
     assert torch.equal(one.absmax_offset, state.offset)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -173,9 +175,14 @@ def test_columns_of_very_different_size(seed: int):
 @pytest.mark.parametrize("decay", [1.0, 0.9, 0.5])
 def test_qr(decay: float, by_columns: bool, seed: int, monkeypatch: pytest.MonkeyPatch):
     """Orthonormal, and a factorization, where Cholesky's serves and where Householder's must take over."""
-    householder = []
+    householder: list[torch.Tensor] = []
     qr = torch.linalg.qr
-    monkeypatch.setattr(torch.linalg, "qr", lambda A: householder.append(A) or qr(A))
+
+    def recorded(A: torch.Tensor) -> Any:
+        householder.append(A)
+        return qr(A)
+
+    monkeypatch.setattr(torch.linalg, "qr", recorded)
     generator = torch.Generator().manual_seed(seed)
     mix = decaying(24, 24, decay, seed).float()
     Y = torch.randn(700, 24, generator=generator) @ mix

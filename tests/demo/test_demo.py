@@ -32,6 +32,7 @@ def test_error_is_below_nf4_on_every_matrix() -> None:
     assert len(replace_linears(model, config, ["lm_head"])) == 28
 
 
+@pytest.mark.slow
 def test_the_whole_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     results: list[demo.DemoResult] = []
     run = demo.run_demo

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoints import Trained, make_trained
+from tiny import Trained
 
 from qosora import __version__
 from qosora.checkpoints import MANIFEST_NAME, StoredSpec, Unit, read_json
@@ -17,11 +18,6 @@ from qosora.export.run import Export, Reports
 from qosora.export.verify import Verification
 
 FOUND = Verification("nothing", 1, 0.25, 0.125, 0.1, 0.2, 1.0)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return make_trained(tmp_path_factory.mktemp("run"), "gemma3")
 
 
 def unit(export: Export) -> Unit:
@@ -41,7 +37,7 @@ def test_reports_come_back(tiny: Trained, tmp_path: Path):
         return FOUND
 
     given = {tiny.adapter: 0.5}
-    options = {"original": "here", "dtype": torch.float16, "options": {"k": 1}, "max_shard_bytes": 1000}
+    options: dict[str, Any] = {"original": "here", "dtype": torch.float16, "options": {"k": 1}, "max_shard_bytes": 1000}
     with Export(tiny.base, tmp_path / "out", given, trust_remote_code=False) as export:
         reports, common = export.write([unit(export)], finish, check, **options)
         fingerprint = export.adapted.fingerprint

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoints import Trained, load, make_trained, perturbed
-from tiny_models import make_llama
+from tiny import Trained, load, make_checkpoint, make_trained, perturbed
 from transformers import AutoModelForCausalLM
 
 from qosora import QosoraConfig
@@ -20,17 +19,17 @@ from qosora.errors import CheckpointError
 from qosora.export import export_lora, export_merged
 from qosora.export.stored import AdaptedBase
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Of a family with a tied embedding that is scaled, instead of that of the other tests."""
     return make_trained(tmp_path_factory.mktemp("verified"), "gemma3")
 
 
+@pytest.mark.usefixtures("outsider_here")
 def test_all_kinds_pass(tiny: Trained, tmp_path: Path):
     base, adapter = tiny.base, tiny.adapter
-    found = [
+    found: list[Any] = [
         export_merged(base, tmp_path / "merged", adapter, verify=True),
         export_merged(base, tmp_path / "onto", {adapter: 0.5}, onto="original", verify=True),
         export_lora(base, tmp_path / "lora", adapter, verify=True),
@@ -48,21 +47,26 @@ def test_all_kinds_pass(tiny: Trained, tmp_path: Path):
     assert read_json(tmp_path / "lora" / MANIFEST_NAME)["verification"]["tokens"] == 256
 
 
+@pytest.mark.usefixtures("outsider_here")
 def test_bfloat16_and_a_tokenizer(tmp_path: Path):
-    original = make_llama(tmp_path / "original")  # with a tokenizer
+    original = make_checkpoint(tmp_path / "original", "llama-text")  # with a tokenizer
     AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).save_pretrained(original)
     quantize(original, tmp_path / "base", QosoraConfig(rank=8))
     perturbed(load(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
     found = export_merged(tmp_path / "base", tmp_path / "merged", tmp_path / "adapter", verify=True).verification
+    assert found is not None
     assert 2**-12 < found.relative_difference < 2**-5
     assert 200 < found.tokens < 256  # texts, cut
     lora = export_lora(tmp_path / "base", tmp_path / "lora", tmp_path / "adapter", verify=True).verification
+    assert lora is not None
     assert lora.relative_difference < found.relative_difference  # only ΔW is rounded
 
 
+@pytest.mark.slow
 def test_lora_of_experts_in_bfloat16(tmp_path: Path):
-    trained = make_trained(tmp_path, "mixtral", torch.bfloat16)
+    trained = make_trained(tmp_path, "mixtral", dtype=torch.bfloat16)
     found = export_lora(trained.base, tmp_path / "lora", trained.adapter, verify=True).verification
+    assert found is not None
     assert found.relative_difference < 2**-5
 
 
@@ -75,10 +79,11 @@ def wrong_vectors(self: AdaptedBase, layer: Any, factors: Any) -> torch.Tensor:
 merged = AdaptedBase.merged
 
 
+@pytest.mark.usefixtures("outsider_here")
 def test_a_wrong_export_leaves_nothing(tiny: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = tmp_path / "new" / "export"
     monkeypatch.setattr(AdaptedBase, "merged", wrong_vectors)
-    with pytest.raises(CheckpointError, match=r"logits differ .* by 0\.\d+ .* Nothing of the export is kept$") as info:
+    with pytest.raises(CheckpointError, match=r"logits differ .* by \d\.\d+ .* Nothing of the export is kept$") as info:
         export_merged(tiny.base, output, tiny.adapter, verify=True)
     assert "\n" not in str(info.value)
     assert list(tmp_path.iterdir()) == []
@@ -99,6 +104,7 @@ def break_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "unheard-of"}')
 
 
+@pytest.mark.usefixtures("outsider_here")
 def test_a_wrong_lora_leaves_nothing(tiny: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     low_rank = AdaptedBase.low_rank
     monkeypatch.setattr(

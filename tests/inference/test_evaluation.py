@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import make_base, make_gemma3, make_llama, make_tokenizer, sums, write_jsonl
+from tiny import make_base, make_checkpoint, make_tokenizer, sums, write_jsonl
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import qosora.inference.evaluation
@@ -20,8 +20,8 @@ from qosora.inference.evaluation import evaluate, mean_loss, perplexity
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    source = make_llama(tmp_path_factory.mktemp("llama"))
-    return AutoModelForCausalLM.from_pretrained(make_base(source, tmp_path_factory.mktemp("base")))
+    source = make_checkpoint(tmp_path_factory.mktemp("llama"), "llama-text")
+    return AutoModelForCausalLM.from_pretrained(make_base(tmp_path_factory.mktemp("base"), source))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def gemma2() -> Any:
 
 @pytest.fixture(scope="module")
 def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return AutoModelForCausalLM.from_pretrained(make_gemma3(tmp_path_factory.mktemp("gemma3")))
+    return AutoModelForCausalLM.from_pretrained(make_checkpoint(tmp_path_factory.mktemp("gemma3"), "gemma3-text"))
 
 
 def examples(seed: int) -> list[Example]:

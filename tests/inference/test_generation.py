@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_llama, make_tokenizer
+from tiny import make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from qosora.errors import ConfigError, DataError
@@ -18,7 +18,7 @@ PROMPTS = ["a", "hello world", "once upon a time", "x y"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = make_llama(tmp_path_factory.mktemp("llama"), initializer_range=0.3)
+    folder: Path = make_checkpoint(tmp_path_factory.mktemp("llama"), "llama-text", initializer_range=0.3)
     return AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -10,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from linear_checks import build, draw, vectors
+from linear_checks import build, draw, grad, vectors
 from peft import PeftModel, get_peft_model
-from tiny_bases import FAMILIES, decompose, logits, make_checkpoint, token_ids
+from tiny import decompose, logits, make_checkpoint, make_model, relative_difference, rounding, token_ids
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,17 +66,31 @@ def step(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Compare by norm, tensor by tensor."""
+    """Compare by norm, tensor by tensor, relative to the norm of all gradients of the decoder layer.
+
+    A tensor's own norm is no measure of its roundings: its gradient may be the small rest of large terms. So that of
+    the keys: attention's softmax takes no notice of what is added to all scores of a query. Relative to its own norm
+    a gradient may be out by 50 times the tolerance, which no mistake is small enough for.
+    """
     assert got.keys() == expected.keys()
+    norms = {name: tensor.double().norm() for name, tensor in expected.items()}
     for name, tensor in expected.items():
-        error = (got[name].double() - tensor.double()).norm() / tensor.double().norm()
-        assert error < tolerance, f"{name}: {error:.2e}"
+        error = (got[name].double() - tensor.double()).norm()
+        beside = torch.stack([norm for other, norm in norms.items() if layer_of(other) == layer_of(name)]).norm()
+        assert error < tolerance * beside, f"{name}: {error / beside:.2e} of its layer's gradients"
+        assert error < min(50 * tolerance, 0.5) * norms[name], f"{name}: {error / norms[name]:.2e} of its own norm"
+
+
+def layer_of(name: str) -> str:
+    """Return the name of the decoder layer that a parameter is in; its own name, if it is in none."""
+    found = re.match(r".*\.(?:layers|h)\.\d+\.", name)
+    return found[0] if found else name
 
 
 def names(family: str) -> set[str]:
     """Module names that are tiled, without the layers' numbers."""
     with torch.device("meta"):
-        model = FAMILIES[family]()
+        model = make_model(family)
     return {name.split(".", 3)[-1] for name in apply_tiling(model)}
 
 
@@ -106,8 +121,8 @@ def test_what_is_tiled(family: str, expected: set[str]):
 
 # ---- outputs and gradients
 
-#: Sums of at most 56 products and 46 positions in another order: some 50 roundings of 2^-24, of cancelling terms.
-FP32 = 2e-5
+#: Sums in another order, in three passes: forward, forward again, and the gradients' own products. 2.4e-5.
+FP32 = rounding(torch.float32) * 3**0.5
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -210,7 +225,7 @@ def test_dropout_is_the_same_in_backward(checkpointing: bool):
 
     mlp = MLP().double().train()
     model = nn.ModuleDict({"mlp": mlp})
-    model.config = _Config(8)
+    model.config = _Config(8)  # type: ignore[assignment]
     assert apply_tiling(model, 3) == ["mlp"]
     x = torch.randn(2, 10, 8, dtype=torch.float64, requires_grad=True)
 
@@ -234,7 +249,7 @@ def test_evaluation(adapted: Adapted):
     model = adapted()
     expected = logits(model)
     apply_tiling(model, 3)
-    torch.testing.assert_close(logits(model), expected)
+    assert relative_difference(logits(model), expected) < rounding(torch.float32)
 
 
 # ---- memory and work
@@ -330,7 +345,7 @@ class _Counting(nn.Module):
 def test_no_row_is_computed_a_third_time(tiled: bool, checkpointing: bool, after: str):
     mlp, norm = _Counting(8), LlamaRMSNorm(8).requires_grad_(False)
     model = nn.ModuleDict({"mlp": mlp, "norm": norm})
-    model.config = _Config(8)
+    model.config = _Config(8)  # type: ignore[assignment]
     inputs = torch.randn(2, 12, 8)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
@@ -344,7 +359,7 @@ def test_no_row_is_computed_a_third_time(tiled: bool, checkpointing: bool, after
         x = inputs.clone().requires_grad_()
         out = checkpoint(layer, x, use_reentrant=False) if checkpointing else layer(x)
         out.square().sum().backward()
-        return {"x": x.grad, **{name: p.grad for name, p in mlp.named_parameters()}}
+        return {"x": grad(x), **{name: grad(p) for name, p in mlp.named_parameters()}}
 
     expected = gradients()
     if tiled:
@@ -359,7 +374,7 @@ def test_no_row_is_computed_a_third_time(tiled: bool, checkpointing: bool, after
 def test_one_tile_runs_untouched(adapted: Adapted):
     mlp = _Counting(8)
     model = nn.ModuleDict({"mlp": mlp})
-    model.config = _Config(8)
+    model.config = _Config(8)  # type: ignore[assignment]
     apply_tiling(model, 24)
     mlp(torch.randn(2, 12, 8, requires_grad=True)).sum().backward()
     assert mlp.rows == 24
@@ -396,7 +411,7 @@ def test_offloaded(adapted: Adapted, checkpointing: bool):
 
 def test_on_meta(adapted: Adapted):
     with torch.device("meta"):
-        model = FAMILIES["llama"]()
+        model = make_model("llama")
     apply_tiling(model, 5)
     model(input_ids=torch.zeros(2, 23, dtype=torch.int64, device="meta")).logits.sum().backward()
     assert model.get_parameter("model.layers.0.mlp.up_proj.weight").grad.shape == (56, 32)

@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_bases import make_base
+from tiny import make_base
 from transformers import Gemma2Config, GptOssConfig, MixtralConfig
 
 from qosora.cli import main
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, QosoraError
-from qosora.memory.cards import GIB, parse_bytes, the_card
+from qosora.memory.cards import the_card
 from qosora.memory.plan import OUTSIDE, _Planner, plan
 from qosora.memory.predict import StepOptions
 from qosora.memory.shapes import SHAPES, model_config
 from qosora.memory.step import Batch
 
-TINY = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 8192,
+#: Tiles of few tokens make tracing slow, so batches and the memory that they have are small.
+TINY = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 1024,
         "model_type": "llama"}  # fmt: skip
 
 
@@ -101,53 +102,55 @@ def test_checkpointing_and_chunked_loss_save_memory(tiny: Path):
 @pytest.mark.parametrize(
     ("batch", "options"),
     [
-        (Batch(1, 4096), {}),
+        (Batch(1, 2048), {}),
         (Batch(3, 512), {"gradient_checkpointing": False}),
-        (Batch(5, 1536, padding=True), {}),
+        (Batch(3, 768, padding=True), {}),
         (Batch(2, 768, packing=True), {}),
         (Batch(1, 1500), {"tile_length": 512}),
-        (Batch(2, 2560), {"attn_implementation": "eager"}),
+        (Batch(2, 1280), {"attn_implementation": "eager"}),
     ],
 )
 @pytest.mark.parametrize("window", [None, 600])
 def test_interpolated_shapes_are_near_the_traced_ones(batch: Batch, options: dict[str, Any], window: int | None):
     config = model_config("gemma-3-1b")
-    config.update({**TINY, "head_dim": 16, "sliding_window": window or 10**6, "num_hidden_layers": 3})
-    config.layer_types = ["full_attention" if window is None else "sliding_attention"] * 3
+    config.update({**TINY, "head_dim": 16, "sliding_window": window or 10**6, "num_hidden_layers": 2})
+    config.max_position_embeddings = 8192
+    config.layer_types = ["full_attention" if window is None else "sliding_attention"] * 2
     planner = _Planner(config, QosoraConfig(rank=8), StepOptions(**options), the_card(memory="8GiB"), False, None)
     assert planner.total(batch) == pytest.approx(planner.usage(batch).total_bytes, rel=2e-3)
 
 
 def test_the_largest_that_fits_is_the_largest(tiny: Path):
-    found = plan(tiny, batch_size=2, seq_len=1024, gpu_memory="1GiB", compare=False)
-    assert found.card.memory_bytes == GIB
+    found = plan(tiny, batch_size=2, seq_len=256, gpu_memory="560MiB", compare=False)
+    assert found.card.memory_bytes == 560 * 2**20
     assert found.largest_batch
     assert found.longest_sequence
-    for batch, length in ((found.largest_batch, 1024), (2, found.longest_sequence)):
+    for batch, length in ((found.largest_batch, 256), (2, found.longest_sequence)):
         assert _fits(tiny, batch, length)
-    assert not _fits(tiny, found.largest_batch + 1, 1024)
-    assert found.longest_sequence == 8192 or not _fits(tiny, 2, found.longest_sequence + 128)
+    assert not _fits(tiny, found.largest_batch + 1, 256)
+    assert found.longest_sequence < 1024
+    assert not _fits(tiny, 2, found.longest_sequence + 128)
     by_shape = {(cell.batch_size, cell.seq_len): cell for cell in found.grid}
     assert by_shape[1, 512].verdict == "fits"
-    assert by_shape[16, 8192].verdict == "no"
-    assert max(length for _, length in by_shape) == 8192
+    assert by_shape[16, 1024].verdict == "no"
+    assert max(length for _, length in by_shape) == 1024
 
 
 def _fits(model: Path, batch: int, length: int) -> bool:
-    found = plan(model, batch_size=batch, seq_len=length, gpu_memory="1GiB", compare=False, grid=False)
+    found = plan(model, batch_size=batch, seq_len=length, gpu_memory="560MiB", compare=False, grid=False)
     return found.verdict == "fits"
 
 
 def test_advice_says_what_each_change_saves(tiny: Path):
     found = plan(
-        tiny, batch_size=8, seq_len=2048, gpu_memory="900MiB", gradient_checkpointing=False, compare=False, grid=False
+        tiny, batch_size=8, seq_len=512, gpu_memory="540MiB", gradient_checkpointing=False, compare=False, grid=False
     )
     assert found.verdict == "no"
     changes = {advice.change.split()[0]: advice for advice in found.advice}
     assert {"--gradient-checkpointing", "--batch-size", "--seq-len", "--activation-offloading"} <= changes.keys()
     for advice in found.advice:
         assert advice.total_bytes + advice.saved_bytes == found.usage.total_bytes
-        assert advice.fits == (advice.total_bytes <= 900 * 2**20)
+        assert advice.fits == (advice.total_bytes <= 540 * 2**20)
     assert found.advice == sorted(found.advice, key=lambda a: -a.saved_bytes)
 
 
@@ -227,40 +230,16 @@ def test_a_model_without_sdpa_is_planned_with_what_it_has():
     assert plan(Gemma2Config(head_dim=16, **sizes), seq_len=64, grid=False, compare=False).usage.total_bytes > 0
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("24GiB", 24 * GIB), ("24 GB", 24 * 10**9), ("1.5gib", int(1.5 * GIB)), ("512MiB", 2**29), ("7B", 7)],
-)
-def test_sizes(text: str, expected: int):
-    assert parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "24", "GiB", "-1GiB", "0GiB", "24XiB", "24 GiB extra", "1e3GiB"])
-def test_sizes_that_are_none(text: str):
-    with pytest.raises(ConfigError, match="memory size"):
-        parse_bytes(text)
-
-
-@pytest.mark.parametrize(("name", "expected"), [("RTX 4090", "RTX 4090"), ("NVIDIA GeForce RTX 3090", "RTX 3090")])
-def test_cards_by_name(name: str, expected: str):
-    assert the_card(name).name == expected
-
-
-def test_a_name_that_means_several_cards_is_refused():
-    with pytest.raises(ConfigError, match="A100 40GB, A100 80GB"):
-        the_card("A100")
-
-
 # ---- the command ----
 
 
 def test_command(tiny: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["plan", str(tiny), "--seq-len", "512", "--gpu-memory", "2GiB"]) == 0
+    assert main(["plan", str(tiny), "--seq-len", "512", "--gpu-memory", "640MiB"]) == 0
     text = capsys.readouterr().out
     for part in (
         "base residual",
         "QLoRA r=16",
-        "fits into 2 GiB",
+        "fits into 0.625 GiB",
         "largest batch at 512 tokens",
         "assumed: not measured",
     ):
@@ -273,10 +252,3 @@ def test_command_prints_json(tiny: Path, capsys: pytest.CaptureFixture[str]):
     assert found["usage"]["total_bytes"] == sum(found["usage"]["rows"].values())
     assert (found["batch"]["size"], found["batch"]["padding"], found["qlora"]) == (2, True, None)
     assert "CUDA context" not in found["usage"]["rows"]
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes_are_configs(name: str):
-    config = model_config(name)
-    assert config.hidden_size == SHAPES[name]["hidden_size"]
-    assert config.tie_word_embeddings == SHAPES[name].get("tie_word_embeddings", "gemma" in name)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_bases import make_base
+from tiny import make_base
 from torch.cuda import _memory_viz
 
 from qosora.cli import main

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qosora.errors import ConfigError
 from qosora.training.config import TrainConfig
 
-NEEDED = {"model": "base", "data": "train.jsonl", "output_dir": "run"}
+NEEDED: dict[str, Any] = {"model": "base", "data": "train.jsonl", "output_dir": "run"}
 
 
 def problems_of(yaml_path: Path | None = None, **overrides: object) -> list[str]:
@@ -80,7 +81,7 @@ def test_each_problem_is_told(options: dict[str, object], expected: str):
 
 
 def test_harmless_types_are_taken():
-    config = TrainConfig(**NEEDED, epochs=2, learning_rate="1e-2", target_modules="q_proj")
+    config = TrainConfig(**NEEDED, epochs=2, learning_rate="1e-2", target_modules="q_proj")  # type: ignore[arg-type]
     assert (config.epochs, config.learning_rate, config.target_modules) == (2.0, 0.01, ["q_proj"])
     assert isinstance(config.epochs, float)
 

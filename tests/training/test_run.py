@@ -7,20 +7,18 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_models import make_base, make_llama, make_tokenizer, sums, write_jsonl
-from training_runs import config, metrics
+from tiny import make_tokenizer, rounding, sums, write_jsonl
+from training_runs import RUN, config, metrics, names_in
 from transformers import AutoConfig
 
 import qosora.training.run
 from qosora.base.load import load_model, load_tokenizer
-from qosora.errors import CheckpointError, ConfigError, DataError, QosoraError
+from qosora.errors import ConfigError, QosoraError
 from qosora.inference.evaluation import evaluate
 from qosora.inference.generation import generate
 from qosora.layers.tiling import apply_tiling
@@ -29,28 +27,12 @@ from qosora.training.config import TrainConfig
 from qosora.training.run import TrainResult, train
 from qosora.training.run_folder import RunFolder
 
-
-@pytest.fixture(scope="module")
-def run(place: Path) -> TrainResult:
-    """An uninterrupted run of two and a half epochs with evaluation and checkpoints."""
-    return train(config(place, place / "run", **RUN, eval_data=str(place / "test.jsonl")))
-
-
-RUN: dict[str, Any] = {
-    "batch_size": 2, "gradient_accumulation": 2, "save_steps": 4, "save_total_limit": None, "tile_length": 16,
-}  # fmt: skip
-
-
-def tree(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
 # ---- what a run leaves
 
 
 def test_what_a_run_writes(place: Path, run: TrainResult):
     folder = place / "run"
-    assert tree(folder) == {
+    assert names_in(folder) == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "checkpoint-4",
         "checkpoint-8", "checkpoint-10", "metrics.jsonl", "result.json", "tokenizer.json", "tokenizer_config.json",
         "train_config.yaml",
@@ -60,29 +42,6 @@ def test_what_a_run_writes(place: Path, run: TrainResult):
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(place / "base")
     modes = {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}
     assert len(modes) == 1
-
-
-def test_a_checkpoint_is_vectors_and_states_alone(place: Path, run: TrainResult):
-    checkpoint = place / "run" / "checkpoint-4"
-    assert tree(checkpoint) == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth",
-        "scheduler.pt", "trainer_state.json",
-    }  # fmt: skip
-    tensors = load_file(checkpoint / "adapter_model.safetensors")
-    assert sum(t.numel() for t in tensors.values()) == run.trained_parameters
-    assert all(t.dtype == torch.float32 and t.ndim == 1 for t in tensors.values())
-
-
-def test_metrics_have_a_line_for_each_step(place: Path, run: TrainResult):
-    lines = [line for line in metrics(place / "run") if "loss" in line]
-    assert [line["step"] for line in lines] == list(range(1, 11))
-    assert set(lines[0]) == {
-        "step", "epoch", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy", "tokens",
-        "tokens_per_second", "peak_memory_bytes", "wall_seconds",
-    }  # fmt: skip
-    assert lines[7]["tokens"] == 2 * sum(len(r["prompt"] + r["completion"]) + 2 for r in sums(16))  # two epochs
-    assert lines[0]["peak_memory_bytes"] > 2**25
-    assert run.train_loss == lines[-1]["loss"]
 
 
 def test_it_learns_and_the_adapter_loads(place: Path, run: TrainResult):
@@ -95,9 +54,9 @@ def test_it_learns_and_the_adapter_loads(place: Path, run: TrainResult):
     assert run.eval_loss_after < run.eval_loss_before - 0.05
     tokenizer = load_tokenizer(folder)
     again = evaluate(load_model(folder), tokenizer, place / "test.jsonl")
-    assert again.loss == pytest.approx(run.eval_loss_after, rel=1e-6)
+    assert again.loss == pytest.approx(run.eval_loss_after, rel=rounding(torch.float32))
     base = evaluate(load_model(place / "base"), tokenizer, place / "test.jsonl")
-    assert base.loss == pytest.approx(run.eval_loss_before, rel=1e-6)
+    assert base.loss == pytest.approx(run.eval_loss_before, rel=rounding(torch.float32))
 
 
 def test_summary(run: TrainResult):
@@ -125,9 +84,12 @@ def as_bytes(tensor: torch.Tensor) -> bytes:
 
 # ---- interruption
 
+
 KILLED = """
 import os, signal, sys, warnings
 warnings.simplefilter("error")
+import torch
+torch.set_num_threads(int(sys.argv[2]))  # as many as go on with it: sums depend on them
 from qosora.training.config import TrainConfig
 from qosora.training.run_folder import MetricsLog
 from qosora.training import train
@@ -141,10 +103,12 @@ train(TrainConfig.load(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(place: Path, run: TrainResult, tmp_path: Path):
     chosen = config(place, tmp_path / "run", **RUN, eval_data=str(place / "test.jsonl"))
     chosen.save(tmp_path / "config.yaml")
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "config.yaml")], check=False)
+    threads = str(torch.get_num_threads())
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "config.yaml"), threads], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "run" / "adapter_config.json").exists()
@@ -184,13 +148,13 @@ def test_packing_keeps_examples_apart(place: Path, tmp_path: Path):
     plain = train(config(place, tmp_path / "a", **options))
     packed = train(config(place, tmp_path / "b", **options, packing=True, max_length=64))
     # Four examples in one sequence: the same tokens with the same contexts, so the same mean, to float32 rounding.
-    assert packed.train_loss == pytest.approx(plain.train_loss, rel=2e-6)
+    assert packed.train_loss == pytest.approx(plain.train_loss, rel=rounding(torch.float32))
 
 
 def test_gradient_accumulation_is_a_larger_batch(place: Path, tmp_path: Path):
     small = train(config(place, tmp_path / "a", max_steps=3, limit=8, batch_size=2, gradient_accumulation=4))
     large = train(config(place, tmp_path / "b", max_steps=3, limit=8, batch_size=8))
-    assert small.train_loss == pytest.approx(large.train_loss, rel=1e-5)
+    assert small.train_loss == pytest.approx(large.train_loss, rel=rounding(torch.float32))
 
 
 def test_modules_to_save_in_bf16(place: Path, tmp_path: Path):
@@ -296,17 +260,6 @@ def test_mlps_are_tiled_where_it_costs_nothing(
     assert any(name.endswith(".input_layernorm") for name in tiled)
 
 
-def test_a_run_says_little(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    train(config(place, tmp_path / "run", max_steps=2, progress=True, save_steps=1))
-    out, err = capfd.readouterr()
-    assert out == ""
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line]
-    assert all(line.startswith("train: ") for line in lines)
-    assert "loss 5." in lines[-1]
-    assert "tokens/s" in lines[-1]
-    assert "GiB" in lines[-1]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"activation_offloading": True}, {"packing": True}])
 def test_on_a_gpu(place: Path, tmp_path: Path, options: dict[str, Any]):
@@ -318,48 +271,6 @@ def test_on_a_gpu(place: Path, tmp_path: Path, options: dict[str, Any]):
 
 
 # ---- mistakes
-
-
-@pytest.fixture
-def nothing_left(tmp_path: Path) -> Iterator[Path]:
-    """An output folder that must not appear."""
-    yield tmp_path / "run"
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "options", "expected"),
-    [
-        ('{"prompt": "abcdefgh", "completion": "x"}\n', {"max_length": 4}, "the prompts alone fill max_length=4"),
-        ("", {}, "is empty: it has no example"),
-        ('{"prompt": "a", "completion": "x"}\n{"prompt"\n', {}, "line 2: broken JSON"),
-        ('{"question": "a"}\n', {}, "its columns are question"),
-        ('{"prompt": "' + "a" * 600 + '", "completion": "x"}\n', {}, "the model takes 512"),
-    ],
-)
-def test_bad_data(place: Path, nothing_left: Path, tmp_path: Path, text: str, options: dict[str, Any], expected: str):
-    (tmp_path / "data.jsonl").write_text(text)
-    with pytest.raises((DataError, ConfigError), match=expected) as caught:
-        train(config(place, nothing_left, data=str(tmp_path / "data.jsonl"), **options))
-    assert "\n" not in str(caught.value)
-
-
-def test_bad_evaluation_data(place: Path, nothing_left: Path):
-    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
-        train(config(place, nothing_left, eval_data=str(place / "none.jsonl")))
-
-
-def test_a_tokenizer_of_another_model(place: Path, nothing_left: Path, tmp_path: Path):
-    base = make_base(make_llama(tmp_path / "llama", vocab_size=250, eos_token_id=1, bos_token_id=2), tmp_path / "base")
-    with pytest.raises(DataError, match="belong to another model"):
-        train(config(place, nothing_left, model=str(base)))
-
-
-def test_a_model_that_is_no_base(place: Path, nothing_left: Path):
-    with pytest.raises(CheckpointError, match=r"an ordinary checkpoint, not a qosora base.*qosora quantize SRC OUT"):
-        train(config(place, nothing_left, model=str(place / "llama")))
-    with pytest.raises(CheckpointError, match="no model there"):
-        train(config(place, nothing_left, model=str(place / "none")))
 
 
 @pytest.mark.parametrize(
@@ -375,17 +286,11 @@ def test_what_only_the_trainer_can_tell(place: Path, nothing_left: Path, options
         train(config(place, nothing_left, **options))
 
 
-def test_a_run_that_diverges_stops(place: Path, tmp_path: Path):
-    with pytest.raises(QosoraError, match=r"the loss is (nan|inf) at step \d: training diverged"):
-        train(config(place, tmp_path / "run", learning_rate=1e30, max_grad_norm=0, warmup_ratio=0))
-    assert not (tmp_path / "run" / "adapter_config.json").exists()
-
-
 def test_out_of_memory_says_what_to_lower(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
-    monkeypatch.setattr(qosora.training.run.QosoraTrainer, "train", fail)
+    monkeypatch.setattr("qosora.training.run.QosoraTrainer.train", fail)
     expected = r"out of GPU memory: lower batch_size \(4\), .*; or lower max_length \(1024\); or turn activation_off"
     with pytest.raises(QosoraError, match=expected):
         train(config(place, tmp_path / "run"))

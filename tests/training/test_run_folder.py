@@ -62,7 +62,7 @@ def test_overwrite_never_removes_what_the_run_reads(run: Path, monkeypatch: pyte
         {"data": str(run / "data.jsonl")},
         {"eval_data": str(run / "test.csv")},
     ):
-        values = {"model": "base", "data": "data.jsonl", **inside}
+        values: dict[str, Any] = {"model": "base", "data": "data.jsonl", **inside}
         with pytest.raises(ConfigError, match="overwrite would remove all"):
             RunFolder(TrainConfig(**values, output_dir=str(run), overwrite=True))
     (run / "inner").mkdir()
@@ -120,7 +120,12 @@ def test_finish_makes_it_an_adapter_last(run: Path, monkeypatch: pytest.MonkeyPa
 
     moved: list[str] = []
     replace = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda self, target: (moved.append(self.name), replace(self, target)))
+
+    def recorded(self: Path, target: Path) -> Path:
+        moved.append(self.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", recorded)
     RunFolder(config(run, resume=True)).finish({"steps": 3}, write)
     assert moved[-1] == "adapter_config.json"
     assert sorted(moved) == ["adapter_config.json", "adapter_model.safetensors", "result.json", "tokenizer.json"]

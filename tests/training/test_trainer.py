@@ -1,0 +1,112 @@
+"""The trainer's own parts: its checkpoints, its record of each step, and its progress bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import sums
+from training_runs import config, metrics, names_in
+
+from qosora.errors import QosoraError
+from qosora.training.run import TrainResult, train
+from qosora.training.run_folder import MetricsLog
+from qosora.training.trainer import Recorder, peak_memory_bytes
+
+
+def test_a_checkpoint_is_vectors_and_states_alone(place: Path, run: TrainResult):
+    checkpoint = place / "run" / "checkpoint-4"
+    assert names_in(checkpoint) == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth",
+        "scheduler.pt", "trainer_state.json",
+    }  # fmt: skip
+    tensors = load_file(checkpoint / "adapter_model.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == run.trained_parameters
+    assert all(t.dtype == torch.float32 and t.ndim == 1 for t in tensors.values())
+
+
+def test_metrics_have_a_line_for_each_step(place: Path, run: TrainResult):
+    lines = [line for line in metrics(place / "run") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert set(lines[0]) == {
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy", "tokens",
+        "tokens_per_second", "peak_memory_bytes", "wall_seconds",
+    }  # fmt: skip
+    assert lines[7]["tokens"] == 2 * sum(len(r["prompt"] + r["completion"]) + 2 for r in sums(16))  # two epochs
+    assert lines[0]["peak_memory_bytes"] > 2**25
+    assert run.train_loss == lines[-1]["loss"]
+
+
+def test_a_run_says_little(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    train(config(place, tmp_path / "run", max_steps=2, progress=True, save_steps=1))
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line]
+    assert all(line.startswith("train: ") for line in lines)
+    assert "loss 5." in lines[-1]
+    assert "tokens/s" in lines[-1]
+    assert "GiB" in lines[-1]
+
+
+def test_a_run_that_diverges_stops(place: Path, tmp_path: Path):
+    with pytest.raises(QosoraError, match=r"the loss is (nan|inf) at step \d: training diverged"):
+        train(config(place, tmp_path / "run", learning_rate=1e30, max_grad_norm=0, warmup_ratio=0))
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+
+
+# ---- the recorder alone
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Recorder:
+    return Recorder(MetricsLog(tmp_path / "metrics.jsonl"), progress=False)
+
+
+def state(step: int, tokens: int) -> Any:
+    return SimpleNamespace(global_step=step, max_steps=4, num_input_tokens_seen=tokens)
+
+
+ARGS = SimpleNamespace(fp16=False)
+LOGS = {"loss": 1.5, "learning_rate": 1e-3, "grad_norm": 0.5, "epoch": 0.25}
+
+
+def test_speed_counts_the_tokens_since_the_last_line(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
+    clock = iter([10.0, 14.0, 20.0, 21.0])
+    recorder.start = 9.0
+    monkeypatch.setattr("qosora.training.trainer.time.perf_counter", lambda: next(clock))
+    recorder.on_train_begin(ARGS, state(0, 100), None)  # at 10: a run that was resumed has seen tokens
+    recorder.on_log(ARGS, state(1, 180), None, LOGS)  # at 14
+    recorder.on_log(ARGS, state(1, 180), None, {"eval_loss": 2.0, "eval_perplexity": 7.4, "epoch": 0.25})  # until 20
+    recorder.on_log(ARGS, state(2, 200), None, LOGS | {"nonsense": 3})  # at 21: evaluation is not training time
+    first, evaluated, second = recorder.metrics.read()
+    assert (first["tokens"], first["tokens_per_second"], first["wall_seconds"]) == (180, 20.0, 5.0)
+    assert evaluated == {"step": 1, "eval_loss": 2.0, "eval_perplexity": 7.4}
+    assert (second["step"], second["tokens_per_second"], second["wall_seconds"]) == (2, 20.0, 12.0)
+    assert "nonsense" not in second
+
+
+@pytest.mark.parametrize(("fp16", "advice"), [(False, "Lower learning_rate$"), (True, "or train in bf16")])
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_written_and_ends_the_run(recorder: Recorder, loss: float, fp16: bool, advice: str):
+    recorder.on_train_begin(ARGS, state(0, 0), None)
+    with pytest.raises(QosoraError, match=f"the loss is {loss} at step 3: training diverged.*{advice}"):
+        recorder.on_log(SimpleNamespace(fp16=fp16), state(3, 10), None, LOGS | {"loss": loss})
+    assert len(recorder.metrics.read()) == 1
+
+
+def test_what_is_no_step_leaves_no_line_and_closing_needs_no_beginning(recorder: Recorder):
+    recorder.on_log(ARGS, state(4, 10), None, {"train_runtime": 3.0})
+    recorder.on_log(ARGS, state(4, 10), None, None)
+    recorder.close()
+    assert recorder.metrics.read() == []
+
+
+def test_peak_memory_is_in_bytes_and_only_grows():
+    before = peak_memory_bytes()
+    held = torch.ones(2**22)
+    assert peak_memory_bytes() >= before > 2**25
+    assert held.nbytes == 2**24
