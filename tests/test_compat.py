@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,25 @@ def test_the_loss_of_a_parameter_is_told(entry: str):
     name, _, parameters = entry.removesuffix(")").partition("(")
     with pytest.raises(DependencyError, match=re.escape(f"its {name} does not take (no_such, {parameters})")):
         names.check(f"{name}(no_such, {parameters})")
+
+
+def test_only_commands_that_need_it_end_with_the_line():
+    code = (
+        "import sys, trl.kernels.chunked_logprob as loss\n"
+        "del loss.TOKEN_CHUNK_SIZE\n"
+        "from qosora.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    plan, other = (
+        subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+        for command in (["plan", "llama-2-7b"], ["inspect", "no-such-folder"])
+    )
+    assert plan.returncode == 1
+    (line,) = plan.stderr.splitlines()
+    assert line.startswith("qosora plan: error: qosora works with trl <1.17 (tried: 1.16.0); trl ")
+    assert "has no trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE: pip install 'trl" in line
+    assert "no-such-folder" in other.stderr
+    assert "trl" not in other.stderr
 
 
 # ---- nobody else ---------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ PARTS = {
     "kernels": Part("benchmarks/kernels.py", "", "", 60, kernels),
     "kernel-tests": Part("", "tests/layers/test_triton_ops.py", "tests/decompose/test_nf4.py", 120, tests),
     "optimizer": Part("benchmarks/optimizer_step.py", "", "", 45, optimizer),
-    "generate": Part("benchmarks/generate.py", "--rounds 3 --new-tokens 16", "", 60, generate),
+    "generate": Part("benchmarks/generate.py", "--rounds 3 --new-tokens 16", "", 90, generate),
     "convert": Part(
         "benchmarks/convert.py",
         "--folder SCRATCH --layers 2 --rounds 1 --methods qosora",

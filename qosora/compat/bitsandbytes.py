@@ -51,6 +51,9 @@ ENTRIES.extend(
         f"{_OPTIMIZER}.get_state_buffer: {PAGED_NUMEL}",
         "bitsandbytes.optim.optimizer.Optimizer2State(min_8bit_size)",
         "bitsandbytes.optim.optimizer.Optimizer1State(min_8bit_size)",
+        # Keys of a parameter's state: the packs save the tensors and the step, and keep the tables of 8-bit values.
+        "bitsandbytes.optim.optimizer.Optimizer2State.init_state: step",
+        "bitsandbytes.optim.optimizer.Optimizer2State.init_state: qmap1",
     )
 )
 

@@ -33,6 +33,12 @@ def load_bnb_layers() -> None:
     """Import PEFT's layers for bitsandbytes' ones, in an order that works: these first, then `get_peft_model`."""
 
 
+@uses("peft.tuners.lora.LoraModel._create_and_replace: is_loaded_in_4bit")
+def mark_as_4bit(model: Any) -> None:
+    """Have a LoRA take a model's layers for bitsandbytes' own, as `from_pretrained` marks one that it quantizes."""
+    model.is_loaded_in_4bit = True
+
+
 @uses("peft.PeftModel.from_pretrained: Found missing adapter keys")
 def missing_keys_warning() -> str:
     """Return how PEFT's warning begins of an adapter that is not whole."""

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qosora.base import decompose_structure, skipped_modules
-from qosora.compat.peft import load_bnb_layers
+from qosora.compat.peft import load_bnb_layers, mark_as_4bit
 from qosora.compat.transformers import attention_of, should_convert_module
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.dtypes import PRECISIONS, dtype_named
@@ -314,7 +314,7 @@ def quantize_linears(model: Any, storage: QosoraConfig, options: StepOptions) ->
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and should_convert_module(name, skip):
             model.set_submodule(name, FourBitLinear(module))
-    model.is_loaded_in_4bit = True
+    mark_as_4bit(model)
 
 
 def _lora(options: StepOptions) -> LoraConfig:

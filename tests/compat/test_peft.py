@@ -72,6 +72,17 @@ def test_an_adapter_that_is_merged_already_is_not_merged_again():
         assert hidden.check_adapters_to_merge(lora, None) == []
 
 
+def test_a_model_that_is_marked_gets_loras_layers_of_4_bits():
+    import bitsandbytes
+
+    hidden.load_bnb_layers()
+    from peft.tuners.lora.bnb import Linear4bit
+
+    model = torch.nn.Sequential(bitsandbytes.nn.Linear4bit(8, 8))
+    hidden.mark_as_4bit(model)
+    assert isinstance(get_peft_model(model, LoraConfig(r=1, target_modules=["0"])).base_model.model[0], Linear4bit)
+
+
 @pytest.mark.slow
 def test_layers_for_bitsandbytes_come_with_their_import():
     code = (
