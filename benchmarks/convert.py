@@ -19,7 +19,8 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def layer_seconds(method: str, rank: int) -> float:
 
 
 def _action(method: str, weights: dict[str, torch.Tensor], rank: int) -> Callable[[], Any]:
-    from qosora.decompose import factorize_with_report, nf4
+    from qosora.decompose import factorize_with_report
 
     if method == "qosora":
         return lambda: [factorize_with_report(w, rank) for w in weights.values()]
@@ -112,7 +113,7 @@ def _action(method: str, weights: dict[str, torch.Tensor], rank: int) -> Callabl
         quantize = torch.ops.bitsandbytes.quantize_4bit.default
         return lambda: [quantize(w, 64, "nf4", torch.uint8) for w in weights.values()]
     if method == "theory":
-        return lambda: [_theory(w.float(), rank, nf4.quantize) for w in weights.values()]
+        return partial(_theory_of_all, weights.values(), rank)
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
@@ -124,6 +125,13 @@ def _action(method: str, weights: dict[str, torch.Tensor], rank: int) -> Callabl
     targets = [name for name, _ in model.named_children()]
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=method, target_modules=targets)
     return lambda: get_peft_model(model, config)
+
+
+def _theory_of_all(weights: Iterable[torch.Tensor], rank: int) -> None:
+    from qosora.decompose import nf4
+
+    for weight in weights:
+        _theory(weight.float(), rank, nf4.quantize)
 
 
 def _theory(W: torch.Tensor, rank: int, quantize: Callable[[torch.Tensor], Any]) -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,11 @@ def losses(work: Path, name: str, rank: int, limit: int) -> dict[str, Any]:
         "original_untrained": lambda: plain(original),
         "base_untrained": lambda: load_base(base, dtype=torch.bfloat16),
         "adapted": lambda: load_model(adapter, base=base, dtype=torch.bfloat16),
-        **{f"merged_onto_{onto}": lambda onto=onto: plain(out / onto) for onto in merged},
+        **{f"merged_onto_{onto}": partial(plain, out / onto) for onto in merged},
         **{
-            f"{lora}_on_original": lambda report=report: PeftModel.from_pretrained(plain(original), report.output)
+            f"{lora}_on_original": partial(
+                lambda folder: PeftModel.from_pretrained(plain(original), folder), report.output
+            )
             for lora, report in loras.items()
         },
     }
@@ -147,7 +150,7 @@ def losses(work: Path, name: str, rank: int, limit: int) -> dict[str, Any]:
         "loss": {name: round(evaluate(load(), tokenizer, records).loss, 4) for name, load in models.items()},
         "bytes": {name: report.total_bytes for name, report in (merged | loras).items()},
         "export_seconds": {name: round(report.wall_seconds, 1) for name, report in (merged | loras).items()},
-        "quantization_error": round(merged["original"].quantization_error, 4),
+        "quantization_error": round(merged["original"].quantization_error or 0.0, 4),
         "rank_error": {name: round(report.rank_error, 4) for name, report in loras.items()},
         "verification": {name: report.to_dict()["verification"] for name, report in (merged | loras).items()},
     }
@@ -173,7 +176,7 @@ def main() -> None:
         record = Record(output, "export", QUESTION, config, args.resume)
         record.stage("base", lambda: make_base(args.folder, args.layers, args.rank))
         for way, options in WAYS.items():
-            record.stage(way, lambda options=options: timed_export(args.folder, options))
+            record.stage(way, partial(timed_export, args.folder, options))
     if args.gsm8k:
         output = args.output or RESULTS / "export_gemma3_270m.json"
         config = {"model": "Gemma 3 270M", "data": "GSM8K", "adapter": args.adapter}

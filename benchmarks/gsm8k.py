@@ -190,10 +190,10 @@ def loss_of(run: Run, model: Any, template: str | None = None, limit: int | None
 
 def untrained_losses(run: Run) -> dict[str, Any]:
     """Return the losses of the model as it is, in NF4, and as qosora bases."""
-    models = {
+    models: dict[str, Callable[[], Any]] = {
         "bfloat16": lambda: plain_model(run, run.dtype),
         "nf4": lambda: plain_model(run, run.dtype, four_bit=True),
-        **{f"qosora_r{rank}": lambda rank=rank: load_base(run.base(rank), dtype=run.dtype) for rank in ranks(run)},
+        **{f"qosora_r{rank}": partial(load_base, run.base(rank), dtype=run.dtype) for rank in ranks(run)},
     }
     found: dict[str, Any] = {}
     for name, load in models.items():
@@ -269,7 +269,7 @@ def train_qlora(run: Run, learning_rate: float, name: str) -> dict[str, Any]:
     metrics.path.unlink(missing_ok=True)
     tokenizer = load_tokenizer(run.model)
     examples = tokenize(load_records(config.data), tokenizer, max_length=config.max_length)
-    held_out = tokenize(load_records(config.eval_data, limit=config.eval_limit), tokenizer)
+    held_out = tokenize(load_records(str(run.data("test")), limit=config.eval_limit), tokenizer)
     adapter = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     trainer = QosoraTrainer(
         model=get_peft_model(plain_model(run, run.dtype, four_bit=True), adapter),
@@ -344,7 +344,7 @@ def export(run: Run) -> dict[str, Any]:
 def whole_test_set(run: Run) -> dict[str, Any]:
     """Return losses on all test questions, before and after."""
     limit = len(run.rows("test"))
-    models = {
+    models: dict[str, Callable[[], Any]] = {
         "bfloat16": lambda: plain_model(run, run.dtype),
         "nf4": lambda: plain_model(run, run.dtype, four_bit=True),
         f"qosora_r{run.args.rank}": lambda: load_base(run.base(run.args.rank), dtype=run.dtype),

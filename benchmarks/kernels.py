@@ -123,7 +123,9 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.miniature or torch.cuda.is_available()):
         parser.error("needs a GPU; --miniature needs none")
-    shapes, ranks, dtype = SHAPES, RANKS, torch.bfloat16
+    shapes: tuple[tuple[int, int], ...] = SHAPES
+    ranks: tuple[int, ...] = RANKS
+    dtype = torch.bfloat16
     if args.miniature:  # in float16: the interpreter cuts down to bfloat16 instead of rounding
         shapes, ranks, dtype, args.rounds = ((96, 64),), (8,), torch.float16, 0
     device = "cpu" if args.miniature else "cuda"

@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def compare(folder: Path, rounds: int, threads: int) -> dict[str, Any]:
     """Load in all ways, in turns."""
     # A server that has done the imports forks the processes. It would initialise CUDA, which then cannot be used.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(["qosora.memory.profile", "transformers.models.llama.modeling_llama"])
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for _ in range(rounds):

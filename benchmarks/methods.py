@@ -251,9 +251,9 @@ def _four_bit(linear: nn.Linear, device: str) -> nn.Module:
 
 def _qosora(out_features: int, in_features: int, rank: int, device: str) -> QosoraLinear:
     new = QosoraLinear(in_features, out_features, False, rank=rank, device=device)
-    random = (quantize(torch.randn(shape, device=device) * 0.02) for shape in (
+    R, U, V = (quantize(torch.randn(shape, device=device) * 0.02) for shape in (
         (out_features, in_features), (new.rank, out_features), (new.rank, in_features)))  # fmt: skip
-    new.set_factors(Factors(*random, torch.rand(new.rank, device=device) + 1))
+    new.set_factors(Factors(R, U, V, torch.rand(new.rank, device=device) + 1))
     return new
 
 

@@ -30,7 +30,7 @@ AGAINST = "bitsandbytes-32bit"
 LEARNING_RATE = 1e-6
 
 
-def optimizers(device: str) -> dict[str, Callable[[list[torch.Tensor]], Any]]:
+def optimizers(device: str) -> dict[str, Callable[[list[torch.nn.Parameter]], Any]]:
     """Return what makes each optimizer of its parameters."""
     paged = {"lr": LEARNING_RATE, "is_paged": device == "cuda"}
     return {
@@ -53,7 +53,9 @@ def trained(shape: str, method: str, rank: int) -> list[torch.Tensor]:
 class Trainer:
     """Parameters, the gradients that they get at every step, and their optimizer."""
 
-    def __init__(self, like: Sequence[torch.Tensor], make: Callable[[list[torch.Tensor]], Any], device: str) -> None:
+    def __init__(
+        self, like: Sequence[torch.Tensor], make: Callable[[list[torch.nn.Parameter]], Any], device: str
+    ) -> None:
         self.params = [torch.nn.Parameter(torch.randn_like(p, device=device)) for p in like]
         self.gradients = [torch.randn_like(p) for p in self.params]
         self.optimizer = make(self.params)
@@ -97,7 +99,7 @@ def first_step(trainer: Trainer, device: str) -> dict[str, Any]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         trainer.optimizer.step()
         torch.cuda.synchronize()
-    kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+    kernels = sum(event.device_type.name == "CUDA" for event in profiler.events())
     return {**trainer.states(), "allocated_bytes": allocated, "kernels": kernels}
 
 

@@ -63,7 +63,7 @@ def run(
     release()
     breaks = sum(sum(counters[kind].values()) for kind in ("graph_break", "unimplemented"))
     graphs = {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": breaks}
-    found = {
+    found: dict[str, dict[str, Any]] = {
         method: {
             **timings[method],
             "tokens_per_second": round(batch.tokens / timings[method]["seconds"]["median"], 1),

@@ -220,7 +220,8 @@ def main(
     folder = args.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.txt").unlink(missing_ok=True)
-    summary, end, rows, failed = folder / "summary.json", time.monotonic() + args.seconds, [], False
+    summary, end, failed = folder / "summary.json", time.monotonic() + args.seconds, False
+    rows: list[tuple[str, ...]] = []
     entries = _earlier(summary)
     for name in [name for name in parts if name in (args.only or parts)]:
         left = end - time.monotonic()

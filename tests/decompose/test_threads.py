@@ -12,7 +12,7 @@ from qosora.decompose.threads import panels, parallel_map, reproducible
 
 def look() -> tuple[str, int, bool, str]:
     """What a thread computes with."""
-    precision = torch.backends.mkldnn.matmul.fp32_precision
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     return threading.current_thread().name, torch.get_num_threads(), torch.is_grad_enabled(), precision
 
 
@@ -27,10 +27,10 @@ def default_threads() -> int:
 
 @pytest.fixture(params=["ieee", "bf16"])
 def precision(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = request.param
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    torch.backends.mkldnn.matmul.fp32_precision = request.param  # type: ignore[attr-defined]
     yield request.param
-    torch.backends.mkldnn.matmul.fp32_precision = before
+    torch.backends.mkldnn.matmul.fp32_precision = before  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -71,7 +71,7 @@ def test_the_caller_is_left_as_it_was(error: Exception | None, precision: str):
 
     running = threading.active_count()
     assert with_threads(3, call) == (3, 3)
-    assert torch.backends.mkldnn.matmul.fp32_precision == precision
+    assert torch.backends.mkldnn.matmul.fp32_precision == precision  # type: ignore[attr-defined]
     assert threading.active_count() == running
     assert torch.is_grad_enabled()
 

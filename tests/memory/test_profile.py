@@ -208,8 +208,8 @@ def test_on_a_gpu(bases: dict[str, Path], offloading: bool):
     assert found.planned is not None
     # and, where activations are offloaded, a layer's input more or less that is on its way at the peak
     layer_input = 2 * 64 * 32 * 2 * offloading
-    tolerance = {"rel": 0.2, "abs": layer_input + 1024}
-    assert found.planned.rows["saved activations"] == pytest.approx(found.live.rows["saved activations"], **tolerance)
+    live = found.live.rows["saved activations"]
+    assert found.planned.rows["saved activations"] == pytest.approx(live, rel=0.2, abs=layer_input + 1024)
 
 
 def test_command(bases: dict[str, Path], capsys: pytest.CaptureFixture[str]):
