@@ -66,6 +66,7 @@ def test_planned_equals_measured_with_options(bases: dict[str, Path], options: d
 @pytest.mark.filterwarnings("ignore:.*runs on the CPU")
 @pytest.mark.parametrize("chunked_loss", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+@pytest.mark.slow
 def test_autocast_and_a_scaled_loss_take_nothing(
     bases: dict[str, Path], name: str, chunked_loss: bool, monkeypatch: pytest.MonkeyPatch
 ):
@@ -115,6 +116,7 @@ def _route(monkeypatch: pytest.MonkeyPatch, experts: Callable[[int, int], list[i
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.slow
 def test_planned_equals_measured_with_the_experts_assumed(
     bases: dict[str, Path], name: str, batch_size: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ):
@@ -139,6 +141,7 @@ def test_planned_equals_measured_with_the_experts_assumed(
     ],
     ids=["random", "even", "first two", "last two", "most to the first", "three"],
 )
+@pytest.mark.slow
 def test_no_choice_of_experts_takes_more_than_planned(
     bases: dict[str, Path], experts: Any, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ):

@@ -455,6 +455,7 @@ class Watch(TrainerCallback):
 
 @pytest.mark.parametrize("way", ["instance", "class", "factory"])
 @pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_lion_8bit"])
+@pytest.mark.slow
 def test_trainer_trains_saves_and_resumes_bit_identically(
     name: str, way: str, tmp_path: Path, updates: list[int]
 ) -> None:
