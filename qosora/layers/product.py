@@ -40,7 +40,7 @@ def osora_product(
     """Return R x + o ⊙ (U (s ⊙ Vᵀ x)) + b, (T, m), differentiable in x, s and o.
 
     Args:
-        x: (T, n), float32, float16 or bfloat16, as is the result.
+        x: (T, n), float32, float16 or bfloat16, as is the result; of a layer with a scale, multiplied by it.
         s: (r,), float32.
         o: (m,), float32.
         factors: R, U and V.
