@@ -5,8 +5,7 @@
 R: (m, n), U: (m, r), V: (n, r) are frozen; s: (r,) starts at the singular values and o: (m,) at ones. The layer holds
 one frozen pair (s, o) of its own, the base's; an adapter trains a copy and hands it to `apply_vectors`.
 
-With a scale, x is c ⊙ (the layer's input), c: (n,) frozen powers of two (`decompose.scales`): so that is exact in every
-dtype, and so is the gradient's way back, c ⊙ dL/dx. Neither keeps the input.
+With a scale (`decompose.scales`), x is c ⊙ (the layer's input), c: (n,) frozen, too.
 
 Products and gradients are in `qosora.layers.product`.
 """
@@ -24,7 +23,7 @@ from qosora.decompose import Factors, nf4, parts, reconstruct
 from qosora.errors import QosoraError
 from qosora.layers import ops
 from qosora.layers.kept import KEPT_ROWS, Kept
-from qosora.layers.product import osora_product
+from qosora.layers.product import osora_product, scaled
 
 __all__ = ["QosoraLinear", "float32_kept", "qosora_modules"]
 
@@ -43,7 +42,7 @@ class QosoraLinear(nn.Module):
         quant_type: "nf4" or "fp4".
         blocksize: Values per quantization block.
         double_quant: Whether absmax values are quantized, too.
-        scaled: Whether inputs are multiplied by a `c`.
+        has_scale: Whether inputs are multiplied by a `c`.
         compute_dtype: Dtype of the products outside autocast; by default that of the input.
         fan_in_fan_out: Whether the layer was made of a `Conv1D` (GPT-2), whose checkpoints hold the transpose.
         device: Where to allocate the parameters, which are uninitialised.
@@ -65,7 +64,7 @@ class QosoraLinear(nn.Module):
         quant_type: str = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
-        scaled: bool = False,
+        has_scale: bool = False,
         compute_dtype: torch.dtype | None = None,
         fan_in_fan_out: bool = False,
         device: torch.device | str | None = None,
@@ -85,7 +84,7 @@ class QosoraLinear(nn.Module):
             self._add(name, torch.empty(shape, dtype=kind, device=device))
         self._add("s", torch.empty(self.rank, dtype=torch.float32, device=device))
         self._add("o", torch.empty(out_features, dtype=torch.float32, device=device))
-        self._add("c", torch.empty(in_features, dtype=torch.float32, device=device) if scaled else None)
+        self._add("c", torch.empty(in_features, dtype=torch.float32, device=device) if has_scale else None)
         self._add("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def _add(self, name: str, tensor: torch.Tensor | None) -> None:
@@ -137,9 +136,8 @@ class QosoraLinear(nn.Module):
             out_dtype = dtype = torch.get_autocast_dtype(device)
         else:
             out_dtype, dtype = x.dtype, self.compute_dtype or x.dtype
-        rows = x.reshape(-1, self.in_features).to(dtype)
-        if self.c is not None:
-            rows = rows * self.c.to(dtype)
+        rows = x.reshape(-1, self.in_features)
+        rows = rows.to(dtype) if self.c is None else scaled(rows, self.c, dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         factors = self.factors
         if torch.is_grad_enabled() and (x.requires_grad or s.requires_grad or o.requires_grad):

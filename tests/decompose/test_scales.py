@@ -1,4 +1,4 @@
-"""What columns are divided by: powers of two near their norms, and what that does to the decomposition."""
+"""What columns are divided by, and what that does to the decomposition."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ def uneven(m: int, n: int, seed: int = 0) -> torch.Tensor:
 
 class TestColumnScale:
     @given(m=st.integers(1, 40), n=st.integers(1, 40), seed=st.integers(0, 2**32))
-    def test_powers_of_two_near_the_norms(self, m: int, n: int, seed: int):
+    def test_norms_over_their_geometric_mean(self, m: int, n: int, seed: int):
         W = uneven(m, n, seed)
         c = column_scale(W)
         assert c.shape == (n,)
         assert c.dtype == torch.float32
-        mantissa, _ = torch.frexp(c)
-        assert (mantissa == 0.5).all()
         log = torch.linalg.vector_norm(W.double(), dim=0).log2()
         exact = (log - log.mean()).clamp(-8, 8)
-        assert (c.double().log2() - exact).abs().max() <= 0.5 + 1e-9
+        assert (c.double().log2() - exact).abs().max() < 1e-6
 
     def test_columns_of_zeros_have_one(self):
         W = uneven(8, 16)
@@ -43,7 +41,7 @@ class TestColumnScale:
     @pytest.mark.parametrize("size", [1e-30, 1e30])
     def test_any_size(self, size: float):
         W = uneven(8, 16)
-        assert torch.equal(column_scale(W * size), column_scale(W))
+        torch.testing.assert_close(column_scale(W * size), column_scale(W), rtol=1e-6, atol=0)
 
     def test_extremes_are_bounded(self):
         W = torch.ones(4, 64)
