@@ -16,7 +16,7 @@ from peft import PeftConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qosora import register
-from qosora.decompose import BLOCKSIZES, QUANT_TYPES, SVD_ITERATIONS, SVD_METHODS, SVD_OVERSAMPLING
+from qosora.decompose import BLOCKSIZES, QUANT_TYPES, SCALES, SVD_ITERATIONS, SVD_METHODS, SVD_OVERSAMPLING
 from qosora.dtypes import COMPUTE_DTYPES as COMPUTE_DTYPES
 from qosora.dtypes import dtype_name, dtype_named
 from qosora.errors import ConfigError
@@ -39,6 +39,8 @@ class QosoraConfig(QuantizationConfigMixin):
             keep 99 % (Gemma 3 270M, rank 128).
         svd_oversampling: Oversampling columns of the randomized SVD.
         seed: Seed of the randomized SVD.
+        scale: None, or "columns": what is decomposed is the weight with its columns brought to nearly one norm, and the
+            layer multiplies its inputs in turn. Untrained bases are nearer to the unquantized model by half.
         quant_type: "nf4" or "fp4".
         blocksize: Values per quantization block.
         double_quant: Whether the blocks' absmax values are quantized, too.
@@ -64,6 +66,7 @@ class QosoraConfig(QuantizationConfigMixin):
         svd_iterations: int = SVD_ITERATIONS,
         svd_oversampling: int = SVD_OVERSAMPLING,
         seed: int = 0,
+        scale: str | None = None,
         quant_type: str = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
@@ -82,6 +85,7 @@ class QosoraConfig(QuantizationConfigMixin):
         self.svd_iterations = svd_iterations
         self.svd_oversampling = svd_oversampling
         self.seed = seed
+        self.scale = scale
         self.quant_type = quant_type
         self.blocksize = blocksize
         self.double_quant = double_quant
@@ -111,6 +115,7 @@ class QosoraConfig(QuantizationConfigMixin):
             f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
             for name, value, allowed in [
                 ("svd", self.svd, SVD_METHODS),
+                ("scale", self.scale, (None, *SCALES)),
                 ("quant_type", self.quant_type, QUANT_TYPES),
                 ("blocksize", self.blocksize, BLOCKSIZES),
                 ("double_quant", self.double_quant, (True, False)),
@@ -147,8 +152,13 @@ class QosoraConfig(QuantizationConfigMixin):
             "svd_iterations": self.svd_iterations,
             "svd_oversampling": self.svd_oversampling,
             "seed": self.seed,
+            "scale": self.scale,
             **self.storage_options(),
         }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain data, without a scale where there is none: bases had none at first."""
+        return {key: value for key, value in super().to_dict().items() if (key, value) != ("scale", None)}
 
     def storage_options(self) -> dict[str, Any]:
         """Return the options of the 4-bit format: those that `nf4.quantize` takes."""

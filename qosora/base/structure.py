@@ -86,6 +86,7 @@ def replace_linears(model: PreTrainedModel, config: QosoraConfig, skip: list[str
             module.bias is not None,
             rank=config.rank_of(name),
             compute_dtype=config.torch_compute_dtype,
+            has_scale=config.scale is not None,
             fan_in_fan_out=conv1d,
             device="meta",
             dtype=module.weight.dtype,

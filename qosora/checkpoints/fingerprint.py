@@ -15,7 +15,8 @@ __all__ = ["base_fingerprint", "group_modules", "stored_fingerprint"]
 
 #: Bytes of each packed tensor that enter the fingerprint.
 _SAMPLE_BYTES = 4096
-_SUFFIXES = (*(name for part in parts.PARTS for name in parts.stored_names(part)), "s", "o")
+_VECTORS = ("s", "o", "c")
+_SUFFIXES = (*(name for part in parts.PARTS for name in parts.stored_names(part)), *_VECTORS)
 
 
 def group_modules(names: Iterable[str]) -> dict[str, list[str]]:
@@ -29,7 +30,7 @@ def group_modules(names: Iterable[str]) -> dict[str, list[str]]:
 def base_fingerprint(layers: Iterable[Mapping[str, Any]]) -> str:
     """Return the identity of a base: which weights it holds, decomposed how.
 
-    It covers the vectors s and o, the shapes of all stored tensors and the first bytes of each, so it tells apart
+    It covers the vectors s, o and c, the shapes of all stored tensors and the first bytes of each, so it tells apart
     another model, rank, seed, method or block size, without reading the whole base. Names do not enter: a model's
     layers have other names inside PEFT than on disk.
 
@@ -56,7 +57,7 @@ def _layer_digest(tensors: Mapping[str, Any]) -> bytes:
             continue
         source = tensors[suffix]
         shape = tuple(source.shape if isinstance(source, torch.Tensor) else source.get_shape())
-        head = source[:_SAMPLE_BYTES] if shape and suffix not in ("s", "o") else source[...]
+        head = source[:_SAMPLE_BYTES] if shape and suffix not in _VECTORS else source[...]
         digest.update(f"{suffix}{shape}{head.dtype}".encode())
         digest.update(head.detach().cpu().contiguous().numpy().tobytes())
     return digest.digest()

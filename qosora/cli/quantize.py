@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--svd", choices=("randomized", "exact"), help="(default: randomized)")
     parser.add_argument("--svd-iterations", type=int, help="of the randomized SVD (default: 4)")
     parser.add_argument("--seed", type=int, help="seed of the randomized SVD")
+    parser.add_argument("--scale", choices=("columns",), help="bring each weight's columns to one norm first")
     parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="4-bit format (default: nf4)")
     parser.add_argument("--blocksize", type=int, help="values per quantization block (default: 64)")
     parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 #: Options of `QosoraConfig` that are called the same here.
-_STORAGE = ("rank", "svd", "svd_iterations", "seed", "quant_type", "blocksize", "compute_dtype")
+_STORAGE = ("rank", "svd", "svd_iterations", "seed", "scale", "quant_type", "blocksize", "compute_dtype")
 
 
 def run(args: argparse.Namespace) -> None:

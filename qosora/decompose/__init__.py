@@ -5,6 +5,7 @@
 | `threads` | the same bits on any number of threads |
 | `svd` | truncated SVD, randomized or exact |
 | `nf4` | 4-bit tensors |
+| `scales` | what inputs are multiplied by, to make a weight's columns alike |
 | `factorize` | W = R + U diag(σ) Vᵀ, with R of what the 4-bit factors leave |
 | `parts` | the tensors that these are stored as |
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qosora.decompose.nf4 import QUANT_TYPES as QUANT_TYPES
     from qosora.decompose.nf4 import FourBitTensor as FourBitTensor
     from qosora.decompose.nf4 import quantize as quantize
+    from qosora.decompose.scales import SCALES as SCALES
     from qosora.decompose.svd import SVD_ITERATIONS as SVD_ITERATIONS
     from qosora.decompose.svd import SVD_METHODS as SVD_METHODS
     from qosora.decompose.svd import SVD_OVERSAMPLING as SVD_OVERSAMPLING
@@ -37,6 +39,7 @@ __getattr__, __dir__ = door(
         "threads": ["reproducible"],
         "svd": ["SVD_ITERATIONS", "SVD_METHODS", "SVD_OVERSAMPLING"],
         "nf4": ["ABSMAX_BLOCKSIZE", "BLOCKSIZES", "FourBitTensor", "QUANT_TYPES", "quantize"],
+        "scales": ["SCALES"],
         "factorize": ["ErrorReport", "Factors", "factorize_with_report", "measure_error", "reconstruct"],
     },
 )

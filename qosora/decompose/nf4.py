@@ -219,12 +219,13 @@ def _code_cells(quant_type: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 @reproducible
-def squared_error(tensor: torch.Tensor, q: FourBitTensor) -> float:
-    """Return the squared Frobenius norm of `tensor - dequantize(q)`, without a copy of either.
+def squared_error(tensor: torch.Tensor, q: FourBitTensor, scale: torch.Tensor | None = None) -> float:
+    """Return the squared Frobenius norm of `(tensor - dequantize(q)) · scale`, without a copy of either.
 
     Args:
         tensor: Of shape `q.shape`; float32, float16 or bfloat16.
         q: On the same device.
+        scale: Of the last dimension, float32; 1 by default.
     """
     matrix = tensor.reshape(-1, tensor.shape[-1])
     absmax = _absmax(q)
@@ -236,7 +237,8 @@ def squared_error(tensor: torch.Tensor, q: FourBitTensor) -> float:
         part = replace(
             q, packed=q.packed[here.packed], absmax=absmax[here.absmax], absmax_scale=None, shape=(x.numel(),)
         )
-        return squared_norm(dequantize(part).sub_(x))
+        difference = dequantize(part).sub_(x)
+        return squared_norm(difference if scale is None else difference.view(-1, matrix.shape[1]).mul_(scale))
 
     return math.fsum(parallel_map(error, _row_panels(matrix, q.blocksize)))
 

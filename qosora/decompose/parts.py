@@ -5,7 +5,8 @@
     V, V_absmax, V_absmax_scale, V_absmax_offset                         Vᵀ (rank, in_features)
 
 each as `nf4.FourBitTensor` has it. The residual is called `weight`, so that a loader that knows nothing of qosora stops
-at its shape instead of initialising a weight at random.
+at its shape instead of initialising a weight at random. Beside them a layer has its vectors: `s`, `o`, and with a scale
+`c`.
 """
 
 from __future__ import annotations
@@ -82,11 +83,11 @@ def factors(
     """Return the decomposition that `tensors` takes apart.
 
     Args:
-        stored: As `four_bit` takes them.
+        stored: As `four_bit` takes them; with a scale, `c` (in_features,) float32 among them.
         part_shapes: As `shapes` gives them.
         sigma: (rank,), float32.
         quant_type: "nf4" or "fp4".
         blocksize: Values per block.
     """
     made = {part: four_bit(part, stored, shape, quant_type, blocksize) for part, shape in part_shapes.items()}
-    return Factors(**made, sigma=sigma)
+    return Factors(**made, sigma=sigma, scale=stored.get("c"))

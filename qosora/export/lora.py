@@ -2,7 +2,7 @@
 
 An OSoRA adapter is one, exactly:
 
-    ΔW = (diag(o) U diag(s) - U diag(σ)) Vᵀ = B A        B: (m, r), A = Vᵀ: (r, n), scaling 1
+    ΔW = (diag(o) U diag(s) - U diag(σ)) Vᵀ diag(c) = B A        B: (m, r), A = Vᵀ diag(c): (r, n), scaling 1
 
 or, by request, the nearest of rank K: with B = Q_B R_B and Aᵀ = Q_A R_A, the singular triplets of the r × r matrix
 R_B R_Aᵀ are those of ΔW, which is never formed. In float64, cast once.

@@ -1,10 +1,11 @@
 """A base and adapters as a plain Hugging Face checkpoint.
 
-    onto dequantized    W = R + diag(o) U diag(s) Vᵀ       the weight that training saw
-    onto original       W = W0 + (diag(o) U diag(s) - U diag(σ)) Vᵀ
+    onto dequantized    W = (R + diag(o) U diag(s) Vᵀ) diag(c)       the weight that training saw
+    onto original       W = W0 + (diag(o) U diag(s) - U diag(σ)) Vᵀ diag(c)
 
-with the adapters' s and o, or the base's own; merged in float32 and cast once, one layer at a time, from the files of
-the base and of the original into the shards of the result. No model is ever built.
+with the adapters' s and o, or the base's own, and c = 1 where the base has no scale; merged in float32 and cast once,
+one layer at a time, from the files of the base and of the original into the shards of the result. No model is ever
+built.
 
 The first is what was trained and evaluated, up to the rounding of the cast. The second leaves the quantization error
 behind, which training may have worked around, at the price of needing the original model.

@@ -95,6 +95,7 @@ class AdaptedBase:
         adapters: The adapters.
         weights: Theirs, in the combination.
         folders: Theirs, with the weights.
+        scales: What the layers multiply their inputs by, c (in_features,) float32 or None, by module name.
         base_vectors: The base's own vectors, by module name.
         vectors: The adapters' vectors, combined, by the names of the modules that they adapt.
         untied: Tensors that the base shares with another and the adapted model does not, by name on disk.
@@ -123,6 +124,7 @@ class AdaptedBase:
             self._locate()
             sizes = {module: (layer.rank, layer.out_features) for module, layer in self.layers.items()}
             self.adapters = [read_adapter(stack, f, base, self.fingerprint, self.plain, sizes) for f, _ in adapters]
+            self.scales = {module: self._scale(layer) for module, layer in self.layers.items()}
             self.base_vectors = {module: self._own_vectors(layer) for module, layer in self.layers.items()}
             self.weights = [weight for _, weight in adapters]
             self.folders = {str(folder): weight for folder, weight in adapters}
@@ -136,6 +138,9 @@ class AdaptedBase:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
+
+    def _scale(self, layer: Layer) -> torch.Tensor | None:
+        return self._reader.tensor(f"{layer.disk}.c") if self.storage.scale else None
 
     def _own_vectors(self, layer: Layer) -> Vectors:
         return self._reader.tensor(f"{layer.disk}.s"), self._reader.tensor(f"{layer.disk}.o")
@@ -185,8 +190,9 @@ class AdaptedBase:
         transposed = module in self.plain.transposed
         n = _in_features(stored["weight"][0], m, expected[0 if transposed else 1] if len(expected) == 2 else 0)
         layer = Layer(module, disk, m, n, rank, transposed)
-        expected_shapes = parts.stored_shapes(*layer.size, self.storage.blocksize, self.storage.double_quant)
-        for name, (size, _) in expected_shapes.items():
+        four_bit = parts.stored_shapes(*layer.size, self.storage.blocksize, self.storage.double_quant)
+        expected_shapes = {name: shape for name, (shape, _) in four_bit.items()}
+        for name, size in (expected_shapes | ({"c": (n,)} if self.storage.scale else {})).items():
             if stored.get(name) != size:
                 raise CheckpointError(
                     f"{self.base}: {disk}.{name} must have shape {size}, got {stored.get(name, 'nothing')}; "
@@ -203,25 +209,27 @@ class AdaptedBase:
     def factors(self, layer: Layer) -> Factors:
         """Read a layer's decomposition; its σ is the base's s."""
         residual = self._four_bit(layer, "residual")
-        return Factors(residual, *self.directions(layer), self.base_vectors[layer.module][0])
+        sigma = self.base_vectors[layer.module][0]
+        return Factors(residual, *self.directions(layer), sigma, self.scales[layer.module])
 
     def directions(self, layer: Layer) -> tuple[FourBitTensor, FourBitTensor]:
         """Read a layer's Uᵀ (rank, out_features) and Vᵀ (rank, in_features)."""
         return self._four_bit(layer, "U"), self._four_bit(layer, "V")
 
     def merged(self, layer: Layer, factors: Factors) -> torch.Tensor:
-        """Return R + diag(o) U diag(s) Vᵀ with the adapters' vectors, (out_features, in_features), float32."""
+        """Return the weight with the adapters' vectors, (out_features, in_features), float32."""
         return reconstruct(factors, *self.vectors.get(layer.module, self.base_vectors[layer.module]))
 
     def low_rank(self, layer: Layer, U: FourBitTensor, V: FourBitTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the adapters add to a layer's weight, as B (out_features, rank) and A (rank, in_features).
 
-        B A = (diag(o) U diag(s) - U diag(σ)) Vᵀ, float32. The base must be pristine.
+        B A = (diag(o) U diag(s) - U diag(σ)) Vᵀ diag(c), float32. The base must be pristine.
         """
         sigma, ones = self.base_vectors[layer.module]
         s, o = self.vectors.get(layer.module, (sigma, ones))
         change = torch.outer(o.double(), s.double()) - sigma.double()  # small beside both: float32 would lose digits
-        return change.mul_(nf4.dequantize(U).T).float(), nf4.dequantize(V)
+        A, c = nf4.dequantize(V), self.scales[layer.module]
+        return change.mul_(nf4.dequantize(U).T).float(), A if c is None else A.mul_(c)
 
     def require_pristine(self) -> None:
         """Check that the base's own vectors are those of the decomposition: s = σ, which descends, and o = 1.

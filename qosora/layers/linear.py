@@ -5,6 +5,8 @@
 R: (m, n), U: (m, r), V: (n, r) are frozen; s: (r,) starts at the singular values and o: (m,) at ones. The layer holds
 one frozen pair (s, o) of its own, the base's; an adapter trains a copy and hands it to `apply_vectors`.
 
+With a scale (`decompose.scales`), x is c ⊙ (the layer's input), c: (n,) frozen, too.
+
 Products and gradients are in `qosora.layers.product`.
 """
 
@@ -21,7 +23,7 @@ from qosora.decompose import Factors, nf4, parts, reconstruct
 from qosora.errors import QosoraError
 from qosora.layers import ops
 from qosora.layers.kept import KEPT_ROWS, Kept
-from qosora.layers.product import osora_product
+from qosora.layers.product import osora_product, scaled
 
 __all__ = ["QosoraLinear", "float32_kept", "qosora_modules"]
 
@@ -29,8 +31,8 @@ __all__ = ["QosoraLinear", "float32_kept", "qosora_modules"]
 class QosoraLinear(nn.Module):
     """A frozen, decomposed linear layer.
 
-    Parameters, all frozen: R, U and V as `decompose.parts` names them; `s` (rank,) and `o` (out_features,), float32;
-    `bias` (out_features,).
+    Parameters, all frozen: R, U and V as `decompose.parts` names them; `s` (rank,), `o` (out_features,) and `c`
+    (in_features,) or None, float32; `bias` (out_features,).
 
     Args:
         in_features: n.
@@ -40,6 +42,7 @@ class QosoraLinear(nn.Module):
         quant_type: "nf4" or "fp4".
         blocksize: Values per quantization block.
         double_quant: Whether absmax values are quantized, too.
+        has_scale: Whether inputs are multiplied by a `c`.
         compute_dtype: Dtype of the products outside autocast; by default that of the input.
         fan_in_fan_out: Whether the layer was made of a `Conv1D` (GPT-2), whose checkpoints hold the transpose.
         device: Where to allocate the parameters, which are uninitialised.
@@ -48,6 +51,7 @@ class QosoraLinear(nn.Module):
 
     s: nn.Parameter
     o: nn.Parameter
+    c: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -60,6 +64,7 @@ class QosoraLinear(nn.Module):
         quant_type: str = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
+        has_scale: bool = False,
         compute_dtype: torch.dtype | None = None,
         fan_in_fan_out: bool = False,
         device: torch.device | str | None = None,
@@ -79,6 +84,7 @@ class QosoraLinear(nn.Module):
             self._add(name, torch.empty(shape, dtype=kind, device=device))
         self._add("s", torch.empty(self.rank, dtype=torch.float32, device=device))
         self._add("o", torch.empty(out_features, dtype=torch.float32, device=device))
+        self._add("c", torch.empty(in_features, dtype=torch.float32, device=device) if has_scale else None)
         self._add("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def _add(self, name: str, tensor: torch.Tensor | None) -> None:
@@ -94,7 +100,8 @@ class QosoraLinear(nn.Module):
     def state_of(factors: Factors) -> dict[str, torch.Tensor]:
         """Return the parameters that hold a decomposition, by name: all but the bias."""
         ones = torch.ones(factors.U.shape[1], dtype=torch.float32, device=factors.sigma.device)
-        return {**parts.tensors(factors), "s": factors.sigma, "o": ones}
+        c = {} if factors.scale is None else {"c": factors.scale}
+        return {**parts.tensors(factors), "s": factors.sigma, "o": ones, **c}
 
     @torch.no_grad()
     def set_factors(self, factors: Factors) -> None:
@@ -103,7 +110,7 @@ class QosoraLinear(nn.Module):
             self.get_parameter(name).copy_(tensor)
 
     def dequantize(self, s: torch.Tensor | None = None, o: torch.Tensor | None = None) -> torch.Tensor:
-        """Return R + diag(o) U diag(s) Vᵀ, (out_features, in_features), float32; by default with the base's s and o."""
+        """Return the weight, (out_features, in_features), float32; by default with the base's s and o."""
         with torch.no_grad():
             return reconstruct(self.factors, s, self.o if o is None else o)
 
@@ -112,7 +119,7 @@ class QosoraLinear(nn.Module):
         return self.apply_vectors(x, self.s, self.o)
 
     def apply_vectors(self, x: torch.Tensor, s: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-        """Return R x + o ⊙ U (s ⊙ Vᵀ x) + b, differentiable in x, s and o.
+        """Return R x + o ⊙ U (s ⊙ Vᵀ x) + b, of c ⊙ x in place of x where there is a c, differentiable in x, s and o.
 
         Products are in the autocast dtype where autocast is on, else in `compute_dtype`, else in the input's; the
         result is in the autocast dtype or the input's, as with `nn.Linear`.
@@ -129,7 +136,8 @@ class QosoraLinear(nn.Module):
             out_dtype = dtype = torch.get_autocast_dtype(device)
         else:
             out_dtype, dtype = x.dtype, self.compute_dtype or x.dtype
-        rows = x.reshape(-1, self.in_features).to(dtype)
+        rows = x.reshape(-1, self.in_features)
+        rows = rows.to(dtype) if self.c is None else scaled(rows, self.c, dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         factors = self.factors
         if torch.is_grad_enabled() and (x.requires_grad or s.requires_grad or o.requires_grad):

@@ -9,7 +9,8 @@ Backward. With h = V̂ᵀx (T×r) saved and x dropped, one r×m product serves b
 So no T×m intermediate is built, and the layer's input need not be kept: LoRA must keep it for the gradient of A.
 
 Precision. B is scaled in float32 and rounded to the compute dtype once. Rounding s or o themselves to bfloat16 would
-lose every change of them below 2⁻⁸ of their size, and a small learning rate would train nothing.
+lose every change of them below 2⁻⁸ of their size, and a small learning rate would train nothing. So is x, where the
+layer has a scale: c ⊙ x is multiplied in float32, and so is the gradient on its way back.
 """
 
 from __future__ import annotations
@@ -25,7 +26,37 @@ from qosora.decompose import Factors, parts
 from qosora.layers import ops
 from qosora.layers.device import device_type
 
-__all__ = ["osora_product"]
+__all__ = ["osora_product", "scaled"]
+
+
+def scaled(x: torch.Tensor, c: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return c ⊙ x in a dtype, rounded once; differentiable in x, which is not saved.
+
+    Args:
+        x: (T, n), float32, float16 or bfloat16.
+        c: (n,), float32.
+        dtype: Of the result.
+    """
+    if torch.compiler.is_compiling():  # which makes one kernel of it
+        return (x * c).to(dtype)
+    y: torch.Tensor = _Scaled.apply(x, c, dtype)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Scaled(torch.autograd.Function):
+    """c ⊙ x, without copies of x in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, c: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(c)
+        ctx.dtype = x.dtype
+        return torch.mul(x, c, out=x.new_empty(x.shape, dtype=dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (c,) = ctx.saved_tensors
+        return torch.mul(g, c, out=g.new_empty(g.shape, dtype=ctx.dtype)), None, None
 
 
 def osora_product(
@@ -40,7 +71,7 @@ def osora_product(
     """Return R x + o ⊙ (U (s ⊙ Vᵀ x)) + b, (T, m), differentiable in x, s and o.
 
     Args:
-        x: (T, n), float32, float16 or bfloat16, as is the result.
+        x: (T, n), float32, float16 or bfloat16, as is the result; with a scale, what `scaled` returns.
         s: (r,), float32.
         o: (m,), float32.
         factors: R, U and V.
