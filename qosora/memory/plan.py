@@ -200,7 +200,8 @@ def plan(
     if memory is not None and usage.lasting_bytes + card.context_bytes > memory:
         raise ConfigError(
             f"the weights alone take {usage.lasting_bytes / 2**30:.2f} GiB and the CUDA context "
-            f"{card.context_bytes / 2**30:.2f} GiB, more than the {memory / 2**30:.2f} GiB of the card: take a smaller model"
+            f"{card.context_bytes / 2**30:.2f} GiB, more than the {memory / 2**30:.2f} GiB of the card: take a smaller "
+            "model"
         )
     mixture = has_experts(config)
     compare = compare and not mixture
