@@ -19,7 +19,7 @@ a model goes through them:
 | `cli` | the command line |
 
 Below all of them: `errors`, `dtypes`, `config` (the two configurations that a user names), `compat` (undocumented names
-of other packages, all of them), `register` (entries in other packages' tables).
+of other packages, all of them), `register` (entries in other packages' tables). Above: `doctor`, what a machine has.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from qosora.base.load import load_tokenizer as load_tokenizer
     from qosora.config import OsoraConfig as OsoraConfig
     from qosora.config import QosoraConfig as QosoraConfig
+    from qosora.doctor import diagnose as diagnose
     from qosora.errors import QosoraError as QosoraError
     from qosora.export.lora import export_lora as export_lora
     from qosora.export.merged import export_merged as export_merged
@@ -65,6 +66,7 @@ _MODULES = {
     "base.describe": ["describe"],
     "base.load": ["load_base", "load_model", "load_tokenizer"],
     "config": ["OsoraConfig", "QosoraConfig"],
+    "doctor": ["diagnose"],
     "errors": ["QosoraError"],
     "export.lora": ["export_lora"],
     "export.merged": ["export_merged"],

@@ -29,7 +29,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("inference",),
     ("training", "export"),
     ("memory",),
-    ("demo",),
+    ("demo", "doctor"),
     ("cli",),
     ("__main__",),
 )

@@ -58,7 +58,10 @@ def memory(results: Results) -> Iterator[Figure]:
         yield Figure("attention", ", ".join(sorted(kernels)), "flash is assumed")
         overheads = sorted(found["reserved_bytes"] / found["allocated_bytes"] - 1 for found in cuda)
         yield Figure("reserved over allocated", f"{overheads[0]:.1%} to {overheads[-1]:.1%}", "12% is assumed")
-        for key, assumed in (("context_bytes", "450 MiB"), ("workspace_bytes", "64 MiB on Hopper, else 16")):
+        for key, assumed in (
+            ("context_bytes", "900 MiB on H100, H200 and B200, else 450"),
+            ("workspace_bytes", "64 MiB on Hopper, else 16"),
+        ):
             values = sorted(found[key] / 2**20 for found in cuda)
             name = (
                 key.replace("_bytes", "").replace("workspace", "cuBLAS workspaces").replace("context", "CUDA context")

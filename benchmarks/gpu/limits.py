@@ -27,7 +27,7 @@ from common import Record, arguments
 from methods import MINIATURE, OPTIMIZER, Training, release, shape_config
 
 from qosora.config import QosoraConfig
-from qosora.memory import Batch, Card, StepOptions, TracedModel, usage_of
+from qosora.memory import Batch, StepOptions, TracedModel, the_card, usage_of
 
 QUESTION = "What trains in a process that may take only so much GPU memory?"
 GIB = 2**30
@@ -95,9 +95,7 @@ def trains(args: argparse.Namespace, shape: str, batch: Batch, limit_bytes: int)
     steps = [limit.peak(training, batch) for _ in range(3)]
     del training
     release()
-    planned = usage_of(
-        TracedModel(config, QosoraConfig(rank=args.rank), step).predict(batch), Card("", limit_bytes), args.device
-    )
+    planned = usage_of(TracedModel(config, QosoraConfig(rank=args.rank), step).predict(batch), the_card(), args.device)
     losses = [found["loss"] for found in steps if "loss" in found]
     return {
         "limit_bytes": limit_bytes,
@@ -162,7 +160,7 @@ def context(args: argparse.Namespace, record: Record) -> None:
 
     def planned() -> dict[str, Any]:
         traced = TracedModel(config, QosoraConfig(rank=args.rank), step)
-        usage = usage_of(traced.predict(Batch(1, longest)), Card("", args.context_bytes), args.device)
+        usage = usage_of(traced.predict(Batch(1, longest)), the_card(), args.device)
         return {"planned_bytes": usage.allocated_bytes, "planned_total_bytes": usage.total_bytes}
 
     record.stage(

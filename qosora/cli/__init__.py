@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Sequence
 
 import qosora
-from qosora.cli import demo, evaluate, export, generate, inspect, plan, profile, quantize, train
+from qosora.cli import demo, doctor, evaluate, export, generate, inspect, plan, profile, quantize, train
 from qosora.errors import ConfigError, QosoraError
 
 __all__ = ["main"]
 
-_COMMANDS = (plan, quantize, train, profile, evaluate, generate, export, inspect, demo)
+_COMMANDS = (plan, quantize, train, profile, evaluate, generate, export, inspect, doctor, demo)
 
 _DESCRIPTION = """\
 Quantized OSoRA: fine-tune large language models on one consumer GPU.
@@ -26,6 +26,7 @@ Face checkpoint (export)."""
 
 _EXAMPLES = """\
 try it:
+  qosora doctor
   qosora demo
   qosora quantize meta-llama/Llama-2-7b-hf llama-2-7b-qosora
   qosora train --model llama-2-7b-qosora --data train.jsonl --output-dir my-adapter

@@ -108,6 +108,18 @@ def quant_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
     return [state.absmax, state.code, *nested]
 
 
+_CEXTENSION = "bitsandbytes.cextension"
+
+
+@uses(f"{_CEXTENSION}.lib", f"{_CEXTENSION}.ErrorHandlerMockBNBNativeLibrary: error_msg")
+def why_no_library() -> str | None:
+    """Return why its compiled library is not loaded, in a line, or None where it is: a stand-in fails at first use."""
+    from bitsandbytes import cextension
+
+    stands_in = isinstance(cextension.lib, cextension.ErrorHandlerMockBNBNativeLibrary)
+    return str(cextension.lib.error_msg).strip().partition("\n")[0] if stands_in else None
+
+
 _LAYER = "bitsandbytes.nn.Linear4bit"
 
 

@@ -21,9 +21,9 @@ from importlib.metadata import version
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from qosora.errors import DependencyError
+from qosora.errors import DependencyError, first_line
 
-__all__ = ["ENTRIES", "TRIED", "check", "found", "member", "uses"]
+__all__ = ["ENTRIES", "TRIED", "check", "found", "member", "missing", "untried", "uses"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -106,6 +106,25 @@ def check(entry: str) -> Any:
     return here
 
 
+def missing() -> dict[str, list[str]]:
+    """Check all entries. Returns what does not hold, a line for each, by the package that it is of."""
+    found: dict[str, list[str]] = {}
+    for entry in dict.fromkeys(ENTRIES):
+        try:
+            check(entry)
+        except Exception as error:  # a package that is not there or does not load raises what it likes
+            found.setdefault(_package(entry), []).append(first_line(error))
+    return found
+
+
+def untried(package: str, installed: str) -> str | None:
+    """Return "older" or "newer" for a version outside of those that were tried, None for one within."""
+    tried, numbers = TRIED[package], _numbers(installed)
+    if numbers >= _numbers(tried.below):
+        return "newer"
+    return "older" if numbers < _numbers(tried.versions[0]) else None
+
+
 def member(owner: Any, dotted: str) -> Any:
     """Return a name of a module that is being imported, whose dotted name this is."""
     try:
@@ -165,7 +184,7 @@ def _in_code(function: Any, text: str) -> bool:
 def _gone(dotted: str, what: str) -> DependencyError:
     package = _package(dotted)
     installed, tried = version(package), TRIED[package]
-    new = _numbers(installed) >= _numbers(tried.below)
+    new = untried(package, installed) == "newer"
     return DependencyError(
         f"qosora works with {package} <{tried.below} (tried: {', '.join(tried.versions)}); {package} {installed} is "
         f"installed and {what}: pip install '{package}{f'<{tried.below}' if new else f'=={tried.versions[-1]}'}'"

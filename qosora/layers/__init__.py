@@ -33,8 +33,11 @@ if TYPE_CHECKING:
     from qosora.layers.linear import QosoraLinear as QosoraLinear
     from qosora.layers.linear import float32_kept as float32_kept
     from qosora.layers.linear import qosora_modules as qosora_modules
+    from qosora.layers.ops import dequantize as dequantize
     from qosora.layers.ops import fused as fused
+    from qosora.layers.ops import why_unfused as why_unfused
     from qosora.layers.precision import fast_dtype as fast_dtype
+    from qosora.layers.precision import slowdown as slowdown
     from qosora.layers.tiling import Tiling as Tiling
     from qosora.layers.tiling import apply_tiling as apply_tiling
 
@@ -42,8 +45,8 @@ __getattr__, __dir__ = door(
     __name__,
     {
         "device": ["planning_for"],
-        "precision": ["fast_dtype"],
-        "ops": ["fused"],
+        "precision": ["fast_dtype", "slowdown"],
+        "ops": ["dequantize", "fused", "why_unfused"],
         "linear": ["QosoraLinear", "float32_kept", "qosora_modules"],
         "experts": [
             "LinearExperts",

@@ -26,7 +26,15 @@ from qosora.decompose import BLOCKSIZES, FourBitTensor, nf4
 from qosora.errors import QosoraError, first_line
 from qosora.layers.device import device_type
 
-__all__ = ["add_low_rank_", "dequantize", "fused", "gradients_and_scaled_U", "scaled_U", "vector_gradients"]
+__all__ = [
+    "add_low_rank_",
+    "dequantize",
+    "fused",
+    "gradients_and_scaled_U",
+    "scaled_U",
+    "vector_gradients",
+    "why_unfused",
+]
 
 logger = logging.getLogger("qosora")
 
@@ -86,19 +94,24 @@ def _fused_for(q: FourBitTensor) -> bool:
 
 @functools.cache
 def _working() -> bool:
-    """Say whether Triton compiles a kernel for the GPU here and it gives the right bits; True for a GPU elsewhere."""
+    """Say whether the kernels work on the GPU here; True for a GPU elsewhere."""
+    reason = why_unfused() if torch.cuda.is_available() else None
+    if reason is not None:
+        logger.warning("steps take longer without the fused kernels, which do not work here: %s", reason)
+    return reason is None
+
+
+def why_unfused() -> str | None:
+    """Return why the kernels do not run, in a line, or None where Triton makes a right one for the GPU here."""
     if not torch.cuda.is_available():
-        return True
+        return "there is no CUDA device"
     try:
         q = nf4.quantize(torch.linspace(-1, 1, 4 * RUN, device="cuda").view(2, -1), blocksize=RUN)
         with fused():
             equal = torch.version.hip is None and torch.equal(dequantize(q), nf4.dequantize(q))
-        reason = "they give other numbers on this GPU"
     except Exception as error:  # whatever Triton, a missing compiler or the driver raises
-        equal, reason = False, first_line(error)
-    if not equal:
-        logger.warning("steps take longer without the fused kernels, which do not work here: %s", reason)
-    return equal
+        return first_line(error)
+    return None if equal else "they give other numbers on this GPU"
 
 
 def dequantize(q: FourBitTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from qosora.decompose import reproducible
 
-__all__ = ["fast_dtype"]
+__all__ = ["fast_dtype", "slowdown"]
 
 #: Of the product that is timed, rows and width: a few milliseconds on the slowest processor that was tried.
 _ROWS, _WIDTH = 32, 512

@@ -1,12 +1,14 @@
 """GPU memory beside live tensors, and sizes of cards.
 
-None of these constants has been measured on a GPU for this package yet: they come from PyTorch's source and from
-experience with other models. `qosora profile` measures.
+What was measured, was measured on one NVIDIA H200 with torch 2.11 (benchmarks/results/gpu/summary.json); the rest comes
+from PyTorch's source and from experience with other models, and `ASSUMPTIONS` say which is which. `qosora profile`
+measures.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,20 +25,28 @@ GPUS = {
     "RTX 4080": 15.5, "RTX 4090": 23.5, "RTX 5080": 15.4, "RTX 5090": 31.3, "V100": 15.7, "L4": 22.0, "A10G": 22.0,
     "A6000": 47.4, "L40S": 44.3, "A100 40GB": 39.3, "A100 80GB": 79.1, "H100": 79.1, "H200": 139.7,
 }  # fmt: skip
-_HOPPER = ("H100", "H200", "RTX 50", "B200")
+_DATA_CENTRE = ("H100", "H200", "B200")
+_HOPPER = (*_DATA_CENTRE, "RTX 50")  # and Blackwell
 
 _SMALL_WORKSPACE = 8 * MIB + 128 * 1024  # cuBLAS, :4096:2:16:8
-_LARGE_WORKSPACE = 32 * MIB  # Hopper and Blackwell
+_LARGE_WORKSPACE = 32 * MIB  # Hopper and Blackwell; H200: as measured
 _HANDLES = 2  # the thread that runs forward, and autograd's
-OVERHEAD = 0.12  # reserved over allocated
-CONTEXT = 450 * MIB
+OVERHEAD = 0.12  # reserved over allocated; H200: 2.7 % to 20 %
+_CONTEXT = 450 * MIB  # not measured
+_LARGE_CONTEXT = 900 * MIB  # H200: 767 to 897 MiB in a fresh process, more where several models were loaded in turn
 
 ASSUMPTIONS = (
-    "not measured on a GPU: kernels' shapes come from tracing on the meta device, the rest are constants",
-    f"a cuBLAS workspace for each of {_HANDLES} threads: 8.1 MiB, 32 MiB on Hopper and Blackwell",
-    f"the caching allocator reserves {OVERHEAD:.0%} more than it hands out; expandable segments need less",
-    f"the CUDA context takes {CONTEXT / MIB:.0f} MiB, outside of what PyTorch counts",
-    "flash attention where there is no mask, memory-efficient attention where there is one",
+    "kernels' shapes come from tracing on the meta device; on one card, an H200, steps of Llama-2-7B and Llama-3.1-8B "
+    "allocated 1.00 to 1.01 times as much as planned",
+    f"a cuBLAS workspace for each of {_HANDLES} threads: 32 MiB on Hopper and Blackwell (H200: measured), 8.1 MiB on "
+    "other cards (not measured)",
+    f"the caching allocator reserves {OVERHEAD:.0%} more than it hands out (H200: 3% to 20%); expandable segments need "
+    "less",
+    f"the CUDA context, outside of what PyTorch counts, takes {_LARGE_CONTEXT / MIB:.0f} MiB on "
+    f"{', '.join(_DATA_CENTRE)} (H200: 767 to 897 MiB measured) and {_CONTEXT / MIB:.0f} MiB on other cards (not "
+    "measured)",
+    "flash attention where there is no mask (H200: PyTorch took cuDNN's instead), memory-efficient "
+    "attention where there is one",
     "every token is trained on; fewer supervised tokens make the loss cheaper",
 )
 OF_FP16 = (
@@ -64,7 +74,15 @@ class Card:
     @property
     def workspace_bytes(self) -> int:
         """Bytes of cuBLAS' workspaces."""
-        return _HANDLES * (_LARGE_WORKSPACE if any(part in self.name for part in _HOPPER) else _SMALL_WORKSPACE)
+        return _HANDLES * (_LARGE_WORKSPACE if self._is_one_of(_HOPPER) else _SMALL_WORKSPACE)
+
+    @property
+    def context_bytes(self) -> int:
+        """Bytes of the CUDA context of a process."""
+        return _LARGE_CONTEXT if self._is_one_of(_DATA_CENTRE) else _CONTEXT
+
+    def _is_one_of(self, names: Sequence[str]) -> bool:
+        return any(name in self.name for name in names)
 
 
 def the_card(gpu: str | None = None, memory: str | int | None = None) -> Card:

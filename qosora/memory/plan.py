@@ -23,7 +23,7 @@ from qosora.checkpoints import base_storage
 from qosora.compat.trl import TOKEN_CHUNK_SIZE
 from qosora.config import QosoraConfig
 from qosora.errors import ConfigError
-from qosora.memory.cards import ASSUMPTIONS, CONTEXT, OF_EXPERTS, OF_FP16, OVERHEAD, Card, the_card
+from qosora.memory.cards import ASSUMPTIONS, OF_EXPERTS, OF_FP16, OVERHEAD, Card, the_card
 from qosora.memory.predict import Prediction, StepOptions, TracedModel, has_experts
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch
@@ -197,10 +197,11 @@ def plan(
     batch = planner.batch(batch_size, seq_len)
     usage = planner.usage(batch)
     memory = card.memory_bytes
-    if memory is not None and usage.lasting_bytes + CONTEXT > memory:
+    if memory is not None and usage.lasting_bytes + card.context_bytes > memory:
         raise ConfigError(
             f"the weights alone take {usage.lasting_bytes / 2**30:.2f} GiB and the CUDA context "
-            f"{CONTEXT / 2**30:.2f} GiB, more than the {memory / 2**30:.2f} GiB of the card: take a smaller model"
+            f"{card.context_bytes / 2**30:.2f} GiB, more than the {memory / 2**30:.2f} GiB of the card: take a smaller "
+            "model"
         )
     mixture = has_experts(config)
     compare = compare and not mixture
@@ -320,7 +321,7 @@ class _Planner:
         memory = self.card.memory_bytes
         if memory is None:
             return None
-        slack = total - CONTEXT - self.traced.paged_bytes
+        slack = total - self.card.context_bytes - self.traced.paged_bytes
         return _verdict(total, slack - int(slack / (1 + OVERHEAD)), memory)
 
     def largest_batch(self, length: int) -> int:
@@ -433,7 +434,7 @@ def _outside(live: int, paged: int, card: Card, device: str) -> dict[str, int]:
         "cuBLAS workspaces": card.workspace_bytes,
         "optimizer state, paged": paged,
         "allocator overhead": round(OVERHEAD * allocated),
-        "CUDA context": CONTEXT,
+        "CUDA context": card.context_bytes,
     }
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qosora.training.flat_buffers import ALIGNMENT as ALIGNMENT
     from qosora.training.flat_buffers import OPTIMIZERS as OPTIMIZERS
     from qosora.training.flat_buffers import PAGED_NUMEL as PAGED_NUMEL
+    from qosora.training.flat_buffers import why_unpaged as why_unpaged
     from qosora.training.optimizer import PackedPagedOptimizer as PackedPagedOptimizer
     from qosora.training.optimizer import create_optimizer as create_optimizer
     from qosora.training.optimizer import trainer_optimizer as trainer_optimizer
@@ -41,7 +42,7 @@ __getattr__, __dir__ = door(
         "config": ["OPTIMIZER_NAMES", "TrainConfig"],
         "sft_options": ["choose_precision", "sft_config"],
         "run_folder": ["MetricsLog"],
-        "flat_buffers": ["ALIGNMENT", "OPTIMIZERS", "PAGED_NUMEL"],
+        "flat_buffers": ["ALIGNMENT", "OPTIMIZERS", "PAGED_NUMEL", "why_unpaged"],
         "optimizer": ["PackedPagedOptimizer", "create_optimizer", "trainer_optimizer"],
         "trainer": ["QosoraTrainer", "Recorder"],
         "run": ["TrainResult", "train"],

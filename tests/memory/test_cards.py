@@ -1,11 +1,14 @@
-"""Cards by name and by memory."""
+"""Cards by name and by memory; what CUDA adds on which, and that plans say which of it was measured."""
 
 from __future__ import annotations
 
 import pytest
 
 from qosora.errors import ConfigError
-from qosora.memory.cards import GIB, parse_bytes, the_card
+from qosora.memory import StepOptions, TracedModel, model_config, usage_of
+from qosora.memory.cards import ASSUMPTIONS, GIB, GPUS, MIB, Card, parse_bytes, the_card
+from qosora.memory.plan import storage_of
+from qosora.memory.step import Batch
 
 
 @pytest.mark.parametrize(
@@ -30,3 +33,40 @@ def test_cards_by_name(name: str, expected: str):
 def test_a_name_that_means_several_cards_is_refused():
     with pytest.raises(ConfigError, match="A100 40GB, A100 80GB"):
         the_card("A100")
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "workspaces"),
+    [
+        ("NVIDIA H200", 900, 64),
+        ("NVIDIA H100 80GB HBM3", 900, 64),
+        ("NVIDIA B200", 900, 64),
+        ("NVIDIA GeForce RTX 5090", 450, 64),
+        ("RTX 4090", 450, 16.25),
+        ("NVIDIA A100-SXM4-80GB", 450, 16.25),
+        ("24 GiB", 450, 16.25),
+    ],
+)
+def test_what_cuda_adds(name: str, context: float, workspaces: float):
+    card = Card(name, None)
+    assert card.context_bytes == context * MIB
+    assert card.workspace_bytes == workspaces * MIB
+
+
+def test_names_in_the_table_are_as_those_that_cuda_reports():
+    assert {name for name in GPUS if the_card(name).context_bytes == 900 * MIB} == {"H100", "H200"}
+
+
+def test_plans_take_it_from_the_card():
+    config, options = model_config("llama-3.2-1b"), StepOptions()
+    found = TracedModel(config, storage_of(config, 8), options).predict(Batch(1, 64))
+    small, large = (usage_of(found, the_card(name), options.device) for name in ("RTX 5090", "H200"))
+    assert large.total_bytes - small.total_bytes == 450 * MIB
+    assert large.allocated_bytes == small.allocated_bytes
+
+
+def test_it_is_told_what_was_measured_and_what_not():
+    context = next(text for text in ASSUMPTIONS if "CUDA context" in text)
+    assert "900 MiB on H100, H200, B200 (H200: 767 to 897 MiB measured) and 450 MiB" in context
+    assert context.endswith("(not measured)")
+    assert "H200" in ASSUMPTIONS[0]

@@ -81,7 +81,7 @@ def test_rows_add_up_and_every_assumption_is_told():
         assert sum(usage.rows.values()) == usage.total_bytes
         assert usage.total_bytes - sum(usage.rows[name] for name in OUTSIDE) == usage.allocated_bytes
     assert found.verdict == "fits"
-    assert "not measured on a GPU" in found.assumptions[0]
+    assert any("(not measured)" in text for text in found.assumptions)
     assert found.usage.phase == "backward"
     assert found.usage.layer == 31
     assert found.usage.phases["backward"] == found.usage.allocated_bytes
@@ -241,7 +241,7 @@ def test_command(tiny: Path, capsys: pytest.CaptureFixture[str]):
         "QLoRA r=16",
         "fits into 0.625 GiB",
         "largest batch at 512 tokens",
-        "assumed: not measured",
+        "assumed: kernels' shapes come from tracing",
     ):
         assert part in text
 
