@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ def start_of_base(folder: Path, texts: Texts, rank: int, scale: str | None) -> d
     return {**texts.compare(model), "bits_per_weight": round(8 * stored / numel, 3)}
 
 
-def stages(args: argparse.Namespace, folder: Path, texts: Texts) -> dict[str, Callable[[], dict[str, float]]]:
+def stages(args: argparse.Namespace, folder: Path, texts: Texts) -> Mapping[str, Callable[[], dict[str, float]]]:
     """Return what is compared, by name."""
     return {"nf4": partial(start_of_nf4, folder, texts)} | {
         f"qosora_r{rank}{f'_{scale}' if scale else ''}": partial(start_of_base, folder, texts, rank, scale)

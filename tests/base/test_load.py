@@ -109,7 +109,7 @@ class TestBase:
 class TestAdapter:
     def test_loads(self, place: Path):
         expected = logits(PeftModel.from_pretrained(load(place / "base"), place / "adapter"))
-        same = {"dtype": torch.bfloat16}  # also on a CPU that is slow in it
+        same: dict[str, Any] = {"dtype": torch.bfloat16}  # also on a CPU that is slow in it
         for model in (
             load_model(place / "adapter", **same),
             load_model(place / "adapter", base=place / "base", **same),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
-from tiny_bases import load, make_base, make_checkpoint
+from tiny import load, make_base, make_checkpoint
 
 from qosora.base.convert import quantize
 from qosora.config import QosoraConfig
@@ -37,6 +38,6 @@ def test_other_weights_and_config_with_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize("scale", ["rows", True, 1.0])
-def test_other_values_are_refused(scale: object):
+def test_other_values_are_refused(scale: Any):
     with pytest.raises(ConfigError, match="scale must be one of None, columns, got"):
         QosoraConfig(scale=scale)

@@ -10,15 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import (
-    Trained,
-    load,
-    load_quantized,
-    logits,
-    make_original,
-    perturbed,
-    relative_difference,
-)
+from tiny import Trained, decompose, load, logits, make_checkpoint, perturbed, relative_difference
 from transformers import AutoModelForCausalLM
 
 from qosora import QosoraConfig
@@ -28,7 +20,7 @@ from qosora.base.describe import describe
 from qosora.checkpoints.fingerprint import stored_fingerprint
 from qosora.checkpoints.reader import CheckpointReader
 from qosora.errors import CheckpointError
-from qosora.export import export_lora, export_merged
+from qosora.export import ExportReport, LoraReport, export_lora, export_merged
 from qosora.layers.linear import qosora_modules
 
 FAMILIES = ("llama", "gemma3", "gpt2", "qwen3_moe")
@@ -42,7 +34,7 @@ pytestmark = [
 
 def make_uneven(folder: Path, family: str) -> Path:
     """Write an ordinary checkpoint whose layers meet inputs with weights of very different sizes."""
-    make_original(folder, family)
+    make_checkpoint(folder, family, **({"mlp_only_layers": []} if family == "qwen3_moe" else {}))
     tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(3)
     for name, tensor in tensors.items():
         if tensor.ndim == 2 and (".layers." in name or ".h." in name):
@@ -80,7 +72,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_is_what_from_pretrained_makes(trained: dict[str, Trained], family: str, tmp_path: Path):
-    load_quantized(trained[family].original, scale="columns").save_pretrained(tmp_path)
+    decompose(trained[family].original, QosoraConfig(rank=8, scale="columns")).save_pretrained(tmp_path)
     loaded, streamed = tensors_of(tmp_path), tensors_of(trained[family].base)
     assert loaded.keys() == streamed.keys()
     assert [name for name, tensor in loaded.items() if not torch.equal(tensor, streamed[name])] == []
@@ -140,13 +132,16 @@ def test_onto_the_original_and_as_lora(trained: dict[str, Trained], family: str,
 
 def test_verified_exports(trained: dict[str, Trained], tmp_path: Path):
     base, adapter = trained["llama"].base, trained["llama"].adapter
-    found = [
+    found: list[ExportReport | LoraReport] = [
         export_merged(base, tmp_path / "a", adapter, verify=True),
         export_merged(base, tmp_path / "b", adapter, onto="original", verify=True),
         export_lora(base, tmp_path / "c", adapter, verify=True),
         export_lora(base, tmp_path / "d", adapter, rank=3, verify=True),
     ]
-    assert all(report.verification.relative_difference <= report.verification.tolerance for report in found)
+    for report in found:
+        verified = report.verification
+        assert verified is not None
+        assert verified.relative_difference <= verified.tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -185,5 +180,5 @@ def test_a_base_without_what_its_config_promises_is_refused(copy: Path, tmp_path
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.c"):
         load(copy)
-    with pytest.raises(CheckpointError, match=r"down_proj\.c must have shape \(72,\), got nothing"):
+    with pytest.raises(CheckpointError, match=r"down_proj\.c must have shape \(\d+,\), got nothing"):
         export_merged(copy, tmp_path / "export")

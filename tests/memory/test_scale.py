@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_bases import make_base
+from tiny import make_base
 from transformers import LlamaConfig
 
 from qosora.config import QosoraConfig
