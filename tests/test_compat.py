@@ -84,6 +84,7 @@ def test_the_loss_of_a_parameter_is_told(entry: str):
         names.check(f"{name}(no_such, {parameters})")
 
 
+@pytest.mark.slow
 def test_only_commands_that_need_it_end_with_the_line():
     code = (
         "import sys, trl.kernels.chunked_logprob as loss\n"

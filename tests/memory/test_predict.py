@@ -53,6 +53,7 @@ STORAGE = QosoraConfig(rank=8)
         ("mixtral", {"gradient_checkpointing": False, "device": "cpu"}),
     ],
 )
+@pytest.mark.slow
 def test_extrapolated_layers_equal_the_whole_model(name: str, options: dict[str, Any]):
     step = StepOptions(**options)
     few, whole = (TracedModel(CONFIGS[name], STORAGE, step, full_depth=full) for full in (False, True))
