@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_tables import gpu, launches
 from page import QLORA, conditions, gib, mib, table
 from speed_tables import generate, layer_step, load, optimizer_step, train_step
 
@@ -148,6 +149,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], str], str]]] = {
     "optimizer_step": ("optimizer_step_cpu.json", optimizer_step),
     "generate": ("generate_cpu.json", generate),
     "load": ("load_cpu.json", load),
+    "gpu": ("gpu/summary.json", gpu),
+    "launches": ("launches.json", launches),
 }
 
 

@@ -162,7 +162,7 @@ def _names() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     import torch
 
-    seen, build = _nvidia_smi("name"), torch.version.cuda or torch.version.hip
+    seen, cuda, rocm = _nvidia_smi("name"), torch.version.cuda, torch.version.hip
     if torch.cuda.is_available():
         index, count = torch.cuda.current_device(), torch.cuda.device_count()
         gpu, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
@@ -181,12 +181,12 @@ def _gpu() -> Iterator[Finding]:
             "GPU", "none", "training runs on the CPU, many times as slowly: take a machine with an NVIDIA GPU"
         )
     else:
-        cure = "update the driver" if build else "install a CUDA build of torch (pytorch.org says how)"
+        cure = "update the driver" if cuda else "install a CUDA build of torch (pytorch.org says how)"
         yield Finding(
             "GPU", f"{seen}, which torch cannot use", f"training runs on the CPU, many times as slowly: {cure}"
         )
-    driver = _nvidia_smi("driver_version") or "none"
-    yield Finding("CUDA", f"torch is built for {f'CUDA {build}' if build else 'CPUs'}; NVIDIA driver: {driver}")
+    build = f"CUDA {cuda}" if cuda else f"ROCm {rocm}" if rocm else "CPUs"
+    yield Finding("CUDA", f"torch is built for {build}; NVIDIA driver: {_nvidia_smi('driver_version') or 'none'}")
 
 
 def _nvidia_smi(field: str) -> str | None:

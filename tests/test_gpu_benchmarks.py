@@ -84,7 +84,7 @@ def test_each_part_in_miniature(name: str, run_all: Any, tmp_path: Path, capsys:
     assert entry["record"]["results"]
     assert str(tmp_path) not in json.dumps(entry["command"])
     assert {path.name for path in folder.iterdir()} == {"summary.json", "log.txt"}
-    assert capsys.readouterr().out.splitlines()[-len(entry["figures"])].startswith(name)
+    assert capsys.readouterr().out.partition("\n\n")[0].splitlines()[-len(entry["figures"])].startswith(name)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_failures_and_time_limits_are_survived(
     assert entries["good"]["failure"] is None
     for name in ("broken", "slow", "good"):  # what was there when they ended
         assert entries[name]["figures"] == [{"name": "ratio", "value": "0.5", "wanted": "below 1", "ok": True}], name
-    rows = capsys.readouterr().out.splitlines()[-7:]
+    rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()[-7:]
     assert rows[0].split() == ["PART", "figure", "measured", "wanted", "seconds"]
     assert [row.split()[0] for row in rows if not row.startswith(" ")] == ["PART", *parts]
     assert sum(" failed" in row for row in rows) == 3
@@ -156,7 +156,7 @@ def test_only_some_parts_and_no_time_left(
     assert set(summary(tmp_path / "out")) == {"first", "second"}  # earlier results stay
     capsys.readouterr()
     assert run_all.main(["--output", out, "--seconds", "1"], parts=parts) == 0
-    rows = capsys.readouterr().out.splitlines()
+    rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
     assert [row.split()[0] for row in rows] == ["PART", "first", "second"]
     assert all("not run" in row for row in rows[1:])
     assert summary(tmp_path / "out")["first"]["failure"] is None

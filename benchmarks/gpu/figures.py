@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +177,108 @@ def kernels(results: Results) -> Iterator[Figure]:
         else:
             difference = max(result["relative_difference"] for result in found)
             yield Figure(f"{name}: difference from the plain code", f"{difference:.1e}")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that the README says, or should be able to say.
+
+    Attributes:
+        text: What.
+        what: What the values are.
+        parts: In whose results it shows.
+        values: Of such results; none where they do not show it.
+        least: That a value may be.
+        most: Likewise.
+    """
+
+    text: str
+    what: str
+    parts: tuple[str, ...]
+    values: Callable[[Results], Iterator[float]]
+    least: float = -math.inf
+    most: float = math.inf
+
+
+def _passed(mark: str = "") -> Callable[[Results], Iterator[float]]:
+    """Return a function that yields the share of tests that pass, of those with a text in their name."""
+
+    def values(results: Results) -> Iterator[float]:
+        passed, failed = (sum(mark in name for name in results[outcome]) for outcome in ("passed", "failed"))
+        if passed or failed:
+            yield passed / (passed + failed)
+
+    return values
+
+
+def _fits(size: str) -> Callable[[Results], Iterator[float]]:
+    return lambda results: (float(found["fits"]) for name, found in results.items() if name.endswith(f"_{size}"))
+
+
+def _of_qlora(what: str) -> Callable[[Results], Iterator[float]]:
+    return lambda results: (
+        ratios[what] for found in results.values() for ratios in found["over_qlora"].values() if ratios[what]
+    )
+
+
+def _planned(results: Results) -> Iterator[float]:
+    return (found["qosora"]["planned_over_measured"] for name, found in results.items() if "measured" in name)
+
+
+def _context(results: Results) -> Iterator[float]:
+    return (found["longest"] for name, found in results.items() if name.startswith("context_"))
+
+
+def _of_lora(phase: str) -> Callable[[Results], Iterator[float]]:
+    return lambda results: (1 / found[phase]["qosora"]["ratio"]["median"] for found in results.values())
+
+
+def _speedups(results: Results) -> Iterator[float]:
+    """Of kernels that run: more rows than a few take the plain code."""
+    return (
+        found["device_speedup"]
+        for name, found in results.items()
+        if "device_speedup" in found and not name.startswith("add_low_rank_16")
+    )
+
+
+CLAIMS = (
+    Claim("all tests marked gpu pass", "share that passes", ("tests", "kernel-tests"), _passed(), least=1),
+    Claim("optimizer states are paged, and after resume", "share that passes", ("tests",), _passed("paged"), least=1),
+    Claim("trains a 7B within 8 GiB", "share that trains", ("limits",), _fits("8GiB"), least=1),
+    Claim("trains a 7B and an 8B within 24 GiB, batch 4", "share that trains", ("limits",), _fits("24GiB"), least=1),
+    Claim("80,000 tokens of an 8B within 24 GiB", "longest", ("context",), _context, least=80_000),
+    Claim("plans are within 3 %", "planned over measured", ("memory",), _planned, 0.97, 1.03),
+    Claim("less memory than QLoRA", "peak over QLoRA's", ("train",), _of_qlora("peak_bytes"), most=1),
+    Claim("at least QLoRA's tokens/s", "over QLoRA's", ("train",), _of_qlora("tokens_per_second"), least=1),
+    Claim("decodes at least as fast as LoRA on NF4", "over LoRA's", ("generate",), _of_lora("decode"), least=1),
+    Claim("reads prompts at least as fast", "over LoRA's", ("generate",), _of_lora("prefill"), least=1),
+    Claim("the fused kernels are faster", "over the plain code's speed", ("kernels",), _speedups, least=1),
+)
+
+
+def verdicts(results: Mapping[str, Results]) -> Iterator[dict[str, str]]:
+    """Judge all claims.
+
+    Args:
+        results: Of the parts that were run, by name.
+
+    Yields:
+        The claim, "holds", "fails" or "not run", and the range of what decides.
+    """
+    for claim in CLAIMS:
+        try:
+            values = [float(value) for part in claim.parts for value in claim.values(results[part])]
+        except (LookupError, TypeError, AttributeError):  # not run, or ended before it had them
+            values = []
+        holds = all(claim.least <= value <= claim.most for value in values)
+        low, high = (f"{edge:,.5g}" for edge in (min(values, default=0), max(values, default=0)))
+        span = low if low == high else f"{low} to {high}"
+        yield {
+            "claim": claim.text,
+            "verdict": "not run" if not values else "holds" if holds else "fails",
+            "measured": f"{claim.what}: {span}" if values else "",
+        }
 
 
 def _gib(count: int) -> str:

@@ -4,8 +4,9 @@
 
 Each part is a process of its own with a time limit of its own, so that none can take another down with it; the most
 important come first. In the folder there are then `summary.json`, which holds the results of all parts and keeps those
-of earlier runs that were not run again, and `log.txt`. While a part runs, its results so far lie beside them. A table
-comes last; the exit status is 1 if a part failed.
+of earlier runs that were not run again, and `log.txt`. While a part runs, its results so far lie beside them. Two
+tables come last: the figures of what was run, and whether each claim of the README holds, by all that the summary has.
+The exit status is 1 if a part failed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,21 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from figures import Figure, context, convert, generate, kernels, layer, limits, load, memory, optimizer, tests, train
+from figures import (
+    Figure,
+    context,
+    convert,
+    generate,
+    kernels,
+    layer,
+    limits,
+    load,
+    memory,
+    optimizer,
+    tests,
+    train,
+    verdicts,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LEAST = 20  # seconds; with less left, a part is not begun
@@ -190,13 +205,19 @@ def rows_of(name: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield (name if not index else "", *row, "" if index or entry["seconds"] is None else f"{entry['seconds']:.0f}")
 
 
-def table(rows: Sequence[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Return rows under a head, in columns."""
-    rows = [("PART", "figure", "measured", "wanted", "", "seconds"), *rows]
+    rows = [head, *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def summary_of(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the summary holds of parts: these, and what they say of the claims."""
+    results = {name: entry["record"]["results"] for name, entry in entries.items() if entry.get("record")}
+    return {"claims": list(verdicts(results)), "parts": dict(entries)}
 
 
 def _earlier(summary: Path) -> dict[str, Any]:
@@ -221,8 +242,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.txt").unlink(missing_ok=True)
     summary, end, failed = folder / "summary.json", time.monotonic() + args.seconds, False
-    rows: list[tuple[str, ...]] = []
-    entries = _earlier(summary)
+    entries, rows = _earlier(summary), list[tuple[str, ...]]()
     for name in [name for name in parts if name in (args.only or parts)]:
         left = end - time.monotonic()
         if left < LEAST:
@@ -234,10 +254,12 @@ def main(
             )
             failed |= entry["failure"] is not None
             temporary = summary.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"parts": entries}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(summary_of(entries), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             temporary.replace(summary)
         rows += rows_of(name, entry)
-    print(table(rows))
+    print(table(("PART", "figure", "measured", "wanted", "", "seconds"), rows))
+    claims = [(claim["claim"], claim["verdict"], claim["measured"]) for claim in summary_of(entries)["claims"]]
+    print(f"\n{table(('CLAIM', 'verdict', 'measured'), claims)}")
     return int(failed)
 
 
