@@ -45,6 +45,25 @@ def gsm8k(found: dict[str, Any], file: str) -> str:
     return table(head, rows, note)
 
 
+def start(found: dict[str, Any], file: str) -> str:
+    """Return the table of what quantization alone does, with its conditions."""
+    results, config = found["results"], found["config"]
+    names = {"nf4": "NF4"}
+    for rank in config["ranks"]:
+        names |= {f"qosora_r{rank}": f"qosora, r = {rank}", f"qosora_r{rank}_columns": f"qosora, r = {rank}, scaled"}
+    rows = [
+        [text, f"{row['bits_per_weight']:.2f}", f"{row['kl_divergence']:.3f}", f"{row['equal_top_tokens']:.1%}"]
+        for name, text in names.items()
+        for row in [results[name]]
+    ]
+    note = (
+        f"{config['model']}, untrained, beside the unquantized model: KL divergence of the next token's distributions, "
+        f"computed in float32, on {config['texts']} texts of GSM8K of up to {config['tokens']} tokens. "
+        f"{conditions(found, file, 'torch', 'transformers', 'bitsandbytes')}"
+    )
+    return table(["", "bits per weight", "KL divergence, nats", "same likeliest token"], rows, note)
+
+
 def export(found: dict[str, Any], file: str) -> str:
     """Return the table of losses of one adapter as it leaves in different ways."""
     stage, config = found["results"]["gsm8k"], found["config"]
@@ -141,6 +160,7 @@ def _last(losses: dict[str, float]) -> float:
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any], str], str]]] = {
     "gsm8k": ("gsm8k_gemma3_270m.json", gsm8k),
+    "start": ("start_gemma3_270m.json", start),
     "export": ("export_gemma3_270m.json", export),
     "convert": ("convert_llama2_7b.json", convert),
     "memory": ("memory_cpu.json", memory),

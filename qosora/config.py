@@ -39,8 +39,9 @@ class QosoraConfig(QuantizationConfigMixin):
             keep 99 % (Gemma 3 270M, rank 128).
         svd_oversampling: Oversampling columns of the randomized SVD.
         seed: Seed of the randomized SVD.
-        scale: None, or "columns": what is decomposed is the weight with its columns brought to nearly one norm, and the
-            layer multiplies its inputs in turn. Untrained bases are nearer to the unquantized model by half.
+        scale: None, or "columns": what is decomposed is the weight with its columns brought to one norm, and the layer
+            multiplies its inputs in turn. The untrained base is nearer to the unquantized model (Gemma 3 270M at rank
+            64: KL divergence of next tokens 0.076 in place of 0.117, plain NF4 0.161).
         quant_type: "nf4" or "fp4".
         blocksize: Values per quantization block.
         double_quant: Whether the blocks' absmax values are quantized, too.

@@ -103,7 +103,7 @@ def factorize(
         svd_iterations: Power iterations of the randomized SVD.
         svd_oversampling: Oversampling columns of the randomized SVD.
         seed: Seed of the randomized SVD.
-        scale: None, or "columns": decompose the weight with its columns brought to nearly one norm.
+        scale: None, or "columns": decompose the weight with its columns brought to one norm.
         quant_type: "nf4" or "fp4".
         blocksize: Values per quantization block.
         double_quant: Whether to quantize the blocks' absmax values, too.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ pytestmark = [
 
 def make_uneven(folder: Path, family: str) -> Path:
     """Write an ordinary checkpoint whose layers meet inputs with weights of very different sizes."""
-    make_checkpoint(folder, family, **({"mlp_only_layers": []} if family == "qwen3_moe" else {}))
+    config: dict[str, Any] = {"mlp_only_layers": []} if family == "qwen3_moe" else {}
+    make_checkpoint(folder, family, **config)
     tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(3)
     for name, tensor in tensors.items():
         if tensor.ndim == 2 and (".layers." in name or ".h." in name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_checks import DTYPES, assert_within, build, check, draw, expect, vectors
 from reference import array
+from torch.utils.checkpoint import checkpoint
 
 from qosora.decompose import nf4
 from qosora.layers.linear import QosoraLinear
@@ -105,6 +107,20 @@ class TestExactness:
             y.backward(g)
             found.append((y, *(grad(t) for t in inputs)))
         assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("saves_first", [False, True])
+def test_checkpointed(saves_first: bool):
+    layer = make()
+    layer.saves_first = saves_first
+    x, g = draw(5, 64, seed=0, dtype=torch.bfloat16), draw(5, 96, seed=1, dtype=torch.bfloat16)
+    found = []
+    for call in (layer.apply_vectors, partial(checkpoint, layer.apply_vectors, use_reentrant=False)):
+        inputs = x.clone().requires_grad_(), *vectors(layer)
+        y = call(*inputs)
+        y.backward(g)
+        found.append((y, *(t.grad for t in inputs)))
+    assert all(map(torch.equal, *found))
 
 
 def test_the_input_is_not_saved():
