@@ -33,7 +33,7 @@ def test_a_layers_stored_tensors_are_grouped(tmp_path: Path):
         names = reader.names()
     groups = group_modules(names)
     assert sorted(groups) == sorted(qosora_modules(load(base)))
-    parameters = load(base).get_submodule("transformer.h.0.attn.c_attn").named_parameters()
+    parameters = dict(load(base).get_submodule("transformer.h.0.attn.c_attn").named_parameters())
     stored = {name.rpartition(".")[2] for name in groups["transformer.h.0.attn.c_attn"]}
     assert stored == set(parameters) - {"bias"}
     assert all(set(group) <= set(names) for group in groups.values())
