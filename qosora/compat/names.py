@@ -38,7 +38,7 @@ class Tried(NamedTuple):
 
 #: The one table of versions; upper bounds in pyproject.toml are equal to it.
 TRIED = {
-    "torch": Tried(("2.11.0", "2.13.0"), "2.15"),  # 2.11.0 on a GPU
+    "torch": Tried(("2.11.0", "2.13.0", "2.14.1"), "2.15"),  # 2.11.0 on a GPU
     "transformers": Tried(("5.23.0", "5.24.0"), "5.25"),
     "peft": Tried(("0.21.2",), "0.22"),
     "trl": Tried(("1.16.0",), "1.17"),

@@ -113,6 +113,7 @@ def test_a_truncated_pickle_is_refused(keep: int, legacy: bool, tmp_path: Path) 
         open_source(folder).__enter__()
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # torch 2.14, of the last one
 @pytest.mark.parametrize(
     ("content", "message"),
     [
