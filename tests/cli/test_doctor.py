@@ -62,6 +62,7 @@ sys.exit(main(["doctor"]))
 """
 
 
+@pytest.mark.slow
 def test_a_broken_installation_in_a_process_of_its_own():
     run = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)
     assert run.returncode == 1

@@ -132,6 +132,7 @@ def test_onto_the_original_and_as_lora(trained: dict[str, Trained], family: str,
     assert relative_difference(logits(with_lora), logits(merged)) < 1e-5
 
 
+@pytest.mark.slow
 def test_verified_exports(trained: dict[str, Trained], tmp_path: Path):
     base, adapter = trained["llama"].base, trained["llama"].adapter
     found: list[ExportReport | LoraReport] = [

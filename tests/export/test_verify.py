@@ -79,6 +79,7 @@ def wrong_vectors(self: AdaptedBase, layer: Any, factors: Any) -> torch.Tensor:
 merged = AdaptedBase.merged
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("outsider_here")
 def test_a_wrong_export_leaves_nothing(tiny: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = tmp_path / "new" / "export"

@@ -120,6 +120,7 @@ def test_interpolated_shapes_are_near_the_traced_ones(batch: Batch, options: dic
     assert planner.total(batch) == pytest.approx(planner.usage(batch).total_bytes, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_the_largest_that_fits_is_the_largest(tiny: Path):
     found = plan(tiny, batch_size=2, seq_len=256, gpu_memory="560MiB", compare=False)
     assert found.card.memory_bytes == 560 * 2**20

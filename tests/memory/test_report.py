@@ -47,6 +47,7 @@ def test_files_of_a_measurement(measured: Measurement, tmp_path: Path):
     check(tmp_path / "out", "measured on cpu")
 
 
+@pytest.mark.slow
 def test_files_of_a_plan(tmp_path: Path):
     found = plan("qwen2.5-0.5b", batch_size=1, seq_len=64, gpu_memory="8GiB", grid=False)
     report(found, events("qwen2.5-0.5b", found), tmp_path)

@@ -20,6 +20,7 @@ from qosora.memory.tracer import Tracer
 from qosora.training.trainer import QosoraTrainer
 
 
+@pytest.mark.slow
 def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = make_base(
         tmp_path / "base",

@@ -487,6 +487,7 @@ def test_trainer_trains_saves_and_resumes_bit_identically(
     assert losses > 0
 
 
+@pytest.mark.slow
 def test_trainer_and_per_tensor_adamw_agree(tmp_path: Path) -> None:
     def run(folder: str, **options: Any) -> dict[str, Tensor]:
         args = arguments(tmp_path / folder, save_strategy="no", optim="adamw_torch")

@@ -151,6 +151,7 @@ def test_packing_keeps_examples_apart(place: Path, tmp_path: Path):
     assert packed.train_loss == pytest.approx(plain.train_loss, rel=rounding(torch.float32))
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_is_a_larger_batch(place: Path, tmp_path: Path):
     small = train(config(place, tmp_path / "a", max_steps=3, limit=8, batch_size=2, gradient_accumulation=4))
     large = train(config(place, tmp_path / "b", max_steps=3, limit=8, batch_size=8))
