@@ -17,8 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qosora import register
 from qosora.decompose import BLOCKSIZES, QUANT_TYPES, SCALES, SVD_ITERATIONS, SVD_METHODS, SVD_OVERSAMPLING
-from qosora.dtypes import COMPUTE_DTYPES as COMPUTE_DTYPES
-from qosora.dtypes import dtype_name, dtype_named
+from qosora.dtypes import COMPUTE_DTYPES, dtype_name, dtype_named
 from qosora.errors import ConfigError
 
 __all__ = ["OSORA", "OsoraConfig", "QosoraConfig"]

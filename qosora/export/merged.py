@@ -33,8 +33,8 @@ from qosora.checkpoints import (
     tokenizer_folder,
     write_json,
 )
-from qosora.config import COMPUTE_DTYPES
 from qosora.decompose import Factors
+from qosora.dtypes import COMPUTE_DTYPES, dtype_name, dtype_named
 from qosora.errors import CheckpointError, ConfigError
 from qosora.export.adapters import AdapterChoice
 from qosora.export.original import Original
@@ -242,11 +242,12 @@ def _merged(adapted: AdaptedBase, original: Original | None, layer: Layer, dtype
 
 def checked_dtype(dtype: str | torch.dtype | None, problems: list[str]) -> torch.dtype | None:
     """Return a dtype by its name, or add to the problems."""
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name is not None and name not in COMPUTE_DTYPES:
+    if dtype is None:
+        return None
+    if (name := dtype_name(dtype)) not in COMPUTE_DTYPES:
         problems.append(f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}")
         return None
-    return None if name is None else getattr(torch, name)
+    return dtype_named(name)
 
 
 def _checked_options(

@@ -24,6 +24,7 @@ from qosora.checkpoints import (
 )
 from qosora.config import QosoraConfig
 from qosora.decompose import Factors, FourBitTensor, nf4, parts, reconstruct
+from qosora.dtypes import dtype_name
 from qosora.errors import CheckpointError
 from qosora.export.adapters import Adapter, Vectors, combined, read_adapter
 
@@ -295,7 +296,7 @@ def _base_config(base: Path) -> tuple[dict[str, Any], QosoraConfig]:
 
 def _dtype_in(config: Mapping[str, Any]) -> torch.dtype:
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    dtype = getattr(torch, dtype_name(name), None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"config.json: dtype {name!r} is unknown")
     return dtype

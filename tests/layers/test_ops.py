@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -18,20 +17,6 @@ from qosora.layers import ops
 from qosora.layers.device import planning_for
 
 V32 = 2.0**-24  # unit roundoff of float32
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that ran."""
-    names: list[str] = []
-    launch = ops._launch
-
-    def recorded(kernel: str, *args: Any, **kwargs: Any) -> None:
-        names.append(kernel)
-        launch(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(ops, "_launch", recorded)
-    return names
 
 
 class TestTheSwitch:

@@ -11,7 +11,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_checks import DTYPES, assert_within, build, check, draw, expect, vectors
+from linear_checks import DTYPES, assert_within, build, check, draw, expect, grad, vectors
 from reference import array
 from torch.utils.checkpoint import checkpoint
 
@@ -38,11 +38,6 @@ def make(n: int = 64, m: int = 96, rank: int = 8, **options: Any) -> QosoraLinea
 def scale_of(layer: QosoraLinear) -> torch.Tensor:
     assert layer.c is not None
     return layer.c
-
-
-def grad(tensor: torch.Tensor) -> torch.Tensor:
-    assert tensor.grad is not None
-    return tensor.grad
 
 
 class TestAgainstTheReference:

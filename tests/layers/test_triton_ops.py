@@ -71,20 +71,6 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: Tensor, name: str) ->
     assert (error <= tolerance).all(), f"{name}: {(error / tolerance).nan_to_num().max():.2f} times the tolerance"
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that ran."""
-    names: list[str] = []
-    launch = ops._launch
-
-    def recorded(kernel: str, *args: Any, **kwargs: Any) -> None:
-        names.append(kernel)
-        launch(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(ops, "_launch", recorded)
-    return names
-
-
 class TestOnADevice:
     pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
