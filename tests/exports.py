@@ -33,7 +33,7 @@ def learned(trained: Trained) -> dict[str, torch.Tensor]:
         adapter = trained.model.get_base_model().get_submodule(name.removesuffix(".base_layer"))
         s, o = (v.detach().double() for v in adapter.vectors("default"))
         U, V = (nf4.dequantize(getattr(layer.factors, part)).double() for part in ("U", "V"))
-        sigma = layer.s.double()
+        sigma, V = layer.s.double(), V * (1 if layer.c is None else layer.c.double())
         parts = (torch.outer(o * U[k] * s[k] - U[k] * sigma[k], V[k]) for k in range(len(sigma)))
         found[name.removesuffix(".base_layer")] = torch.stack(list(parts)).sum(0)
     return found

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--svd", choices=("randomized", "exact"), help="(default: randomized)")
     parser.add_argument("--svd-iterations", type=int, help="of the randomized SVD (default: 4)")
     parser.add_argument("--seed", type=int, help="seed of the randomized SVD")
-    parser.add_argument("--scale", choices=("columns",), help="bring each weight's columns to one norm first")
+    parser.add_argument(
+        "--scale", choices=("columns", "none"), help="bring each weight's columns to one norm first (default: columns)"
+    )
     parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="4-bit format (default: nf4)")
     parser.add_argument("--blocksize", type=int, help="values per quantization block (default: 64)")
     parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         rank_pattern=_ranks(args.rank_pattern),
         double_quant=not args.no_double_quant,
         modules_to_not_convert=args.skip,
-        **{name: value for name in _STORAGE if (value := getattr(args, name)) is not None},
+        **{k: None if v == "none" else v for k in _STORAGE if (v := getattr(args, k)) is not None},
     )
     with progress_bar("decomposing", hidden=args.json) as show:
 

@@ -291,7 +291,7 @@ def _base_config(base: Path) -> tuple[dict[str, Any], QosoraConfig]:
     if not (base / CONFIG_NAME).is_file() and (base / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{base} is an adapter; give its base, and it as the adapter")
     config = read_json(base / CONFIG_NAME)
-    return config, QosoraConfig(**require_base(base, config))
+    return config, QosoraConfig.from_dict(require_base(base, config))
 
 
 def _dtype_in(config: Mapping[str, Any]) -> torch.dtype:

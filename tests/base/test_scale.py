@@ -1,4 +1,4 @@
-"""Bases without a scale are as they always were."""
+"""How a base says which scale it has."""
 
 from __future__ import annotations
 
@@ -8,22 +8,37 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
-from tiny import load, make_base, make_checkpoint
+from tiny import assert_same_tensors, load, make_base, make_checkpoint
 
 from qosora.base.convert import quantize
 from qosora.config import QosoraConfig
 from qosora.errors import ConfigError
+from qosora.export import export_merged
+from qosora.memory.plan import plan
 
 
-def test_nothing_is_written_of_no_scale(tmp_path: Path):
-    base = make_base(tmp_path / "base")
-    quantize(tmp_path / "base-source", tmp_path / "streamed", QosoraConfig(rank=8))
+def test_without_one(tmp_path: Path):
+    config = QosoraConfig(rank=8, scale=None)
+    base = make_base(tmp_path / "base", config=config)
+    quantize(tmp_path / "base-source", tmp_path / "streamed", config)
     for folder in (base, tmp_path / "streamed"):
-        assert "scale" not in json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert json.loads((folder / "config.json").read_text())["quantization_config"]["scale"] is None
         with safe_open(folder / "model.safetensors", "pt") as file:
             assert not [name for name in file.keys() if name.endswith(".c")]  # noqa: SIM118
-    assert "scale" not in json.loads((tmp_path / "streamed" / "qosora_manifest.json").read_text())["made_with"]
     assert load(base).config.quantization_config.scale is None
+
+
+def test_the_first_bases_had_none_and_do_not_say_so(tmp_path: Path):
+    base = make_base(tmp_path / "base", config=QosoraConfig(rank=8, scale=None))
+    config = json.loads((base / "config.json").read_text())
+    del config["quantization_config"]["scale"]
+    before = load(base).state_dict()
+    (base / "config.json").write_text(json.dumps(config))
+    old = load(base)
+    assert old.config.quantization_config.scale is None
+    assert_same_tensors(old.state_dict(), before)
+    export_merged(base, tmp_path / "merged")
+    assert plan(base, seq_len=32, grid=False, compare=False).usage.rows["factors"] > 0
 
 
 def test_other_weights_and_config_with_one(tmp_path: Path):

@@ -56,7 +56,7 @@ def test_weights_checkpoints_and_logits_counted_by_hand(name: str, fused: bool):
     if not fused:
         shapes = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (wide, hidden), (wide, hidden), (hidden, wide)]
     base = layers * sum(four_bits(m * n) for m, n in shapes)
-    factors = layers * sum(four_bits(rank * m) + four_bits(rank * n) + 4 * (m + rank) for m, n in shapes)
+    factors = layers * sum(four_bits(rank * m) + four_bits(rank * n) + 4 * (m + n + rank) for m, n in shapes)
     vectors = layers * sum(m + rank for m, n in shapes)
     embeddings = vocab * hidden * 2 * (1 if c.get("tie_word_embeddings") else 2)
     checkpoints = layers * tokens * hidden * 2
