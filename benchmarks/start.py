@@ -1,11 +1,13 @@
-"""How far is an untrained base from the unquantized model? KL divergence of their next tokens, NF4 beside.
+"""How far is an untrained base from the unquantized model? KL divergence of their next tokens, rivals beside.
 
-    python benchmarks/start.py --model gemma-3-270m.Q4_K_M.gguf --data-dir gsm8k --output results.json
+    python benchmarks/start.py --model gemma-3-270m.Q4_K_M.gguf --data-dir data --output results.json
 
 KL(p ‖ q) of the distributions of the next token, p by the unquantized model and q by the other, in nats, averaged over
-all positions of some questions and answers of GSM8K's test set; everything is computed in float32. The vocabulary is
-cut to these texts' tokens (see vocabulary.py). Bits per weight count all that is stored of the decomposed layers, but
-for `o`, which is ones.
+all positions of questions and answers of GSM8K's test set, and of questions of OpenBookQA's; everything is computed in
+float32. Calibrated scales are made from OpenBookQA's training set. One draw of rounding errors moves the divergence by
+some per cent, so each is measured for several: seeds of the SVD, and for what has none, blocks that begin elsewhere in
+a row. The vocabulary is cut to these texts' tokens (see vocabulary.py). Bits per weight count all that is stored of the
+decomposed layers, but for `o`, which is ones.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vocabulary import cut_model, cut_tokenizer
 
 from qosora.config import QosoraConfig
-from qosora.decompose import nf4
+from qosora.decompose import SCALES, nf4
+from qosora.decompose.scales import column_scale
 from qosora.layers import qosora_modules
 
 QUESTION = "How far is an untrained base from the unquantized model?"
@@ -47,12 +50,21 @@ class Texts:
     mask: torch.Tensor
     expected: torch.Tensor
 
-    def compare(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return how far a model is from the unquantized one."""
+    @classmethod
+    def read(cls, rows: list[list[int]], model: PreTrainedModel) -> Texts:
+        """Take texts as rows of tokens, and the unquantized model."""
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
+        return cls(ids, mask, log_probabilities(model, ids, mask))
+
+    def compare(self, model: PreTrainedModel) -> tuple[float, float]:
+        """Return a model's KL divergence, and how often its likeliest token is the unquantized one's."""
         got = log_probabilities(model, self.ids, self.mask)
         kl = (self.expected.exp() * (self.expected - got)).sum(-1).mean()
         equal = (self.expected.argmax(-1) == got.argmax(-1)).float().mean()
-        return {"kl_divergence": round(float(kl), 4), "equal_top_tokens": round(float(equal), 4)}
+        return float(kl), float(equal)
 
 
 @torch.no_grad()
@@ -61,51 +73,105 @@ def log_probabilities(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Ten
     return F.log_softmax(model.eval()(input_ids=ids, attention_mask=mask.long()).logits[mask], -1)
 
 
-def prepare(args: argparse.Namespace, folder: Path) -> Texts:
-    """Write the unquantized model with its vocabulary cut; return the texts with what it expects."""
+@dataclass(frozen=True)
+class Start:
+    """The unquantized model and what it is compared on.
+
+    Args:
+        folder: Of the model, its vocabulary cut.
+        texts: By kind.
+        calibration: Texts for calibrated scales.
+        draws: Of rounding errors.
+    """
+
+    folder: Path
+    texts: dict[str, Texts]
+    calibration: list[str]
+    draws: int
+
+    def over_draws(self, made: Callable[[int], tuple[PreTrainedModel, float]]) -> dict[str, Any]:
+        """Return divergences over draws, of what makes a model and says its bits per weight."""
+        found: dict[str, Any] = {kind: {"kl_divergence": [], "equal_top_tokens": []} for kind in self.texts}
+        for draw in range(self.draws):
+            model, bits = made(draw)
+            for kind, texts in self.texts.items():
+                for key, value in zip(found[kind], texts.compare(model), strict=True):
+                    found[kind][key].append(round(value, 4))
+        return {**found, "bits_per_weight": round(bits, 3)}
+
+    def plain(self, draw: int, **options: Any) -> tuple[PreTrainedModel, float]:
+        """Quantize the weights to 4 bits as they are, as QLoRA does, or with a scale of columns."""
+        scale = options.pop("scale", False)
+
+        def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+            c = column_scale(weight) if scale else torch.ones(weight.shape[1])
+            q = nf4.quantize((weight / c).roll(16 * draw, 1), **options)
+            return nf4.dequantize(q).roll(-16 * draw, 1) * c, q.nbytes + (c.nbytes if scale else 0)
+
+        return self._replaced(quantized)
+
+    def int8(self, draw: int) -> tuple[PreTrainedModel, float]:
+        """Quantize the weights to 8 bits, a scale for each row, as LLM.int8() does; a draw changes nothing."""
+
+        def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            return (weight / scale).round() * scale, weight.numel() + scale.nbytes
+
+        return self._replaced(quantized)
+
+    def _replaced(self, quantized: Callable[[torch.Tensor], tuple[torch.Tensor, int]]) -> tuple[PreTrainedModel, float]:
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        stored = numel = 0
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and ".layers." in name:
+                module.weight.data, nbytes = quantized(module.weight.data)
+                stored, numel = stored + nbytes, numel + module.weight.numel()
+        return model, 8 * stored / numel
+
+    def base(self, draw: int, rank: int, scale: str | None) -> tuple[PreTrainedModel, float]:
+        """Decompose the weights."""
+        calibration = self.calibration if scale == "calibrated" else None
+        config = QosoraConfig(rank=rank, scale=scale, calibration=calibration, seed=draw)
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, quantization_config=config)
+        layers = qosora_modules(model).values()
+        stored = sum(layer.factors.nbytes for layer in layers)
+        return model, 8 * stored / sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> Start:
+    """Write the unquantized model with its vocabulary cut; return it with the texts, and what it expects."""
     tokenizer, model = load_source(Path(args.model))
-    lines = (Path(args.data_dir) / "test.jsonl").read_text(encoding="utf-8").splitlines()[: args.texts]
-    texts = [f"{row['question']}\n{row['answer']}" for row in map(json.loads, lines)]
-    tokenizer, kept = cut_tokenizer(tokenizer, texts)
+    data = Path(args.data_dir)
+    lines = (data / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()[: args.texts]
+    kinds = {"gsm8k": [f"{row['question']}\n{row['answer']}" for row in map(json.loads, lines)]}
+    test, train = (
+        json.loads((data / "openbookqa" / f"{s}.json").read_text(encoding="utf-8")) for s in ("test", "train")
+    )
+    kinds["openbookqa"] = [row["instruction"] for row in test[: args.texts]]
+    calibration = [f"{row['instruction']}\n{row['output']}" for row in train[:128]]
+    tokenizer, kept = cut_tokenizer(tokenizer, [text for texts in kinds.values() for text in texts] + calibration)
     cut_model(model, kept)
     model.save_pretrained(folder)
-    rows = [ids[: args.tokens] for ids in tokenizer(texts)["input_ids"]]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
-    return Texts(ids, mask, log_probabilities(model, ids, mask))
+    tokenizer.save_pretrained(folder)
+    rows = {kind: [ids[: args.tokens] for ids in tokenizer(texts)["input_ids"]] for kind, texts in kinds.items()}
+    return Start(folder, {kind: Texts.read(found, model) for kind, found in rows.items()}, calibration, args.draws)
 
 
-def start_of_nf4(folder: Path, texts: Texts) -> dict[str, float]:
-    """Quantize the weights as they are, as QLoRA does."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    stored = numel = 0
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".layers." in name:
-            q = nf4.quantize(module.weight.data)
-            stored, numel = stored + q.nbytes, numel + module.weight.numel()
-            module.weight.data = nf4.dequantize(q)
-    return {**texts.compare(model), "bits_per_weight": round(8 * stored / numel, 3)}
-
-
-def start_of_base(folder: Path, texts: Texts, rank: int, scale: str | None) -> dict[str, float]:
-    """Decompose the weights."""
-    config = QosoraConfig(rank=rank, scale=scale)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
-    layers = qosora_modules(model).values()
-    stored = sum(layer.factors.nbytes for layer in layers)
-    numel = sum(layer.in_features * layer.out_features for layer in layers)
-    return {**texts.compare(model), "bits_per_weight": round(8 * stored / numel, 3)}
-
-
-def stages(args: argparse.Namespace, folder: Path, texts: Texts) -> Mapping[str, Callable[[], dict[str, float]]]:
+def stages(args: argparse.Namespace, start: Start) -> Mapping[str, Callable[[], dict[str, Any]]]:
     """Return what is compared, by name."""
-    return {"nf4": partial(start_of_nf4, folder, texts)} | {
-        f"qosora_r{rank}{f'_{scale}' if scale else ''}": partial(start_of_base, folder, texts, rank, scale)
-        for rank in args.ranks
-        for scale in (None, "columns")
+    rivals: dict[str, Callable[[int], tuple[PreTrainedModel, float]]] = {
+        "nf4": start.plain,
+        "nf4_blocks_of_32": partial(start.plain, blocksize=32),
+        "nf4_float32_absmax": partial(start.plain, double_quant=False),
+        "nf4_columns": partial(start.plain, scale=True),
+        "int8": start.int8,
     }
+    rivals |= {
+        f"qosora_r{rank}{f'_{scale}' if scale else ''}": partial(start.base, rank=rank, scale=scale)
+        for rank in args.ranks
+        for scale in (None, *SCALES)
+    }
+    return {name: partial(start.over_draws, made) for name, made in rivals.items()}
 
 
 def parse() -> argparse.Namespace:
@@ -113,11 +179,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--model", required=True, help="GGUF file or model folder")
     parser.add_argument("--model-name", help="what the results call it (default: its file name)")
-    parser.add_argument("--data-dir", required=True, help="folder with GSM8K's test.jsonl")
+    parser.add_argument("--data-dir", required=True, help="folder with gsm8k/ and openbookqa/")
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument("--resume", action="store_true", help="keep the stages that the output holds")
-    parser.add_argument("--texts", type=int, default=24)
+    parser.add_argument("--texts", type=int, default=24, help="of each kind")
     parser.add_argument("--tokens", type=int, default=96, help="of each text, at most")
+    parser.add_argument("--draws", type=int, default=3, help="of rounding errors")
     parser.add_argument("--ranks", type=int, nargs="+", default=[32, 64, 128])
     return parser.parse_args()
 
@@ -126,12 +193,11 @@ def main() -> None:
     """Run the benchmark."""
     args = parse()
     hidden = ("model", "model_name", "data_dir", "output", "resume")
-    config: dict[str, Any] = {"model": args.model_name or Path(args.model).name, "data": "GSM8K"}
+    config: dict[str, Any] = {"model": args.model_name or Path(args.model).name, "data": "GSM8K, OpenBookQA"}
     config |= {name: value for name, value in vars(args).items() if name not in hidden}
     record = Record(args.output, "start", QUESTION, config, args.resume)
     with tempfile.TemporaryDirectory() as folder:
-        texts = prepare(args, Path(folder))
-        for name, action in stages(args, Path(folder), texts).items():
+        for name, action in stages(args, prepare(args, Path(folder))).items():
             record.stage(name, action)
 
 

@@ -5,10 +5,10 @@
         --tasks gsm8k openbookqa --model gemma-3-270m.Q4_K_M.gguf --data-dir data
 
 Each file in `configs/` is an experiment: what is frozen, what is trained, and learning rates to choose from. On each
-task an experiment is first trained briefly at each of its learning rates; that with the lowest validation loss is taken,
-and where it is the largest or smallest of them, a further one beyond is tried. Then come the trainings that count, one
-for each seed, which is that of the examples' order and of what a method draws. What is in `results/quality` already is
-not run again: the same command goes on where it stopped. `quality_page.py` makes tables and pictures of it.
+task an experiment is first trained briefly at each of its learning rates; that with the lowest validation loss is
+taken, and where it is the largest or smallest of them, a further one beyond is tried. Then come the trainings that
+count, one for each seed, which is that of the examples' order and of what a method draws. What is in `results/quality`
+already is not run again: the same command goes on where it stopped. `quality_page.py` makes tables and pictures of it.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def main() -> None:
     prepare(args.tasks, args.model, args.data_dir, args.work_dir)  # once, before the workers need it
     command = [sys.executable, *sys.argv, "--workers", "1"]
     workers = [subprocess.Popen(command) for _ in range(args.workers)]
-    if any([worker.wait() for worker in workers]):
+    if max(worker.wait() for worker in workers):
         raise SystemExit(1)
 
 

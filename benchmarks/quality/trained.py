@@ -147,7 +147,8 @@ BASES: dict[str, Callable[..., tuple[Any, float]]] = {
 
 def _linear(model: Any) -> dict[str, nn.Linear]:
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name}
-    assert found and all(module.bias is None for module in found.values())
+    assert found
+    assert all(module.bias is None for module in found.values())
     return found
 
 

@@ -3,10 +3,11 @@
 | module | one line |
 |---|---|
 | `structure` | which layers are decomposed |
-| `quantizer` | the transformers side: from_pretrained, save_pretrained |
 | `layout` | names, shapes and ties of the plain model |
-| `convert` | `quantize`: a checkpoint becomes a base, streamed |
 | `load` | loads a base, with or without an adapter |
+| `calibrate` | how large a model's activations are, on some text |
+| `quantizer` | the transformers side: from_pretrained, save_pretrained |
+| `convert` | `quantize`: a checkpoint becomes a base, streamed |
 | `describe` | what a folder of ours holds |
 """
 

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from qosora import __version__
+from qosora.base.calibrate import calibration_rows, rows_digest, second_moments
 from qosora.base.layout import PlainModel, natural_order
 from qosora.base.structure import decompose_structure
 from qosora.checkpoints import (
@@ -159,19 +160,36 @@ def quantize(
         conversion.match()
         units = [conversion.unit(disk, name, device) for disk, name in conversion.tensors.items()]
         made_with = _made_with(config, device)
+        calibration: dict[str, Any] = {}
+        before = None
+        if config.scale == "calibrated":
+            rows = calibration_rows(config, checkpoint.origin, trust_remote_code)
+            calibration = {"calibration": {"tokens": rows.numel(), "sha256": rows_digest(rows)}}
+
+            def before(file: Path) -> None:
+                names = [name.removesuffix(".weight") for name in conversion.layers]
+                conversion.moments = second_moments(
+                    checkpoint, rows, names, device=device, file=file, trust_remote_code=trust_remote_code
+                )
 
         def finish(folder: Path, reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
             copy_files(folder, checkpoint.origin, with_code=trust_remote_code)
             conversion.config.save_pretrained(folder)
             # No times, so that a base is the same however it was made.
             layers = [{k: v for k, v in report.items() if k != "seconds"} for report in reports.values() if report]
-            return {"source": str(source), "source_files": _sizes(units), "made_with": made_with, "layers": layers}
+            return {
+                "source": str(source),
+                "source_files": _sizes(units),
+                "made_with": made_with,
+                "layers": layers,
+            } | calibration
 
         reports = stream(
             output,
             units,
             finish,
-            job={**made_with, "dtype": str(conversion.dtype)},
+            job={**made_with, **calibration, "dtype": str(conversion.dtype)},
+            before=before,
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
             restart=restart,
@@ -214,6 +232,7 @@ class _Conversion:
     Attributes:
         config: Of the base that is made.
         layers: The decomposed layers, by the name of their weight in the model.
+        moments: With a calibrated scale, of their inputs, by their names.
         tensors: What to read, in order: name on disk -> name in the model. Names on disk stay.
     """
 
@@ -235,6 +254,7 @@ class _Conversion:
         decompose_structure(model, storage)
         self.layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, QosoraLinear)}
         self.tensors: dict[str, str] = {}
+        self.moments: dict[str, torch.Tensor] = {}
 
     def _stored_dtype(self) -> torch.dtype:
         """Return the dtype of the first floating-point tensor: what transformers takes where config.json has none."""
@@ -284,7 +304,8 @@ class _Conversion:
         def make(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             start = time.perf_counter()
             oriented = weight.T if module.fan_in_fan_out else weight
-            factors, error = factorize_with_report(oriented, module.rank, name=name, **self.storage.factorize_options())
+            options: dict[str, Any] = {"name": name, "moments": self.moments.get(name.removesuffix(".weight"))}
+            factors, error = factorize_with_report(oriented, module.rank, **options, **self.storage.factorize_options())
             state = {prefix + key: tensor.cpu() for key, tensor in module.state_of(factors).items()}
             shape = (module.out_features, module.in_features)
             seconds = time.perf_counter() - start

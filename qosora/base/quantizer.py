@@ -9,6 +9,7 @@ no configuration and gives the same bytes.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
@@ -20,7 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from qosora import register
+from qosora.base.calibrate import calibration_rows, second_moments
 from qosora.base.structure import decompose_structure
+from qosora.checkpoints import open_source
 from qosora.compat.torch import own_parameters
 from qosora.compat.transformers import (
     ConversionOps,
@@ -65,8 +68,8 @@ def _few_patterns(names: set[str], others: set[str], exact: int = 0) -> set[str]
 class _Factorize(ConversionOps):
     """Decomposes one weight of an ordinary checkpoint into the parameters of its `QosoraLinear`."""
 
-    def __init__(self, config: QosoraConfig) -> None:
-        self.config = config
+    def __init__(self, config: QosoraConfig, moments: Mapping[str, torch.Tensor]) -> None:
+        self.config, self.moments = config, moments
 
     def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **_: Any) -> dict[str, torch.Tensor]:
         """Return the parameters of the layers that the weights in `input_dict` belong to, by name."""
@@ -90,7 +93,8 @@ class _Factorize(ConversionOps):
                 f"{name}: config.json makes it {expected}, the checkpoint has {tuple(weight.shape)}; "
                 "config and weights belong to different models"
             )
-        return module.state_of(factorize(weight, module.rank, name=name, **self.config.factorize_options()))
+        options: dict[str, Any] = {"name": name, "moments": self.moments.get(name.removesuffix(".weight"))}
+        return module.state_of(factorize(weight, module.rank, **options, **self.config.factorize_options()))
 
 
 class QosoraHfQuantizer(HfQuantizer):
@@ -127,10 +131,13 @@ class QosoraHfQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that decomposes a weight."""
-        return _Factorize(self.quantization_config)
+        return _Factorize(self.quantization_config, self._moments)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         names = decompose_structure(model, self.quantization_config, stored=self.pre_quantized)
+        self._moments: dict[str, torch.Tensor] = {}
+        if not self.pre_quantized and self.quantization_config.scale == "calibrated":
+            self._moments = _measured(model, self.quantization_config, names)
         if not self.pre_quantized:
             # Else the loader would round float32 weights to the model's dtype before they are decomposed.
             kept = ((n, m) for n, m in model.named_modules() if not isinstance(m, QosoraLinear))
@@ -173,6 +180,15 @@ class QosoraHfQuantizer(HfQuantizer):
             model.to(dtype)
             model.config.dtype = dtype
         return model
+
+
+def _measured(model: PreTrainedModel, config: QosoraConfig, names: list[str]) -> dict[str, torch.Tensor]:
+    """Return what `second_moments` does, by the checkpoint that a model is being loaded from."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # The loader has tensors made on the meta device by default here.
+    with torch.device("cpu"), open_source(model.config.name_or_path) as checkpoint:
+        rows = calibration_rows(config, checkpoint.origin)
+        return second_moments(checkpoint, rows, names, device=device)
 
 
 def _refuse_missing(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
     OUT.partial/
         job.json           what is being made; a later process goes on only if it wants the same
+        extra              what the work needs besides, if anything
         journal*.jsonl     a line for each finished unit of work: hashes of its tensors, and its report
         model/             shards of the final size, still without headers; becomes OUT when all units are finished
 
@@ -35,7 +36,16 @@ from qosora.errors import CheckpointError, ConfigError
 
 __all__ = ["UnfinishedFolder"]
 
-_OWN_NAMES = {"job.json", ".job.json.tmp", "journal.jsonl", ".journal.jsonl.tmp", "model", "replaced"}
+_OWN_NAMES = {
+    "extra",
+    ".extra.tmp",
+    "job.json",
+    ".job.json.tmp",
+    "journal.jsonl",
+    ".journal.jsonl.tmp",
+    "model",
+    "replaced",
+}
 #: What is finished is brought to the disk itself this often; a loss of power costs about as much work.
 _SYNC_SECONDS = 10.0
 
@@ -54,6 +64,7 @@ class UnfinishedFolder:
 
     Attributes:
         path: Where it is until it is complete.
+        extra: File for what the work needs besides.
         finished: Reports of the finished units, by name, as last read.
     """
 
@@ -75,6 +86,7 @@ class UnfinishedFolder:
             specs.update(made)
         layout = [[name, str(spec.dtype), spec.shape] for name, spec in specs.items()]
         self.job["tensors"] = hashlib.sha256(json.dumps([layout, max_shard_bytes, stem]).encode()).hexdigest()
+        self.extra = self.path / "extra"
         self._data, self._replaced = self.path / "model", self.path / "replaced"
         self.shards = Shards(self._data, specs, max_shard_bytes, stem)
         self.finished: dict[str, dict[str, Any]] = {}
@@ -248,7 +260,7 @@ class UnfinishedFolder:
 
     def leave(self) -> None:
         """Let go of the folder, and remove it if nothing is finished in it."""
-        if self._begun and not _entries(self.path):
+        if self._begun and not _entries(self.path) and not self.extra.exists():
             self.remove()
         self._let_go()
 

@@ -138,6 +138,7 @@ def stream(
     max_shard_bytes: int,
     stem: str = "model",
     check: Callable[[Path, Mapping[str, dict[str, Any]]], Mapping[str, Any]] | None = None,
+    before: Callable[[Path], object] | None = None,
     overwrite: bool = False,
     restart: bool = False,
     processes: Processes | None = None,
@@ -154,6 +155,8 @@ def stream(
         stem: What stands for "model" in their names.
         check: Called like `finish` when the folder can be loaded and is not yet in its place; returns more for the
             manifest. If it raises a CheckpointError, nothing of the folder is left.
+        before: Called ahead of the work with a file for what it needs besides, which a later call finds again; in the
+            first process, then in the others.
         overwrite: Whether a model in `output` may be replaced; it stays until the new one is complete.
         restart: Whether to throw away what an earlier call has left unfinished.
         processes: Those that work together; each calls this with the same arguments.
@@ -179,6 +182,10 @@ def stream(
 
     try:
         processes.in_first(lambda: folder.prepare(stamps, overwrite=overwrite, restart=restart))
+        if before is not None:
+            processes.in_first(lambda: before(folder.extra))
+            if processes.index:
+                before(folder.extra)
         folder.join(processes.index)
         _work(units, stamps, folder, processes, progress)
         processes.wait()

@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scale", choices=("columns", "none"), help="bring each weight's columns to one norm first (default: columns)"
     )
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="scale columns by the activations that they meet on this text, too"
+    )
     parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="4-bit format (default: nf4)")
     parser.add_argument("--blocksize", type=int, help="values per quantization block (default: 64)")
     parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
@@ -53,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+#: Of a calibration's data; there are more tokens in them than are used.
+_CALIBRATION_RECORDS = 2000
 #: Options of `QosoraConfig` that are called the same here.
 _STORAGE = ("rank", "svd", "svd_iterations", "seed", "scale", "quant_type", "blocksize", "compute_dtype")
 
@@ -64,11 +69,18 @@ def run(args: argparse.Namespace) -> None:
     from qosora.config import QosoraConfig
     from qosora.dtypes import dtype_named
 
+    storage: dict[str, Any] = {name: value for name in _STORAGE if (value := getattr(args, name)) is not None}
+    if args.scale == "none":
+        storage["scale"] = None
+    if args.calibration is not None:
+        if args.scale is not None:
+            raise ConfigError("--calibration is a scale of its own; leave out --scale")
+        storage |= {"scale": "calibrated", "calibration": _calibration(args)}
     config = QosoraConfig(
         rank_pattern=_ranks(args.rank_pattern),
         double_quant=not args.no_double_quant,
         modules_to_not_convert=args.skip,
-        **{k: None if v == "none" else v for k in _STORAGE if (v := getattr(args, k)) is not None},
+        **storage,
     )
     with progress_bar("decomposing", hidden=args.json) as show:
 
@@ -100,6 +112,18 @@ def run(args: argparse.Namespace) -> None:
     print(kinds_table(report.by_kind(), config.quant_type))
     print(f"\n{args.output}: {size(report.base_bytes)}, {len(report.layers)} layers, {report.seconds:.0f} s")
     print(f"next: qosora train --model {args.output} --data DATA.jsonl --output-dir ADAPTER")
+
+
+def _calibration(args: argparse.Namespace) -> list[list[int]]:
+    """Return the tokens of some data, rendered as in training."""
+    from qosora.base import load_tokenizer
+    from qosora.checkpoints import open_source
+    from qosora.data import load_records, tokenize
+
+    with open_source(args.source, trust_remote_code=args.trust_remote_code) as checkpoint:
+        tokenizer = load_tokenizer(checkpoint.origin, trust_remote_code=args.trust_remote_code)
+    records = load_records(args.calibration, limit=_CALIBRATION_RECORDS)
+    return [example.input_ids.tolist() for example in tokenize(records, tokenizer).examples]
 
 
 def kinds_table(kinds: dict[str, dict[str, Any]], quant_type: str) -> str:

@@ -30,7 +30,7 @@ from qosora.decompose.nf4 import FourBitTensor
 from qosora.decompose.scales import column_scale
 from qosora.decompose.svd import PANEL, SVD_ITERATIONS, SVD_METHODS, SVD_OVERSAMPLING, empty_matrix, truncated_svd
 from qosora.decompose.threads import panels, parallel_map, reproducible
-from qosora.errors import CheckpointError
+from qosora.errors import CheckpointError, ConfigError
 
 __all__ = ["ErrorReport", "Factors", "factorize", "factorize_with_report", "measure_error", "reconstruct"]
 
@@ -88,6 +88,7 @@ def factorize(
     svd_oversampling: int = SVD_OVERSAMPLING,
     seed: int = 0,
     scale: str | None = None,
+    moments: torch.Tensor | None = None,
     quant_type: str = "nf4",
     blocksize: int = 64,
     double_quant: bool = True,
@@ -103,7 +104,8 @@ def factorize(
         svd_iterations: Power iterations of the randomized SVD.
         svd_oversampling: Oversampling columns of the randomized SVD.
         seed: Seed of the randomized SVD.
-        scale: None, or "columns": decompose the weight with its columns brought to one norm.
+        scale: None, or what `scales.column_scale` makes of the weight: "columns", or "calibrated" with the moments.
+        moments: E[x²] of the layer's inputs, (in_features,).
         quant_type: "nf4" or "fp4".
         blocksize: Values per quantization block.
         double_quant: Whether to quantize the blocks' absmax values, too.
@@ -112,6 +114,7 @@ def factorize(
 
     Raises:
         CheckpointError: If the weight is not a matrix, or holds NaN or infinity.
+        ConfigError: If moments are missing, too many, or of no use.
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise CheckpointError(
@@ -124,7 +127,9 @@ def factorize(
 
     W = empty_matrix(weight.shape, weight.device) if residual is None else residual
     _copy(weight, W, name)
-    c = None if scale is None else column_scale(W)
+    if (moments is None) == (scale == "calibrated"):
+        raise ConfigError(f"{name}: moments are needed for scale='calibrated' and for no other; scale is {scale!r}")
+    c = None if scale is None else column_scale(W, moments)
     if c is not None:
         W /= c
     U, sigma, V = truncated_svd(

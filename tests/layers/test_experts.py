@@ -200,7 +200,8 @@ class TestDecomposed:
         for name, (s, o) in vectors.items():
             factors = layers[name].base_layer.factors
             R, U, V = (nf4.dequantize(part).double() for part in (factors.residual, factors.U, factors.V))
-            weights[name] = (R + (U.T * o[:, None] * s) @ V) * factors.scale
+            assert factors.scale is not None
+            weights[name] = (R + (U.T * o[:, None] * s) @ V) * factors.scale.double()
         inputs = {"input_ids": token_ids(), "labels": token_ids()}
         expected = functional_call(plain, plain_weights(weights, model.base_model.model), kwargs=inputs)
         got = model(**inputs)

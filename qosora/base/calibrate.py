@@ -1,0 +1,241 @@
+"""How large a model's activations are, channel by channel: what `scale="calibrated"` is made from.
+
+The model runs over some text without ever being in memory: accelerate fetches each module's weights from the checkpoint
+when it is called, and lets them go. Activations of a few thousand tokens and one module's weights are all there is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import cpu_offload, init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qosora.base.layout import PlainModel
+from qosora.base.load import load_tokenizer
+from qosora.checkpoints import SourceCheckpoint, load_config
+from qosora.config import QosoraConfig
+from qosora.errors import CheckpointError, ConfigError, first_line
+from qosora.layers import fast_dtype, split_experts
+
+__all__ = ["calibration_rows", "rows_digest", "second_moments"]
+
+#: Tokens that are used, in rows of one length, and the rows that are run at once.
+TOKENS, LENGTH, ROWS = 4096, 512, 4
+#: An expert's moments count as much as the mean of all experts' when it got this many tokens.
+PRIOR_TOKENS = 64
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(.*)")
+
+logger = logging.getLogger("qosora")
+
+
+def calibration_rows(config: QosoraConfig, origin: Path, trust_remote_code: bool = False) -> torch.Tensor:
+    """Return the first tokens of `config.calibration`, texts one after the other, in rows of one length.
+
+    Args:
+        config: With scale "calibrated".
+        origin: Folder with the model's tokenizer.
+        trust_remote_code: Whether to run a tokenizer's code that is there.
+
+    Returns:
+        (rows, length), int64: at most `TOKENS` tokens, in rows of `LENGTH` if there are enough for one.
+
+    Raises:
+        ConfigError: If there are no texts, or no tokens in them.
+        CheckpointError: If there is no tokenizer.
+    """
+    texts: Sequence[Any] = config.calibration or []
+    if not texts:
+        raise ConfigError("scale='calibrated' is made from text: give calibration=[...], or --calibration FILE")
+    tokens: list[int] = []
+    tokenizer = load_tokenizer(origin, trust_remote_code=trust_remote_code) if isinstance(texts[0], str) else None
+    for text in texts:
+        tokens += text if tokenizer is None else tokenizer(text)["input_ids"]
+        if len(tokens) >= TOKENS:
+            break
+    if not tokens:
+        raise ConfigError("calibration: there is no token in the texts")
+    length = min(LENGTH, len(tokens))
+    count = min(len(tokens), TOKENS) // length * length
+    return torch.tensor(tokens[:count]).view(-1, length)
+
+
+def rows_digest(rows: torch.Tensor) -> str:
+    """Return the SHA-256 of rows of tokens."""
+    return hashlib.sha256(json.dumps(rows.tolist()).encode()).hexdigest()
+
+
+def second_moments(
+    checkpoint: SourceCheckpoint,
+    rows: torch.Tensor,
+    names: Iterable[str],
+    *,
+    device: torch.device,
+    file: Path | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Return E[x²] of the inputs of linear layers, over the tokens of some text, computed by the original model.
+
+    Experts that got few tokens are drawn towards the mean of all experts.
+
+    Args:
+        checkpoint: Of a causal language model.
+        rows: Tokens, (rows, length).
+        names: Of the layers.
+        device: Where to compute.
+        file: Where to keep what has been measured: a call that was interrupted goes on from it.
+        trust_remote_code: Whether to run model code that the checkpoint brings.
+
+    Returns:
+        (in_features,) float32 each, by name.
+
+    Raises:
+        CheckpointError: If the model cannot be run so.
+    """
+    totals = _Totals(file, rows)
+    batches = torch.split(rows, ROWS)
+    if totals.batches < len(batches):
+        model = _streamed(checkpoint, device, trust_remote_code)
+        logger.info("measuring activations on %d tokens", rows.numel())
+        with totals.gathered(model, names):
+            for batch in batches[totals.batches :]:
+                try:
+                    with torch.inference_mode():
+                        model.base_model(input_ids=batch.to(device), use_cache=False)
+                except (KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+                    raise CheckpointError(
+                        f"{checkpoint.origin}: {type(model).__name__} cannot be calibrated, as it does not run with "
+                        f"one module's weights at a time ({first_line(error)}); use scale='columns'"
+                    ) from error
+                totals.finish_batch()
+    return totals.means(names)
+
+
+def _streamed(checkpoint: SourceCheckpoint, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+    """Return the original model, whose modules have their weights only while they run."""
+    plain = PlainModel(checkpoint.origin, trust_remote_code)
+    config = load_config(checkpoint.origin, trust_remote_code=trust_remote_code)
+    dtype = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
+    config.dtype = dtype if device.type != "cpu" else fast_dtype(dtype)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+    split_experts(model)
+    weights = _Weights(checkpoint, plain)
+    for name, buffer in model.named_buffers():
+        if name in weights:
+            buffer.copy_(weights[name])
+    return cpu_offload(model, device, state_dict=weights)
+
+
+class _Weights(Mapping[str, torch.Tensor]):
+    """The tensors of a checkpoint, by their names in the model, read when asked for."""
+
+    def __init__(self, checkpoint: SourceCheckpoint, plain: PlainModel) -> None:
+        self._reader = checkpoint.reader
+        self._disk: dict[str, str] = {}
+        for disk in checkpoint.reader.names():
+            name, parts = plain.locate(disk)
+            if parts == [name]:
+                self._disk[name] = disk
+        for name in plain.shapes:
+            if name not in self._disk and (other := next(filter(self._disk.get, plain.tied_to(name)), None)):
+                self._disk[name] = self._disk[other]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._reader.tensor(self._disk[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._disk)
+
+    def __len__(self) -> int:
+        return len(self._disk)
+
+
+class _Totals:
+    """Sums of squares over tokens, float64, and numbers of tokens, by layer; with a file, kept batch by batch."""
+
+    def __init__(self, file: Path | None, rows: torch.Tensor) -> None:
+        self.file, self.digest = file, rows_digest(rows)
+        self.batches = 0
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+        if file is not None and file.exists():
+            self._read(file)
+
+    def _read(self, file: Path) -> None:
+        try:
+            with safe_open(file, "pt") as found:
+                kept = json.loads(found.metadata()["state"])
+                if kept["digest"] == self.digest:
+                    self.batches, self.counts = kept["batches"], kept["counts"]
+                    self.sums = {name: found.get_tensor(name) for name in self.counts}
+        except (SafetensorError, KeyError, TypeError, ValueError):  # torn: measured anew
+            self.batches, self.sums, self.counts = 0, {}, {}
+
+    @contextmanager
+    def gathered(self, model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+        """Add up the inputs of layers while in the context."""
+        hooks = [model.get_submodule(name).register_forward_pre_hook(self._adding(name)) for name in names]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _adding(self, name: str) -> Callable[..., None]:
+        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            squares = x.square().sum(0, dtype=torch.float64).cpu()
+            self.sums[name] = self.sums.get(name, 0) + squares
+            self.counts[name] = self.counts.get(name, 0) + len(x)
+
+        return add
+
+    def finish_batch(self) -> None:
+        """Count a batch, and keep what there is."""
+        self.batches += 1
+        if self.file is not None:
+            state = {"digest": self.digest, "batches": self.batches, "counts": self.counts}
+            temporary = self.file.with_name(f".{self.file.name}.tmp")
+            save_file(self.sums, temporary, metadata={"state": json.dumps(state)})
+            temporary.replace(self.file)
+
+    def means(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return the mean squares; those of experts drawn towards their mean over all experts."""
+        names = list(names)
+        pooled: dict[str, tuple[Any, int]] = {}
+        for name in names:
+            if (kind := _kind(name)) is not None:
+                total, count = pooled.get(kind, (0, 0))
+                pooled[kind] = (total + self.sums.get(name, 0), count + self.counts.get(name, 0))
+        found = {}
+        for name in names:
+            total, count = self.sums.get(name, torch.zeros(())), self.counts.get(name, 0)
+            if (kind := _kind(name)) is not None and pooled[kind][1]:
+                shared, tokens = pooled[kind]
+                total, count = total + shared * (PRIOR_TOKENS / tokens), count + PRIOR_TOKENS
+            if not count:
+                raise CheckpointError(
+                    f"{name} was not run on any token, so it cannot be calibrated; use scale='columns'"
+                )
+            found[name] = (total / count).float()
+            if not found[name].isfinite().all():
+                raise CheckpointError(f"{name}: its inputs are NaN or infinite on the calibration text")
+        return found
+
+
+def _kind(name: str) -> str | None:
+    """Return which projection of which experts a layer is, or None if it is no expert's."""
+    match = _EXPERT.fullmatch(name)
+    return None if match is None else f"{match[1]}.{match[2]}"
