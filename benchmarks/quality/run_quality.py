@@ -21,12 +21,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import TASKS, Task, prepare
+from tasks import TASKS, Row, Task, prepare
 from trained import Experiment, fit
 from transformers import set_seed
 from transformers.utils import logging
@@ -36,8 +36,9 @@ from common import commit, device, versions  # isort: skip  (tasks.py has made i
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "quality"
 SEEDS = (0, 1, 2)
-#: How far beyond the best learning rate the next is, where the best is the largest or smallest that was tried.
-BEYOND = 2.0
+#: How far beyond the best learning rate the next is, where the best is the largest or smallest that was tried; and how
+#: many such are tried.
+BEYOND, FURTHER = 2.0, 3
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Results:
             if missing := [runs[rate] for rate in rates if losses[rate] is None]:
                 return None, missing
             best = min(rates, key=lambda rate: losses[rate] or math.inf)
+            if len(rates) == len(experiment.learning_rates) + FURTHER:
+                return best, []
             if best == rates[-1]:
                 rates.append(float(f"{best * BEYOND:.2g}"))
             elif best == rates[0]:
@@ -171,6 +174,8 @@ def work_through(args: argparse.Namespace) -> None:
     results, claims = Results(args.output), args.work_dir / "claims"
     claims.mkdir(parents=True, exist_ok=True)
     tasks = prepare(args.tasks, args.model, args.data_dir, args.work_dir)
+    if args.miniature:
+        tasks = {name: replace(t, search_steps=3, steps=3, splits=_few(t.splits)) for name, t in tasks.items()}
     experiments = {e.name: e for e in map(Experiment.read, sorted((HERE / "configs").glob("*.json")))}
     chosen = [e for e in experiments.values() if not args.only or e.name in args.only]
     while time.monotonic() < deadline:
@@ -184,6 +189,10 @@ def work_through(args: argparse.Namespace) -> None:
                 break
         else:
             return
+
+
+def _few(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    return {name: rows[:32] for name, rows in splits.items()}
 
 
 def _claimed(claim: Path) -> bool:
@@ -213,6 +222,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="Gemma 3 270M, a GGUF file or a folder")
     parser.add_argument("--data-dir", type=Path, help="folder with gsm8k/ and openbookqa/")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--miniature", action="store_true", help="a few steps each, to see that the script runs")
     return parser.parse_args()
 
 

@@ -4,8 +4,8 @@
     openbookqa   Gemma 3 270M; the answers' loss, and accuracy by the likelihood of each choice
     demo         the model that comes with qosora; the tickets' loss, and exact match
 
-Examples have at most 128 tokens, and the vocabulary is cut to both data sets' tokens (see vocabulary.py), for a CPU's
-sake. What is forgotten is the rise of the loss on texts of another kind: questions of the other data set, and for the
+Of both data sets the first examples of at most 128 tokens are taken, and the vocabulary is cut to theirs (see
+vocabulary.py), for a CPU's sake. What is forgotten is the rise of the loss on texts of another kind: questions of the other data set, and for the
 demo the documents that its model was trained on.
 """
 
@@ -36,10 +36,10 @@ from qosora.data import Example, load_records, tokenize  # noqa: E402
 from qosora.demo import assets  # noqa: E402
 from qosora.inference import evaluate, mean_loss  # noqa: E402
 
-__all__ = ["TASKS", "Task", "prepare"]
+__all__ = ["TASKS", "Row", "Task", "prepare"]
 
 LENGTH = 128
-VALIDATION, TEST, OTHER = 64, 128, 64
+TRAIN, VALIDATION, TEST, OTHER = 2000, 64, 128, 64
 _CHOICES = tuple(f"answer{i}" for i in range(1, 5))
 
 Row = dict[str, str]
@@ -127,17 +127,15 @@ def _demo(gguf: Any, data: Any, work: Path) -> Task:
 
 
 def _gsm8k(gguf: Path, data: Path, work: Path) -> Task:
-    model = _gemma(gguf, data, work)
-    splits = _short(model, _gsm8k_rows(data, "train"), _gsm8k_rows(data, "test"))
-    other = [row["prompt"] for row in _openbookqa_rows(data, "test")[:OTHER]]
-    return Task("gsm8k", model, splits, other, _exact(r"#### (.+)", 96), 4, 100, 300)
+    model, splits = _gemma(gguf, data, work)
+    other = [row["prompt"] for row in splits["openbookqa"]["test"][:OTHER]]
+    return Task("gsm8k", model, splits["gsm8k"], other, _exact(r"#### (.+)", 96), 4, 100, 300)
 
 
 def _openbookqa(gguf: Path, data: Path, work: Path) -> Task:
-    model = _gemma(gguf, data, work)
-    splits = _short(model, _openbookqa_rows(data, "train"), _openbookqa_rows(data, "test"))
-    other = [row["prompt"] for row in _gsm8k_rows(data, "test")[:OTHER]]
-    return Task("openbookqa", model, splits, other, _likeliest_choice, 4, 100, 300)
+    model, splits = _gemma(gguf, data, work)
+    other = [row["prompt"] for row in splits["gsm8k"]["test"][:OTHER]]
+    return Task("openbookqa", model, splits["openbookqa"], other, _likeliest_choice, 4, 100, 300)
 
 
 #: How each task is made of the GGUF file, the folder with the data, and the one for models.
@@ -158,31 +156,35 @@ def _openbookqa_rows(data: Path, split: str) -> list[Row]:
     return [{"prompt": f"{row['instruction']}\n", "completion": row["output"]} for row in rows]
 
 
-def _gemma(gguf: Path, data: Path, work: Path) -> Path:
-    """Return the folder of the model with its vocabulary cut, in bfloat16."""
-    folder = work / "gemma"
+def _gemma(gguf: Path, data: Path, work: Path) -> tuple[Path, dict[str, dict[str, list[Row]]]]:
+    """Return the folder of the model with its vocabulary cut, in bfloat16, and the splits of both data sets."""
+    folder, file = work / "gemma", work / "gemma-splits.json"
     if not folder.exists():
         tokenizer, model = load_source(gguf)
-        rows = [r for of in (_gsm8k_rows, _openbookqa_rows) for split in ("train", "test") for r in of(data, split)]
+        splits = {
+            "gsm8k": _short(tokenizer, *(_gsm8k_rows(data, split) for split in ("train", "test"))),
+            "openbookqa": _short(tokenizer, *(_openbookqa_rows(data, split) for split in ("train", "test"))),
+        }
+        rows = [row for of_task in splits.values() for of_split in of_task.values() for row in of_split]
         tokenizer, kept = cut_tokenizer(tokenizer, [row["prompt"] + row["completion"] for row in rows])
         cut_model(model, kept)
+        file.write_text(json.dumps(splits), encoding="utf-8")
         made = work / "gemma.partial"
         model.to(torch.bfloat16).save_pretrained(made)
         tokenizer.save_pretrained(made)
         made.rename(folder)
-    return folder
+    return folder, json.loads(file.read_text(encoding="utf-8"))
 
 
-def _short(model: Path, train: list[Row], test: list[Row]) -> dict[str, list[Row]]:
+def _short(tokenizer: PreTrainedTokenizerBase, train: list[Row], test: list[Row]) -> dict[str, list[Row]]:
     """Return the splits, of rows that are short enough."""
-    train, test = (
-        [r for r, n in zip(rows, _lengths(model, rows), strict=True) if n < LENGTH] for rows in (train, test)
-    )
-    return {"train": train[:-VALIDATION], "validation": train[-VALIDATION:], "test": test[:TEST]}
 
+    def short(rows: list[Row]) -> list[Row]:
+        texts = tokenizer([row["prompt"] + row["completion"] for row in rows])["input_ids"]
+        return [row for row, ids in zip(rows, texts, strict=True) if len(ids) < LENGTH]
 
-def _lengths(model: Path, rows: list[Row]) -> list[int]:
-    return [len(ids) for ids in _tokenizer(model)([r["prompt"] + r["completion"] for r in rows])["input_ids"]]
+    train = short(train)[: TRAIN + VALIDATION]
+    return {"train": train[:-VALIDATION], "validation": train[-VALIDATION:], "test": short(test)[:TEST]}
 
 
 def _exact(pattern: str, tokens: int) -> Callable[[Task, Any, Sequence[Row]], dict[str, float]]:

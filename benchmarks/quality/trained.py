@@ -18,13 +18,14 @@ from typing import Any
 
 import peft
 import torch
+import torch.nn.functional as F
 from tasks import Task
 from torch import nn
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 from qosora.base import load_base, quantize
 from qosora.config import OsoraConfig, QosoraConfig
-from qosora.data import padded_batch
+from qosora.data import IGNORED, padded_batch
 from qosora.decompose import nf4
 from qosora.decompose.svd import truncated_svd
 from qosora.layers import qosora_modules
@@ -167,6 +168,16 @@ class Trained:
     diverged: bool
 
 
+def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the mean loss of the supervised tokens; logits are made of no others, which takes a CPU less time."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    assert not getattr(causal.config, "final_logit_softcapping", None)
+    hidden = causal.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+    targets = batch["labels"][:, 1:]
+    chosen = targets != IGNORED
+    return F.cross_entropy(causal.lm_head(hidden[:, :-1][chosen]), targets[chosen])
+
+
 def fit(model: Any, task: Task, rate: float, seed: int, steps: int, at: Callable[[int], None]) -> Trained:
     """Train what requires a gradient: AdamW, no weight decay, linear warm-up and decay, gradients clipped at norm 1.
 
@@ -186,7 +197,7 @@ def fit(model: Any, task: Task, rate: float, seed: int, steps: int, at: Callable
     for step, chosen in enumerate(task.order(seed, steps), 1):
         start = time.perf_counter()
         model.train()
-        loss = model(**padded_batch([examples[i] for i in chosen])).loss
+        loss = answer_loss(model, padded_batch([examples[i] for i in chosen]))
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             return Trained(losses, seconds / step, True)
