@@ -40,8 +40,8 @@ class QosoraConfig(QuantizationConfigMixin):
         seed: Seed of the randomized SVD.
         scale: "columns": what is decomposed is the weight with its columns brought to one norm, and the layer
             multiplies its inputs in turn. "calibrated": the columns are scaled by the activations that they meet on
-            some text, too, which brings the base nearer to the unquantized model. None: the weight as it is, further
-            from it (Gemma 3 270M at rank 64: KL divergence of next tokens 0.117 in place of 0.076, plain NF4 0.161).
+            some text, too. None: the weight as it is. KL divergence of next tokens from the unquantized Gemma 3
+            270M's at rank 64: 0.083, 0.061 and 0.121; plain NF4 0.169.
         calibration: For "calibrated" that text: a list of texts, or of lists of token ids; the first 4096 tokens are
             used. It is not stored.
         quant_type: "nf4" or "fp4".

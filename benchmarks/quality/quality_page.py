@@ -157,7 +157,8 @@ def conditions(methods: Sequence[Method]) -> str:
     versions = {f"{name} {run['versions'][name]}" for run in runs for name in ("torch", "transformers", "peft")}
     return (
         f"Test loss in nats per token of the answers, after {runs[0]['steps']} steps; mean and 95 % interval over "
-        "seeds. Forgotten is the rise of the loss on texts of another kind. Computed in float32 from the values as stored; "
+        "seeds. Forgotten is the rise of the loss on texts of another kind. Computed in float32 from the values as "
+        "stored; "
         f"{', '.join([*devices, *sorted(versions)])}."
     )
 

@@ -5,8 +5,8 @@
     demo         the model that comes with qosora; the tickets' loss, and exact match
 
 Of both data sets the first examples of at most 128 tokens are taken, and the vocabulary is cut to theirs (see
-vocabulary.py), for a CPU's sake. What is forgotten is the rise of the loss on texts of another kind: questions of the other data set, and for the
-demo the documents that its model was trained on.
+vocabulary.py), for a CPU's sake. What is forgotten is the rise of the loss on texts of another kind: questions of the
+other data set, and for the demo the documents that its model was trained on.
 """
 
 from __future__ import annotations

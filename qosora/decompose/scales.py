@@ -12,7 +12,7 @@ it becomes where columns are as small as the activations that they meet are larg
 all columns of W diag(1/c) then have one norm. It takes no data.
 
 KL divergence of Gemma 3 270M's next tokens from the unquantized model's (`benchmarks/start.py`): a third less than
-without a scale for "columns" at rank 64 and 128, half for "calibrated". Powers of two next to the c of "columns", which
+without a scale for "columns" at rank 32 to 128, half for "calibrated". Powers of two next to the c of "columns", which
 would multiply without rounding, gain three quarters of that.
 """
 
