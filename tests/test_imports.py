@@ -26,6 +26,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "layers"),
     ("base", "adapter"),
     ("data",),
+    ("tokens",),
     ("inference",),
     ("training", "export"),
     ("memory",),

@@ -2,8 +2,10 @@
 
 | module | one line |
 |---|---|
+| `chat` | chats as text, by any template, and where each turn stands |
 | `records` | files and hub data sets, checked row by row |
 | `tokens` | records to token ids and labels |
+| `fit` | whether tokens fit a model |
 | `batch` | examples of different lengths, padded |
 """
 
@@ -16,6 +18,14 @@ from qosora._lazy import door
 if TYPE_CHECKING:
     from qosora.data.batch import padded as padded
     from qosora.data.batch import padded_batch as padded_batch
+    from qosora.data.chat import encode as encode
+    from qosora.data.chat import refuse_broken_text as refuse_broken_text
+    from qosora.data.chat import render as render
+    from qosora.data.chat import template_options as template_options
+    from qosora.data.fit import embedding_rows as embedding_rows
+    from qosora.data.fit import learned_positions as learned_positions
+    from qosora.data.fit import refuse_foreign_tokens as refuse_foreign_tokens
+    from qosora.data.fit import refuse_too_long as refuse_too_long
     from qosora.data.records import Columns as Columns
     from qosora.data.records import Records as Records
     from qosora.data.records import load_records as load_records
@@ -28,8 +38,10 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door(
     __name__,
     {
+        "chat": ["encode", "refuse_broken_text", "render", "template_options"],
         "records": ["Columns", "Records", "load_records", "no_progress_bars"],
         "tokens": ["Example", "IGNORED", "Tokenized", "tokenize"],
+        "fit": ["embedding_rows", "learned_positions", "refuse_foreign_tokens", "refuse_too_long"],
         "batch": ["padded", "padded_batch"],
     },
 )

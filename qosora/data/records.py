@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from qosora.data.chat import refuse_broken_text
 from qosora.errors import DataError
 
 __all__ = ["Columns", "Records", "load_records", "no_progress_bars"]
@@ -51,7 +52,7 @@ class Records:
     Args:
         name: Of the file or data set, for messages.
         kind: "prompt-completion", "messages" or "text".
-        rows: As in the module docstring.
+        rows: As in the module docstring; chats have their other columns, which a template may ask for, in "columns".
     """
 
     name: str
@@ -130,9 +131,15 @@ def _normalised(name: str, rows: Iterable[Row], parts: Mapping[str, str]) -> Ite
                 raise DataError(f"{name} {where}: no {column!r}, which other rows have")
             if problem := _problem(part, row[column]):
                 raise DataError(f"{name} {where}: {column} {problem}")
+            try:
+                refuse_broken_text(row[column])
+            except DataError as error:
+                raise DataError(f"{name} {where}: {column} {error}") from None
             result[part] = row[column]
         if len({type(value) for value in result.values()}) > 1:
             raise DataError(f"{name} {where}: prompt and completion must both be text or both be messages")
+        if isinstance(next(iter(result.values())), list) and (others := row.keys() - set(parts.values())):
+            result["columns"] = {column: row[column] for column in row if column in others}
         yield result
 
 
@@ -202,6 +209,9 @@ def _numbered(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
+        if _first_character(file) == "[":  # a list, under the name of the other kind
+            yield from _listed_rows(path)
+            return
         for number, line in enumerate(file, 1):
             if line.strip():
                 row = _parsed(f"{path} line {number}", line.rstrip("\r\n"))
@@ -210,11 +220,36 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 yield f"line {number}", row
 
 
+def _first_character(file: TextIO) -> str:
+    """Return the first character of a file that is no white space, and go back to its beginning."""
+    first = next((line.strip()[0] for line in file if line.strip()), "")
+    file.seek(0)
+    return first
+
+
 def _json_rows(path: Path) -> Iterator[Row]:
+    """Read a list, or JSON lines, as data sets are often shipped under this name."""
+    with path.open(encoding="utf-8-sig") as file:
+        lines = list(islice(filter(str.strip, file), 2))
+    if len(lines) == 2 and all(_is_object(line) for line in lines):
+        return _jsonl_rows(path)
+    return _listed_rows(path)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+
+
+def _listed_rows(path: Path) -> Iterator[Row]:
     text = path.read_text(encoding="utf-8-sig")
     value = _parsed(str(path), text) if text.strip() else []
-    if isinstance(value, dict) and len(value) == 1:  # {"data": [...]}
-        value = next(iter(value.values()))
+    if isinstance(value, dict):  # {"data": [...]}, or the only row
+        value = (
+            next(iter(value.values())) if len(value) == 1 and isinstance(next(iter(value.values())), list) else [value]
+        )
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a JSON list of objects, got {_kind_of(value)}")
     for number, row in enumerate(value, 1):

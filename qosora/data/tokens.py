@@ -3,7 +3,7 @@
 Tokenized as TRL would: a prompt is tokenized with its completion, the completion begins where the two differ from the
 prompt alone, and plain completions and texts end with the end-of-sequence token. It is done here, and the result is
 handed to TRL tokenized, so that the tokens counted are the tokens trained on. Unlike TRL, chats are trained on the
-assistant's turns alone by default, with any chat template: a turn is what rendering it adds to the chat before it.
+assistant's turns alone by default, with any chat template: `chat` finds them.
 
 A label counts where it is not -100 and not first: label i is predicted from the tokens before i.
 """
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qosora.data.chat import encode, template_options, turn_spans
 from qosora.data.records import Records
 from qosora.errors import DataError
 
@@ -102,7 +102,13 @@ def tokenize(
             f"{records.name} holds chat messages, but the tokenizer has no chat template. Put the chat_template.jinja "
             "of the model's chat version into its folder, or use prompt and completion columns"
         )
-    whole = list(_examples(records, tokenizer, completion_only is not False))
+    unfound: list[int] = []  # turns of the assistant, by example
+    whole = list(_examples(records, tokenizer, completion_only is not False, unfound))
+    if any(unfound):
+        logger.warning(
+            "%s: %d of the assistant's turns, in %d examples, are not trained on, as the chat template leaves "
+            "out what they say, or part of it", records.name, sum(unfound), sum(map(bool, unfound)),
+        )  # fmt: skip
     result = _truncated(whole, max_length)
     if not result.examples:
         raise DataError(_nothing_left(records, whole, max_length))
@@ -116,53 +122,50 @@ def _has_messages(records: Records) -> bool:
     return records.kind == "messages" or not isinstance(next(iter(records.rows[0].values())), str)
 
 
-def _examples(records: Records, tokenizer: PreTrainedTokenizerBase, completion_only: bool) -> Iterator[Example]:
+def _examples(
+    records: Records, tokenizer: PreTrainedTokenizerBase, completion_only: bool, unfound: list[int]
+) -> Iterator[Example]:
     if _has_messages(records):
         for number, row in enumerate(records.rows, 1):
             try:
-                yield _chat_example(row, tokenizer, completion_only)
-            except TemplateError as error:
-                raise DataError(f"{records.name} example {number}: the chat template refuses it: {error}") from None
+                example, missing = _chat_example(row, tokenizer, completion_only)
+            except DataError as error:
+                raise DataError(f"{records.name} example {number}: {error}") from None
+            unfound.append(missing)
+            yield example
         return
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-sequence token, so the model could not learn where to stop")
     for start in range(0, len(records), _BATCH):
         rows = records.rows[start : start + _BATCH]
         texts = [row.get("prompt", "") + row.get("completion", row.get("text", "")) for row in rows]
-        ids = _encode(tokenizer, texts)
-        prompts = _encode(tokenizer, [row["prompt"] for row in rows]) if "prompt" in rows[0] else [[]] * len(rows)
+        ids = encode(tokenizer, texts)
+        prompts = encode(tokenizer, [row["prompt"] for row in rows]) if "prompt" in rows[0] else [[]] * len(rows)
         for full, prompt in zip(ids, prompts, strict=True):
             if full[-1:] != [tokenizer.eos_token_id]:
                 full.append(tokenizer.eos_token_id)
             yield _example(full, [(_common(prompt, full) if completion_only else 0, len(full))])
 
 
-def _chat_example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, completion_only: bool) -> Example:
+def _chat_example(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, completion_only: bool
+) -> tuple[Example, int]:
+    """Return a chat, and how many turns of the assistant were not found in it."""
     messages = row.get("messages") or row["prompt"] + row["completion"]
-    full = _render(tokenizer, messages)
-    if not completion_only:
-        return _example(full, [(0, len(full))])
     if "prompt" in row:
         turns = [(len(row["prompt"]), len(messages))]
     else:
         turns = [(i, i + 1) for i, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = []
-    for first, last in turns:
-        start = _common(_render(tokenizer, messages[:first], generation=True), full) if first else 0
-        end = len(full) if last == len(messages) else _common(_render(tokenizer, messages[:last]), full)
-        spans.append((start, end))
-    return _example(full, spans)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], generation: bool = False) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    return _encode(tokenizer, [text], add_special_tokens=False)[0]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
-    # verbose=False: not a warning for each text that is longer than the model's context; max_length cuts it
-    ids: list[list[int]] = tokenizer(texts, verbose=False, **options)["input_ids"]
-    return ids
+    options = template_options(tokenizer, row.get("columns", {}))
+    text, spans = turn_spans(tokenizer, messages, turns if completion_only else [], options)
+    full = encode(tokenizer, [text], special_tokens=False)[0]
+    if not completion_only:
+        return _example(full, [(0, len(full))]), 0
+    found = [span for span in spans if span[0] < span[1]]
+    ends = sorted({position for span in found for position in span} - {0, len(text)})
+    cuts = encode(tokenizer, [text[:end] for end in ends], special_tokens=False) if ends else []
+    at = {0: 0, len(text): len(full)} | {end: _common(ids, full) for end, ids in zip(ends, cuts, strict=True)}
+    return _example(full, [(at[start], at[end]) for start, end in found]), len(spans) - len(found)
 
 
 def _common(a: list[int], b: list[int]) -> int:

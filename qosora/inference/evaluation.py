@@ -21,7 +21,20 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qosora.data import IGNORED, Columns, Example, Records, load_records, padded_batch, tokenize
+from qosora.data import (
+    IGNORED,
+    Columns,
+    Example,
+    Records,
+    embedding_rows,
+    learned_positions,
+    load_records,
+    padded_batch,
+    refuse_foreign_tokens,
+    refuse_too_long,
+    template_options,
+    tokenize,
+)
 from qosora.errors import ConfigError, DataError
 from qosora.inference.generation import Prompt, generate, inference, stop_token_ids
 
@@ -103,13 +116,25 @@ def evaluate(
         hub_split = split or ("test" if isinstance(data, str) and not Path(data).exists() else None)
         data = load_records(data, split=hub_split, columns=columns, chat=chat, limit=limit)
     pairs = _answers(data) if exact_match else []
+    options = [template_options(tokenizer, row.get("columns", {})) for row in data.rows] if exact_match else []
     stops = stop_token_ids(model, tokenizer)
     tokenized = tokenize(data, tokenizer, max_length=max_length, completion_only=completion_only, stop_ids=stops)
+    rows = [example.input_ids for example in tokenized.examples]
+    refuse_foreign_tokens(rows, embedding_rows(model), tokenizer.name_or_path)
+    positions = learned_positions(model)
+    refuse_too_long(max(map(len, rows)), positions, f"set max_length to at most {positions}")
     loss = mean_loss(model, tokenized.examples, batch_size)
     result = EvalResult(loss, perplexity(loss), tokenized.supervised, len(tokenized))
     if not exact_match:
         return result
-    texts = generate(model, tokenizer, [p for p, _ in pairs], max_new_tokens=max_new_tokens, batch_size=batch_size)
+    texts = generate(
+        model,
+        tokenizer,
+        [prompt for prompt, _ in pairs],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        template_options=options,
+    )
     found = [
         Sample(prompt, expected, text, _same(text, expected, pattern))
         for (prompt, expected), text in zip(pairs, texts, strict=True)
@@ -189,9 +214,14 @@ def _answers(records: Records) -> list[tuple[Prompt, str]]:
     for number, row in enumerate(records.rows, 1):
         messages = row.get("messages")
         prompt, answer = (messages[:-1], messages[-1:]) if messages else (row["prompt"], row["completion"])
-        expected = answer if isinstance(answer, str) else answer[0]["content"]
+        expected = answer if isinstance(answer, str) else answer[0].get("content")
         if not prompt or (messages and messages[-1]["role"] != "assistant"):
             raise DataError(f"{records.name} example {number}: exact match needs a chat that ends with the assistant")
+        if not isinstance(expected, str):
+            raise DataError(
+                f"{records.name} example {number}: exact match compares texts, and the last message has none (a call "
+                "of a tool?); leave such examples out, or exact match"
+            )
         pairs.append((prompt, expected))
     return pairs
 

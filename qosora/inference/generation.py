@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qosora.data import padded
+from qosora.data import (
+    embedding_rows,
+    encode,
+    learned_positions,
+    padded,
+    refuse_broken_text,
+    refuse_foreign_tokens,
+    refuse_too_long,
+    render,
+)
 from qosora.errors import ConfigError, DataError
 
 __all__ = ["Prompt", "generate", "inference", "stop_token_ids"]
+
+logger = logging.getLogger("qosora")
 
 Prompt = str | list[dict[str, Any]]  # text, or chat messages
 
@@ -28,6 +40,8 @@ def generate(
     seed: int | None = None,
     batch_size: int = 8,
     chat: bool = False,
+    template_options: Sequence[Mapping[str, Any]] | None = None,
+    written: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Return what the model writes after each prompt, without special tokens.
 
@@ -41,17 +55,25 @@ def generate(
         seed: Of the sampling; the global generators are left alone if it is given.
         batch_size: Prompts on the device at once.
         chat: Whether to wrap texts into the chat template, as the user's message.
+        template_options: What else the chat template gets for each prompt, such as tools.
+        written: Called with the index of a prompt and what was written after it, as soon as that is known.
 
     Raises:
         ConfigError: An option is out of range.
-        DataError: A prompt is empty, or there are messages and no chat template.
+        DataError: A prompt is empty or no text, cannot be rendered, or does not fit the model.
     """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or batch_size < 1:
         raise ConfigError(
             "max_new_tokens and batch_size must be at least 1, temperature at least 0 and top_p in (0, 1]; got "
             f"{max_new_tokens}, {batch_size}, {temperature}, {top_p}"
         )
-    encoded = [_encode(tokenizer, prompt, chat, number) for number, prompt in enumerate(prompts, 1)]
+    options = template_options or [{}] * len(prompts)
+    encoded = [
+        _encode(tokenizer, prompt, chat, number, given)
+        for number, (prompt, given) in enumerate(zip(prompts, options, strict=True), 1)
+    ]
+    refuse_foreign_tokens(encoded, embedding_rows(model), tokenizer.name_or_path)
+    max_new_tokens = _within_positions(model, encoded, max_new_tokens)
     config = _generation_config(model, tokenizer, max_new_tokens, temperature, top_p)
     by_length = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # what needs most memory first
     texts = [""] * len(encoded)
@@ -60,6 +82,8 @@ def generate(
             chosen = by_length[start : start + batch_size]
             for i, ids in zip(chosen, _continue(model, [encoded[i] for i in chosen], config), strict=True):
                 texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
+                if written is not None:
+                    written(i, texts[i])
     return texts
 
 
@@ -100,32 +124,52 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, number: int) -> list[int]:
+def _within_positions(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """Return how many tokens can be written: as many as asked for, or as a table of positions has room for."""
+    longest, positions = max(map(len, prompts), default=0), learned_positions(model)
+    refuse_too_long(longest + 1, positions, "shorten the longest prompt, to leave room for an answer")
+    if positions is None or longest + max_new_tokens <= positions:
+        return max_new_tokens
+    logger.warning("answers end after %d tokens, where the model's %d positions do", positions - longest, positions)
+    return positions - longest
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, number: int, options: Mapping[str, Any]
+) -> list[int]:
     if not prompt:
         raise DataError(f"prompt {number} is empty")
+    try:
+        refuse_broken_text(prompt)
+    except DataError as error:
+        raise DataError(f"prompt {number} {error}") from None
     if isinstance(prompt, str) and not chat:
-        ids: list[int] = tokenizer(prompt)["input_ids"]
+        ids = encode(tokenizer, [prompt])[0]
         if ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1:  # some tokenizers end every text
             ids.pop()
         return ids
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template; give plain prompts, or the chat version's tokenizer")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    rendered: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return rendered
+    try:
+        text = render(tokenizer, messages, options, generation=True)
+    except DataError as error:
+        raise DataError(f"prompt {number}: {error}") from None
+    return encode(tokenizer, [text], special_tokens=False)[0]
 
 
 def _generation_config(
     model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float, top_p: float
 ) -> GenerationConfig:
     stops = stop_token_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id
+    # Which token pads makes no difference, but it must be one: some have [PAD] added beyond the model's last.
+    rows = embedding_rows(model)
+    pad = next((i for i in (tokenizer.pad_token_id, *stops, 0) if i is not None and i < rows), 0)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=stops or None,
-        pad_token_id=pad if pad is not None else (stops or [0])[0],
+        pad_token_id=pad,
         **{"do_sample": False, **sampling},
     )
 

@@ -19,9 +19,9 @@ from trl import SFTConfig
 from qosora.base import load_tokenizer
 from qosora.checkpoints import load_config, require_base
 from qosora.config import OsoraConfig
-from qosora.data import Columns, Tokenized, load_records, tokenize
+from qosora.data import Columns, Tokenized, load_records, refuse_foreign_tokens, tokenize
 from qosora.dtypes import dtype_named
-from qosora.errors import ConfigError, DataError
+from qosora.errors import ConfigError
 from qosora.layers import Tiling
 from qosora.training.config import TrainConfig
 from qosora.training.run_folder import RunFolder
@@ -83,6 +83,7 @@ def resolve_run(config: TrainConfig, folder: RunFolder) -> Run:
     require_base(source, model_config)
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     data, held_out = _tokenized(config, source, tokenizer)
+    _pad_within(tokenizer, model_config)
     _check_fit(config, source, model_config, [data, *([held_out] if held_out else [])])
     tile_length = 0 if config.compile else config.tile_length
     return Run(
@@ -149,6 +150,12 @@ def _tokenized(
     return data, held_out
 
 
+def _pad_within(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> None:
+    """Pad with a token that the model has: which one makes no difference, and some have [PAD] added beyond the last."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model_config.get_text_config().vocab_size:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+
+
 def _stop_ids(source: str) -> list[int]:
     try:
         ids = GenerationConfig.from_pretrained(source).eos_token_id
@@ -160,14 +167,9 @@ def _stop_ids(source: str) -> list[int]:
 def _check_fit(config: TrainConfig, source: str, model_config: PreTrainedConfig, data: list[Tokenized]) -> None:
     """Refuse ids and lengths that the model has no embedding for: both end in an index error deep inside."""
     model = model_config.get_text_config()
-    largest = max(int(e.input_ids.max()) for d in data for e in d.examples)
+    refuse_foreign_tokens((e.input_ids for d in data for e in d.examples), model.vocab_size, source)
     longest = max(len(e.input_ids) for d in data for e in d.examples)
     positions = getattr(model, "max_position_embeddings", None)
-    if largest >= model.vocab_size:
-        raise DataError(
-            f"the tokenizer gives token {largest}, but the model's vocabulary has {model.vocab_size}: the tokenizer "
-            f"files in {source} belong to another model"
-        )
     if positions is not None and longest > positions:
         raise ConfigError(
             f"max_length {config.max_length} lets examples have {longest} tokens, but the model takes {positions}; "

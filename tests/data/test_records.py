@@ -62,12 +62,32 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path):
 
 
 def test_kinds_and_named_columns():
-    assert load_records([{"messages": CHAT, "id": 3}]).rows == [{"messages": CHAT}]
+    assert load_records([{"messages": CHAT, "id": 3}]).rows == [{"messages": CHAT, "columns": {"id": 3}}]
     assert load_records([{"text": "a"}]).kind == "text"
     named = load_records([{"question": "q", "answer": "a"}], columns=Columns(prompt="question", completion="answer"))
     assert named.rows == [{"prompt": "q", "completion": "a"}]
     turns = load_records([{"prompt": CHAT[:1], "completion": CHAT[1:]}])
     assert turns.rows == [{"prompt": CHAT[:1], "completion": CHAT[1:]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '{"text": "a"}\n{"text": "b"}\n'),
+        ("a.json", '\ufeff{"text": "a"}\n\n{"text": "b"}'),
+        ("a.json", '[{"text": "a"}, {"text": "b"}]'),
+        ("a.json", '{"rows": [{"text": "a"}, {"text": "b"}]}'),
+        ("a.jsonl", '\n [{"text": "a"},\n{"text": "b"}]'),
+    ],
+)
+def test_json_by_what_it_is_and_not_by_its_name(tmp_path: Path, name: str, text: str):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert load_records(tmp_path / name).rows == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_single_object(tmp_path: Path):
+    (tmp_path / "a.json").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert load_records(tmp_path / "a.json").rows == [{"prompt": "a", "completion": "b"}]
 
 
 def test_a_chat_of_prompt_and_completion():
@@ -120,7 +140,8 @@ def test_an_empty_file(tmp_path: Path, suffix: str):
         ("a.jsonl", '{"text": "a"}\n[1]\n', "a.jsonl line 2: expected a JSON object, got a list"),
         ("a.json", '[{"text": "a"},\n {"text"}]', "a.json: broken JSON (Expecting ':' delimiter at line 2 column 9)"),
         ("a.json", '[{"text": "a"}, 3]', "a.json row 2: expected a JSON object, got a number"),
-        ("a.json", '{"text": "a"}', "a.json: expected a JSON list of objects, got text"),
+        ("a.json", '"text"', "a.json: expected a JSON list of objects, got text"),
+        ("a.jsonl", '{"text": "a\\ud83d"}', "a.jsonl line 1: text has \\ud83d at character 1, which is half of a"),
         ("a.csv", "prompt,completion\na,b\nc\n", "a.csv line 3: not the 2 fields that the header names"),
         ("a.csv", "prompt,completion\na,b,c\n", "a.csv line 2: not the 2 fields that the header names"),
         ("a.csv", 'text\n"a', "a.csv line 2: broken CSV (unexpected end of data)"),

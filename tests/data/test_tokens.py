@@ -83,7 +83,7 @@ def test_chats_train_on_all_turns_of_the_assistant():
 
 
 def test_a_first_turn_of_the_assistant():
-    assert supervised_text(tokenized([{"messages": [HELLO, USER]}])).endswith("<assistant>hi</s>")
+    assert supervised_text(tokenized([{"messages": [HELLO, USER]}])) == "hi</s>"
 
 
 def test_columns_for_a_data_set():

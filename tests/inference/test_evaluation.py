@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import make_base, make_checkpoint, make_tokenizer, sums, write_jsonl
+from tiny import make_base, make_checkpoint, make_model, make_tokenizer, sums, write_jsonl
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import qosora.inference.evaluation
@@ -118,6 +118,25 @@ def test_exact_match_of_chats(llama: Any):
         evaluate(llama, make_tokenizer(), [{"messages": turns[::-1]}], exact_match=True)
     with pytest.raises(DataError, match="plain text"):
         evaluate(llama, make_tokenizer(), [{"text": "abc"}], exact_match=True)
+
+
+def test_what_has_no_text_to_compare_is_told_before_anything_is_generated(llama: Any):
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    for last in (call, {**call, "content": None}):
+        rows = [{"messages": [{"role": "user", "content": "hi"}, last]}]
+        with pytest.raises(DataError, match="example 1: exact match compares texts, and the last message has none"):
+            evaluate(llama, make_tokenizer(), rows, exact_match=True)
+
+
+def test_tokens_and_lengths_that_the_model_does_not_have(llama: Any):
+    added = make_tokenizer()
+    added.add_tokens(["[NEW]"])
+    with pytest.raises(DataError, match="gives token 258, but the model's vocabulary has 258"):
+        evaluate(llama, added, [{"text": "a[NEW]"}])
+    gpt2 = make_model("gpt2", vocab_size=258, n_positions=16).eval()
+    with pytest.raises(DataError, match="a text has 22 tokens, but the model takes 16; set max_length to at most 16"):
+        evaluate(gpt2, make_tokenizer(), [{"text": "a" * 20}])
+    assert evaluate(gpt2, make_tokenizer(), [{"text": "a" * 20}], max_length=16).tokens == 15
 
 
 def test_a_broken_pattern(llama: Any):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import make_checkpoint, make_tokenizer
+from tiny import make_checkpoint, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from qosora.errors import ConfigError, DataError
@@ -90,3 +91,42 @@ def test_inference_gives_the_mode_back(model: Any):
         assert not torch.is_autocast_enabled("cpu")
     assert model.training
     model.eval()
+
+
+def test_padding_and_tokens_that_the_model_does_not_have(model: Any):
+    plain, added = make_tokenizer(), make_tokenizer()
+    added.add_special_tokens({"pad_token": "[PAD]"})
+    assert added.pad_token_id == len(model.get_input_embeddings().weight)
+    expected = generate(model, plain, PROMPTS, max_new_tokens=5)
+    assert generate(model, added, PROMPTS, max_new_tokens=5) == expected
+    with pytest.raises(DataError, match="gives token 258, but the model's vocabulary has 258"):
+        generate(model, added, ["a[PAD]"], max_new_tokens=5)
+
+
+def test_answers_end_where_learned_positions_do(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    gpt2 = make_model("gpt2", vocab_size=258, n_positions=16).eval()
+    logging.getLogger("qosora").propagate = True
+    with caplog.at_level(logging.WARNING, "qosora"):
+        generate(gpt2, make_tokenizer(), ["a", "abcdefg"], max_new_tokens=40)
+    assert "answers end after 8 tokens, where the model's 16 positions do" in caplog.text
+    with pytest.raises(DataError, match="a text has 17 tokens, but the model takes 16; shorten"):
+        generate(gpt2, make_tokenizer(), ["abcdefghijklmno"], max_new_tokens=4)
+
+
+def test_answers_are_told_as_they_come(model: Any):
+    told: dict[int, str] = {}
+    texts = generate(model, make_tokenizer(), PROMPTS, max_new_tokens=5, batch_size=1, written=told.__setitem__)
+    assert told == dict(enumerate(texts))
+
+
+@pytest.mark.parametrize("prompt", ["a\udcfc", [{"role": "user", "content": "a\ud83d"}]])
+def test_a_prompt_that_is_no_text(model: Any, prompt: Any):
+    with pytest.raises(DataError, match=r"prompt 2 has .*half of a character"):
+        generate(model, make_tokenizer(), ["a", prompt])
+
+
+def test_a_prompt_that_the_template_cannot_render(model: Any):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(DataError, match=r"prompt 1: the chat template cannot render it \(TypeError"):
+        generate(model, tokenizer, ["a"], chat=True)

@@ -1,0 +1,57 @@
+"""Whether tokens fit a model: what does not would end in an index error deep inside, on a GPU in a failed assertion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from qosora.errors import DataError
+
+__all__ = ["embedding_rows", "learned_positions", "refuse_foreign_tokens", "refuse_too_long"]
+
+
+def refuse_foreign_tokens(rows: Iterable[Sequence[int] | np.ndarray[Any, Any]], vocabulary: int, source: str) -> None:
+    """Raise DataError if a token has no embedding.
+
+    Args:
+        rows: Token ids.
+        vocabulary: Number of embeddings.
+        source: Where the tokenizer is from, for the message.
+    """
+    largest = max((int(np.max(row)) for row in rows if len(row)), default=0)
+    if largest >= vocabulary:
+        raise DataError(
+            f"the tokenizer gives token {largest}, but the model's vocabulary has {vocabulary}: the tokenizer files in "
+            f"{source} belong to another model, or tokens were added without resizing the model's embeddings"
+        )
+
+
+def refuse_too_long(length: int, positions: int | None, remedy: str) -> None:
+    """Raise DataError if a text has more tokens than the model has positions.
+
+    Args:
+        length: Of the text, in tokens.
+        positions: Of the model; None for any number.
+        remedy: What to do, for the message.
+    """
+    if positions is not None and length > positions:
+        raise DataError(f"a text has {length} tokens, but the model takes {positions}; {remedy}")
+
+
+def embedding_rows(model: Any) -> int:
+    """Return how many tokens a model has embeddings for."""
+    return len(model.get_input_embeddings().weight)
+
+
+def learned_positions(model: Any) -> int | None:
+    """Return how many positions a model has, where it learned an embedding for each, as GPT-2 did; else None."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    # OPT's table has two rows more.
+    learned = positions is not None and any(0 <= len(table.weight) - positions <= 2 for table in tables)
+    return positions if learned else None
