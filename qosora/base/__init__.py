@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qosora.base.layout import PlainModel as PlainModel
     from qosora.base.layout import natural_order as natural_order
     from qosora.base.load import load_adapted as load_adapted
+    from qosora.base.load import load_adapter as load_adapter
     from qosora.base.load import load_base as load_base
     from qosora.base.load import load_model as load_model
     from qosora.base.load import load_tokenizer as load_tokenizer
@@ -35,6 +36,6 @@ __getattr__, __dir__ = door(
         "structure": ["decompose_structure", "skipped_modules"],
         "layout": ["PlainModel", "natural_order"],
         "convert": ["ConversionReport", "quantize"],
-        "load": ["load_adapted", "load_base", "load_model", "load_tokenizer"],
+        "load": ["load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer"],
     },
 )

@@ -14,6 +14,7 @@ from qosora.checkpoints import (
     MANIFEST_NAME,
     CheckpointReader,
     adapter_config,
+    expanded,
     group_modules,
     read_json,
     require_base,
@@ -36,7 +37,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is neither.
     """
-    folder = Path(folder)
+    folder = Path(expanded(folder))
     if (folder / ADAPTER_CONFIG).is_file():
         return _describe_adapter(folder)
     if not (folder / CONFIG_NAME).is_file():

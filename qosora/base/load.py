@@ -12,13 +12,13 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qosora.checkpoints import ADAPTER_CONFIG, adapter_config, load_config, require_base, split_source
+from qosora.checkpoints import ADAPTER_CONFIG, adapter_config, expanded, load_config, require_base, split_source
 from qosora.compat.peft import missing_keys_warning
 from qosora.compat.transformers import says_other_shapes
 from qosora.errors import CheckpointError, QosoraError, first_line
 from qosora.layers import fast_dtype
 
-__all__ = ["load_adapted", "load_base", "load_model", "load_tokenizer"]
+__all__ = ["load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer"]
 
 logger = logging.getLogger("qosora")
 
@@ -47,6 +47,7 @@ def load_base(
     Raises:
         CheckpointError: If `source` is no qosora base.
     """
+    source = expanded(source)
     read = config or load_config(source, trust_remote_code=trust_remote_code)
     require_base(source, read)
     if config is not None or not kwargs:  # else transformers reads it again, as some of kwargs may be values for it
@@ -102,7 +103,7 @@ def load_adapted(base: str, adapter: str | None, **kwargs: Any) -> Any:
             f"{error}. ({base} is the base that {adapter}/{ADAPTER_CONFIG} names; if it has moved, give its new place "
             "as the base)"
         ) from error
-    return (model if adapter is None else _load_adapter(model, adapter)).eval()
+    return (model if adapter is None else load_adapter(model, adapter)).eval()
 
 
 def _on_cpu(device_map: Any) -> bool:
@@ -120,11 +121,22 @@ def _quick_dtype(config: PreTrainedConfig) -> torch.dtype | str:
     return quick
 
 
-def _load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
+def load_adapter(model: PreTrainedModel, adapter: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Put an adapter on its base.
+
+    Args:
+        model: The base.
+        adapter: Folder or hub id.
+        is_trainable: Whether to train on.
+
+    Raises:
+        CheckpointError: If it is not whole.
+        FingerprintError: If it was trained on another base.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", missing_keys_warning(), UserWarning)
         try:
-            return PeftModel.from_pretrained(model, adapter)
+            return PeftModel.from_pretrained(model, expanded(adapter), is_trainable=is_trainable)
         except QosoraError:
             raise
         except (OSError, ValueError, UserWarning, SafetensorError) as error:
@@ -140,10 +152,12 @@ def load_tokenizer(*sources: str | Path | None, trust_remote_code: bool = False)
         CheckpointError: If none has.
     """
     reasons = []
-    for source in filter(None, sources):
+    for source in sources:
+        if source is None:
+            continue
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                str(source), trust_remote_code=trust_remote_code
+                expanded(source), trust_remote_code=trust_remote_code
             )
             return tokenizer
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

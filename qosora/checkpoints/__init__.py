@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from qosora.checkpoints.fingerprint import group_modules as group_modules
     from qosora.checkpoints.fingerprint import stored_fingerprint as stored_fingerprint
     from qosora.checkpoints.folders import copy_files as copy_files
+    from qosora.checkpoints.folders import expanded as expanded
     from qosora.checkpoints.folders import has_tokenizer as has_tokenizer
     from qosora.checkpoints.folders import local_folder as local_folder
+    from qosora.checkpoints.folders import locked as locked
     from qosora.checkpoints.folders import read_json as read_json
     from qosora.checkpoints.folders import refuse_input_as_output as refuse_input_as_output
     from qosora.checkpoints.folders import tokenizer_folder as tokenizer_folder
@@ -61,8 +63,10 @@ __getattr__, __dir__ = door(
         "names": ["ADAPTER_CONFIG", "ADAPTER_STEM", "CONFIG_NAME", "MANIFEST_NAME"],
         "folders": [
             "copy_files",
+            "expanded",
             "has_tokenizer",
             "local_folder",
+            "locked",
             "read_json",
             "refuse_input_as_output",
             "tokenizer_folder",

@@ -20,6 +20,7 @@ from qosora.errors import CheckpointError
 __all__ = [
     "check_target",
     "copy_files",
+    "expanded",
     "has_tokenizer",
     "local_folder",
     "locked",
@@ -44,9 +45,16 @@ _TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
+#: Those that stand beside a tokenizer.json that says the same, for programs that read no other.
+_BESIDE = ("*.model", "*.tiktoken", "*.spm")
 _MODEL_FILES = ("generation_config.json", "*processor_config.json", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 #: What those may be; never pickles, nor code.
 _SAFE_SUFFIXES = ("", ".json", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".jinja", ".md", ".pdf")
+
+
+def expanded(source: str | Path) -> str:
+    """Return what a user's path or hub id means: "~" is the home folder."""
+    return os.path.expanduser(str(source))
 
 
 def local_folder(source: str | Path, *, trust_remote_code: bool = False, with_pickled: bool = False) -> Path:
@@ -60,7 +68,7 @@ def local_folder(source: str | Path, *, trust_remote_code: bool = False, with_pi
     Raises:
         CheckpointError: If it is neither.
     """
-    path = Path(source)
+    path = Path(source := expanded(source))
     if path.is_dir():
         return path
     if path.exists():
@@ -85,7 +93,7 @@ def refuse_input_as_output(output: str | Path, *inputs: Path | None) -> None:
     Raises:
         CheckpointError: If it would.
     """
-    target = Path(output).resolve()
+    target = Path(expanded(output)).resolve()
     for source in filter(None, inputs):
         if target in (source.resolve(), *source.resolve().parents):
             raise CheckpointError(f"{output} holds {source}, which is being read; name another folder")
@@ -100,10 +108,12 @@ def copy_files(folder: Path, base: Path, adapter: Path | None = None, *, with_co
         adapter: Has the tokenizer, or else `base` has it.
         with_code: Whether to copy the model's `*.py`.
     """
+    # An adapter has the tokenizer as transformers writes it, and that leaves out files that other programs want.
     tokenizer = tokenizer_folder(adapter, base)
+    added = [(base, pattern) for pattern in _BESIDE] if tokenizer == adapter else []
     wanted = [(base, pattern) for pattern in (*_MODEL_FILES, *(["*.py"] if with_code else []))]
     if tokenizer is not None:  # one folder's only: files of two tokenizers do not make one
-        wanted += [(tokenizer, pattern) for pattern in _TOKENIZER_FILES]
+        wanted += [*added, *((tokenizer, pattern) for pattern in _TOKENIZER_FILES)]
     for source, pattern in wanted:
         for file in source.glob(pattern):
             if file.is_file() and file.suffix in (*_SAFE_SUFFIXES, *([".py"] if with_code else [])):

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from qosora.checkpoints.folders import local_folder
+from qosora.checkpoints.folders import expanded, local_folder
 from qosora.checkpoints.gguf_model import open_gguf
 from qosora.checkpoints.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from qosora.checkpoints.pickled import PICKLED_INDEX_NAME, PICKLED_NAME, PickledReader
@@ -75,7 +75,7 @@ def open_source(source: str | Path, *, trust_remote_code: bool = False) -> Itera
     Raises:
         CheckpointError: If there is no whole checkpoint, or one that is quantized already.
     """
-    path = Path(source)
+    path = Path(source := expanded(source))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"{source}: no such file")

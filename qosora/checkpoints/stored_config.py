@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedConfig
 
+from qosora.checkpoints.folders import expanded
 from qosora.checkpoints.names import ADAPTER_CONFIG
 from qosora.config import QUANT_METHOD, OsoraConfig
 from qosora.errors import CheckpointError, first_line
@@ -23,7 +24,7 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTr
         CheckpointError: If there is none.
     """
     try:
-        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(expanded(source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{source}: no model there that transformers can load ({first_line(error)})") from error
 
@@ -66,7 +67,7 @@ def adapter_config(adapter: str | Path) -> OsoraConfig:
         CheckpointError: If there is none, or it is not OSoRA's.
     """
     try:
-        config = PeftConfig.from_pretrained(str(adapter))
+        config = PeftConfig.from_pretrained(expanded(adapter))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{adapter}: no adapter that PEFT can load ({first_line(error)})") from error
     if not isinstance(config, OsoraConfig):
@@ -82,9 +83,10 @@ def split_source(source: str | Path, base: str | Path | None = None) -> tuple[st
         source: A base, or the folder of an adapter.
         base: The adapter's base, where it is no longer where the adapter's config says.
     """
+    source, base = expanded(source), None if base is None else expanded(base)
     if not (Path(source) / ADAPTER_CONFIG).is_file():
-        return str(base or source), str(source) if base else None
+        return base or source, source if base else None
     recorded = adapter_config(source).base_model_name_or_path
     if base is None and not recorded:
         raise CheckpointError(f"{source}/{ADAPTER_CONFIG} names no base; give it with --base")
-    return str(base or recorded), str(source)
+    return str(base or recorded), source

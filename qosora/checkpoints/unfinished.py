@@ -76,7 +76,7 @@ class UnfinishedFolder:
         max_shard_bytes: int,
         stem: str = "model",
     ) -> None:
-        self.target = Path(os.path.realpath(target))
+        self.target = Path(os.path.realpath(os.path.expanduser(target)))
         self.path = self.target.with_name(f"{self.target.name}.partial")
         self.units, self.job = units, dict(job)
         specs: dict[str, StoredSpec] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -82,7 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _set_up_messages(verbose: bool, downloads: bool) -> None:
-    """Show our own messages on standard error; other libraries' only on request, but for the bars of `downloads`."""
+    """Show our own messages on standard error; other libraries' only on request, but for the bars of `downloads`.
+
+    Characters that a terminal's or a pipe's encoding lacks are shown escaped: an answer is not lost for one of them.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("qosora: %(message)s"))
     logger = logging.getLogger("qosora")

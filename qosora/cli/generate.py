@@ -35,13 +35,29 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     prompts = list(args.prompt or [])
     if args.prompt_file:
-        prompts += [line for line in Path(args.prompt_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts += [
+            line
+            for line in Path(args.prompt_file).expanduser().read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
     if not prompts and not args.prompt_file:
         prompts = [sys.stdin.read().rstrip("\n")]
     if not any(prompts):
         raise ConfigError("no prompt: give --prompt, --prompt-file, or text on standard input")
 
     from qosora.inference import generate
+
+    waiting: dict[int, str] = {}
+    shown = 0
+
+    def written(index: int, answer: str) -> None:
+        """Print an answer as soon as those before it are."""
+        nonlocal shown
+        waiting[index] = answer
+        while not args.json and shown in waiting:
+            text = waiting.pop(shown)
+            shown += 1
+            print(text if len(prompts) == 1 else f"{chr(10) * (shown > 1)}> {prompts[shown - 1]}\n{text}", flush=True)
 
     answers = generate(
         *load(args),
@@ -51,9 +67,7 @@ def run(args: argparse.Namespace) -> None:
         chat=args.chat,
         batch_size=args.batch_size,
         seed=args.seed,
+        written=written,
     )
     if args.json:
         print_json([{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)])
-        return
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        print(answer if len(prompts) == 1 else f"{'' if i == 0 else chr(10)}> {prompt}\n{answer}")

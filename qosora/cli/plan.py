@@ -91,8 +91,12 @@ def step_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from qosora.memory import events, require_plots
     from qosora.memory.plan import plan
+    from qosora.memory.report import report
 
+    if args.report:
+        require_plots()
     found = plan(
         args.model,
         gpu=args.gpu,
@@ -107,9 +111,6 @@ def run(args: argparse.Namespace) -> None:
     else:
         print("\n".join(_lines(found)))
     if args.report:
-        from qosora.memory import events
-        from qosora.memory.report import report
-
         report(found, events(args.model, found, trust_remote_code=args.trust_remote_code), args.report)
 
 

@@ -38,8 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qosora.data import Columns
+    from qosora.memory import require_plots
     from qosora.memory.profile import profile
+    from qosora.memory.report import report
 
+    if args.report:
+        require_plots()
     columns = Columns(args.prompt_column, args.completion_column, args.messages_column, args.text_column)
     found = profile(args.model, steps=args.steps, data=args.data, columns=columns, **step_options(args))
     if args.json:
@@ -47,8 +51,6 @@ def run(args: argparse.Namespace) -> None:
     else:
         print("\n".join(_lines(found)))
     if args.report:
-        from qosora.memory.report import report
-
         report(found, found.events, args.report)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from statistics import fmean
 from typing import Any
 
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     if Processes().index:  # the first of several processes reports
         return
     if args.report:
-        with open(args.report, "w", encoding="utf-8") as file:
+        with open(os.path.expanduser(args.report), "w", encoding="utf-8") as file:
             json.dump(report.to_dict(), file, indent=2)
     if args.json:
         print_json(report.to_dict())

@@ -10,6 +10,7 @@ A label counts where it is not -100 and not first: label i is predicted from the
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -69,6 +70,15 @@ class Tokenized:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all ids and labels, in order."""
+        found = hashlib.sha256()
+        for example in self.examples:
+            for values in (example.input_ids, example.labels):
+                found.update(len(values).to_bytes(8, "little"))
+                found.update(np.ascontiguousarray(values, dtype="<i4").tobytes())
+        return found.hexdigest()
 
     def columns(self) -> dict[str, list[np.ndarray[Any, Any]]]:
         """Return the columns of a data set that TRL takes as tokenized."""

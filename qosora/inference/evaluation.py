@@ -113,7 +113,7 @@ def evaluate(
     """
     pattern = _compiled(answer_pattern)
     if not isinstance(data, Records):
-        hub_split = split or ("test" if isinstance(data, str) and not Path(data).exists() else None)
+        hub_split = split or ("test" if isinstance(data, str) and not Path(data).expanduser().exists() else None)
         data = load_records(data, split=hub_split, columns=columns, chat=chat, limit=limit)
     pairs = _answers(data) if exact_match else []
     options = [template_options(tokenizer, row.get("columns", {})) for row in data.rows] if exact_match else []

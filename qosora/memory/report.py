@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.util
 import io
 import pickle
 from collections import Counter
@@ -25,7 +26,7 @@ from qosora.memory.plan import OUTSIDE, Plan, Usage
 from qosora.memory.profile import Measurement
 from qosora.memory.tracer import CATEGORIES, Event, category_of
 
-__all__ = ["Timeline", "report", "snapshot", "timeline"]
+__all__ = ["Timeline", "report", "require_plots", "snapshot", "timeline"]
 
 #: In the order of stacking: what lasts in blues and greys, what a step makes in warm colours.
 _COLOURS = {
@@ -97,6 +98,12 @@ def snapshot(events: Sequence[Event], path: str | Path) -> None:
         pickle.dump({"segments": [], "device_traces": [trace]}, file)
 
 
+def require_plots() -> None:
+    """Raise ConfigError if nothing can be drawn: before the work, too, for whoever wants pictures of it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("pictures need matplotlib: pip install 'qosora[plots]'")
+
+
 def report(found: Plan | Measurement, events: Sequence[Event], folder: str | Path) -> list[Path]:
     """Draw a plan or a measurement.
 
@@ -111,11 +118,10 @@ def report(found: Plan | Measurement, events: Sequence[Event], folder: str | Pat
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("pictures need matplotlib: pip install 'qosora[plots]'") from None
-    folder = Path(folder)
+    require_plots()
+    import matplotlib
+
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     columns = _columns(found)
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):

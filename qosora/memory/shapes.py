@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from qosora.checkpoints import expanded
 from qosora.errors import CheckpointError, near_miss
 
 __all__ = ["SHAPES", "model_config"]
@@ -87,7 +88,7 @@ def model_config(model: str | Path, *, trust_remote_code: bool = False) -> PreTr
     Raises:
         CheckpointError: There is no such model.
     """
-    name, path = str(model), Path(model)
+    name, path = expanded(model), Path(expanded(model))
     if name.lower() in SHAPES:
         shape = dict(SHAPES[name.lower()])
         return AutoConfig.for_model(shape.pop("model_type"), **shape)

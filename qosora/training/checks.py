@@ -7,8 +7,9 @@ by TRL, so that the tokens that were counted are those that are trained on.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from trl import SFTConfig
 
 from qosora.base import load_tokenizer
-from qosora.checkpoints import load_config, require_base
+from qosora.checkpoints import ADAPTER_STEM, load_config, local_folder, require_base, split_source
 from qosora.config import OsoraConfig
 from qosora.data import Columns, Tokenized, load_records, refuse_foreign_tokens, tokenize
 from qosora.dtypes import dtype_named
@@ -44,11 +45,13 @@ class Run:
         learning_rate: Of the vectors.
         modules_to_save_learning_rate: Of all else that is trained.
         adapter: What is trained.
+        begun: Folder or hub id of the adapter that is trained on, or None to begin with the base's vectors.
         source: Folder (absolute, as the adapter records it) or hub id of the base.
         model_config: The base's.
         tokenizer: The base's.
         data: To train on.
         held_out: To evaluate on.
+        made_of: Hashes of what else determines the run, by what a message calls it.
     """
 
     config: TrainConfig
@@ -60,11 +63,13 @@ class Run:
     learning_rate: float
     modules_to_save_learning_rate: float
     adapter: OsoraConfig
+    begun: str | None
     source: str
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     data: Tokenized
     held_out: Tokenized | None
+    made_of: dict[str, str]
 
 
 def resolve_run(config: TrainConfig, folder: RunFolder) -> Run:
@@ -78,10 +83,13 @@ def resolve_run(config: TrainConfig, folder: RunFolder) -> Run:
     _check_schedule(config)
     precision = choose_precision(config.precision)
     arguments, adapter = sft_config(config, precision, folder.path), _adapter_config(config)
-    source = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
+    model, begun = split_source(config.model)
+    if begun is not None:
+        _check_begun(config, begun)
+    source = str(Path(model).resolve()) if Path(model).exists() else model
     model_config = load_config(source, trust_remote_code=config.trust_remote_code)
     require_base(source, model_config)
-    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(begun, source, trust_remote_code=config.trust_remote_code)
     data, held_out = _tokenized(config, source, tokenizer)
     _pad_within(tokenizer, model_config)
     _check_fit(config, source, model_config, [data, *([held_out] if held_out else [])])
@@ -96,11 +104,13 @@ def resolve_run(config: TrainConfig, folder: RunFolder) -> Run:
         learning_rate=config.learning_rate,
         modules_to_save_learning_rate=config.modules_to_save_learning_rate or config.learning_rate / 100,
         adapter=adapter,
+        begun=begun,
         source=source,
         model_config=model_config,
         tokenizer=tokenizer,
         data=data,
         held_out=held_out,
+        made_of=_made_of(begun, data, held_out),
     )
 
 
@@ -120,6 +130,29 @@ def _adapter_config(config: TrainConfig) -> OsoraConfig:
         exclude_modules=_names(config.exclude_modules),
         modules_to_save=config.modules_to_save,
     )
+
+
+def _check_begun(config: TrainConfig, adapter: str) -> None:
+    """Refuse options that say what an adapter is, where there is one already."""
+    defaults = {f.name: f.default for f in fields(TrainConfig)}
+    given = [n for n in ("vectors", "target_modules", "exclude_modules") if getattr(config, n) != defaults[n]]
+    if given or config.modules_to_save:
+        names = " and ".join([*given, *(["modules_to_save"] if config.modules_to_save else [])])
+        raise ConfigError(
+            f"{adapter} is an adapter, whose config says what is trained: leave out {names}, or give its base as the "
+            "model to begin anew"
+        )
+
+
+def _made_of(begun: str | None, data: Tokenized, held_out: Tokenized | None) -> dict[str, str]:
+    """Return hashes of what determines a run besides its configuration and its base, by what a message calls it."""
+    found = {"the training data (or its tokenizer)": data.digest()}
+    if held_out is not None:
+        found["the evaluation data (or its tokenizer)"] = held_out.digest()
+    if begun is not None:
+        file = local_folder(begun) / f"{ADAPTER_STEM}.safetensors"
+        found["the adapter that is trained on"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
 
 
 def _names(names: list[str] | None) -> list[str] | str | None:
@@ -142,7 +175,7 @@ def _tokenized(
     data = tokenize(records, tokenizer, max_length=cut, **options)
     held_out = None
     if config.eval_data is not None:
-        split = config.eval_split or (None if Path(config.eval_data).exists() else "test")
+        split = config.eval_split or (None if Path(config.eval_data).expanduser().exists() else "test")
         records = load_records(
             config.eval_data, split=split, columns=columns, chat=config.chat, limit=config.eval_limit
         )

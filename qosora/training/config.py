@@ -22,11 +22,17 @@ __all__ = ["TrainConfig"]
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay")
 OPTIMIZER_NAMES = ("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit")
+#: Files of a run's folder: its configuration, and a line for each logged step.
+RUN_CONFIG, METRICS = "train_config.yaml", "metrics.jsonl"
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
-    """Return a dataclass field; `least` and `above` bound it, `live` says that resuming may change it."""
+    """Return a dataclass field.
+
+    `least` and `above` bound it; `live` says that resuming may change it, `path` that it may lie elsewhere by then: its
+    content is compared.
+    """
     metadata["help"] = help
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -52,10 +58,16 @@ class TrainConfig:
         >>> config = TrainConfig(model="llama-2-7b-qosora", data="train.jsonl", output_dir="run", epochs=3)
     """
 
-    model: str = _option(MISSING, "qosora base: a folder or hub id, as `qosora quantize` or save_pretrained wrote it")
-    data: str = _option(MISSING, "training data: .jsonl, .json, .csv or .parquet file, or hub data set (NAME[:CONFIG])")
+    model: str = _option(
+        MISSING,
+        "qosora base (folder or hub id, as `qosora quantize` or save_pretrained wrote it), or an adapter to go on with",
+        path=True,
+    )
+    data: str = _option(
+        MISSING, "training data: .jsonl, .json, .csv or .parquet file, or hub data set (NAME[:CONFIG])", path=True
+    )
     output_dir: str = _option(MISSING, "folder for the adapter, its checkpoints and metrics.jsonl", live=True)
-    eval_data: str | None = _option(None, "held-out data, evaluated before and after training")
+    eval_data: str | None = _option(None, "held-out data, evaluated before and after training", path=True)
     data_split: str | None = _option(None, "split of a hub data set [train]; slices such as train[:1000] work")
     eval_split: str | None = _option(None, "split of a hub data set for evaluation [test]")
     limit: int | None = _option(None, "use the first N training examples only", least=1)
@@ -134,14 +146,17 @@ class TrainConfig:
         """Return the config of a YAML file and flags; flags win.
 
         Args:
-            yaml_path: A YAML mapping of field names to values.
+            yaml_path: A YAML mapping of field names to values. Where it is the one in a run's folder and `resume` is
+                among the flags, the run is the one in that folder, wherever this is called.
             overrides: Values by field name, such as the flags that were given.
 
         Raises:
             ConfigError: With every problem; those of the file name its line.
         """
         overrides = dict(overrides or {})
-        from_file, lines, problems = _read_yaml(Path(yaml_path)) if yaml_path is not None else ({}, {}, [])
+        from_file, lines, problems = _read_yaml(Path(yaml_path).expanduser()) if yaml_path is not None else ({}, {}, [])
+        if overrides.get("resume") and yaml_path is not None and "output_dir" not in overrides:
+            overrides |= _of_that_run(Path(yaml_path).expanduser(), from_file)
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {}
         for source, where in ((from_file, lines), (overrides, {})):
@@ -179,11 +194,33 @@ class TrainConfig:
 
     def changed_since(self, earlier: TrainConfig) -> list[str]:
         """Return the fields in which a run differs from an earlier one such that it cannot go on from it."""
+
+        def differs(name: str, path: bool) -> bool:
+            now, before = getattr(self, name), getattr(earlier, name)
+            return (now is None) != (before is None) if path else now != before
+
         return [
             f.name
             for f in fields(self)
-            if not f.metadata.get("live") and getattr(self, f.name) != getattr(earlier, f.name)
+            if not f.metadata.get("live") and differs(f.name, f.metadata.get("path", False))
         ]
+
+
+def _of_that_run(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the folder of a run by the configuration in it, and other paths as they were where the run was begun."""
+    folder = file.resolve().parent
+    name = values.get("output_dir")
+    if file.name != RUN_CONFIG or not isinstance(name, str) or not (folder / METRICS).is_file():
+        return {}
+    found = {"output_dir": str(folder)}
+    if Path(name).expanduser().is_absolute():
+        return found
+    started = Path(str(folder).removesuffix(str(Path(name))))
+    for key in ("model", "data", "eval_data"):
+        value = values.get(key)
+        if isinstance(value, str) and not Path(value).expanduser().exists() and (started / value).exists():
+            found[key] = str(started / value)
+    return found
 
 
 def _check(values: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:

@@ -20,11 +20,12 @@ import transformers
 from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback
 
-from qosora.base import load_base
+from qosora.base import load_adapter, load_base
+from qosora.checkpoints import adapter_config
 from qosora.compat.transformers import TRAINER_LOGGER, is_of_mtime, old_names_warning
 from qosora.compat.trl import liger_warning
 from qosora.data import no_progress_bars
-from qosora.errors import ConfigError, QosoraError
+from qosora.errors import ConfigError, FingerprintError, QosoraError
 from qosora.inference import perplexity
 from qosora.layers import apply_tiling, compile_layers
 from qosora.training.checks import Run, resolve_run
@@ -96,18 +97,25 @@ def train(config: TrainConfig) -> TrainResult:
         >>> train(TrainConfig(model="llama-2-7b-qosora", data="train.jsonl", output_dir="run"))  # doctest: +SKIP
     """
     start = time.perf_counter()
-    folder = RunFolder(config)
-    if (result := folder.finished()) is not None:
-        logger.info("the run in %s is finished already", folder.path)
-        return TrainResult(**result)
-    run = resolve_run(config, folder)
-    with _quiet(), _advice_on_memory(run):
-        trainer, recorder = _trainer(run)
-        try:
-            losses, resumed_from = _run(trainer, folder)
-        finally:
-            recorder.close()
-        return _finish(trainer, run, losses, resumed_from, time.perf_counter() - start)
+    with RunFolder(config).locked():
+        folder = RunFolder(config)  # as it is when nobody else can change it
+        if (result := folder.finished()) is not None:
+            logger.info("the run in %s is finished already", folder.path)
+            return TrainResult(**result)
+        run = resolve_run(config, folder)
+        folder.check_made_of(run.made_of)
+        if config.resume and not folder.resuming:
+            logger.info("there is no run in %s to go on with: a new one begins", folder.path)
+        with _quiet(), _advice_on_memory(run):
+            trainer, recorder = _trainer(run)
+            try:
+                losses, resumed_from = _run(trainer, run)
+            except BaseException:
+                folder.discard()
+                raise
+            finally:
+                recorder.close()
+            return _finish(trainer, run, losses, resumed_from, time.perf_counter() - start)
 
 
 def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
@@ -115,13 +123,15 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
     config = run.config
     recorder = Recorder(run.folder.metrics, config.progress)
     try:
-        model = load_base(
+        model: Any = load_base(
             run.source,
             config=run.model_config,
             dtype=run.dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
+        if run.begun is not None:
+            model = load_adapter(model, run.begun, is_trainable=True)
         trainer = QosoraTrainer(
             model=model,
             args=run.arguments,
@@ -130,7 +140,7 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
             eval_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}) if run.held_out else None,
             eval_examples=run.held_out.examples if run.held_out else [],
             processing_class=run.tokenizer,
-            peft_config=run.adapter,
+            peft_config=run.adapter if run.begun is None else None,
             optimizer_cls_and_kwargs=trainer_optimizer(
                 run.arguments,
                 optimizer=config.optimizer,
@@ -153,23 +163,38 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
     return trainer, recorder
 
 
-def _run(trainer: QosoraTrainer, folder: RunFolder) -> tuple[tuple[float | None, ...], int | None]:
+def _run(trainer: QosoraTrainer, run: Run) -> tuple[tuple[float | None, ...], int | None]:
     """Train; return the evaluation losses before and after, and the step that training went on from."""
+    folder = run.folder
     checkpoint = folder.checkpoint()
     resumed_from = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else None
-    folder.begin(-1 if resumed_from is None else resumed_from)
+    folder.begin(-1 if resumed_from is None else resumed_from, run.made_of)
+    if checkpoint is not None:
+        _check_base(trainer, checkpoint)
     if resumed_from is not None:
         logger.info("resuming after step %d", resumed_from)
     evaluations = [line for line in folder.metrics.read() if "eval_loss" in line]
     before = after = None
     if trainer.eval_examples:
         before = evaluations[0]["eval_loss"] if evaluations else trainer.evaluate()["eval_loss"]
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is None or not trainer.take_up_finished(checkpoint):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_examples:
         last = [line for line in folder.metrics.read() if "eval_loss" in line][-1]
         done = last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
         after = last["eval_loss"] if done else trainer.evaluate()["eval_loss"]
     return (before, after), resumed_from
+
+
+def _check_base(trainer: QosoraTrainer, checkpoint: Path) -> None:
+    """Refuse to go on with another base than a checkpoint's."""
+    before = adapter_config(checkpoint).base_fingerprint
+    now = trainer.model.peft_config["default"].base_fingerprint
+    if before != now:
+        raise FingerprintError(
+            f"{checkpoint} was trained on the base with fingerprint {before}, but this base has {now}; give the base "
+            "that the run began with, or start a new run in another folder"
+        )
 
 
 def _finish(

@@ -1,11 +1,13 @@
 """The folder of a training run: what it holds, whether a run may use it, and what is written when.
 
     train_config.yaml     from the start: the run's configuration, by which resuming knows it again
+    made_of.json          from the start: hashes of the examples, which resuming compares
     metrics.jsonl         a line for each logged step and each evaluation, as it happens
     checkpoint-N/         vectors, optimizer, schedule and random states after step N
     adapter_model.safetensors, tokenizer files, result.json, README.md, adapter_config.json     at the end, in one go
 
-So a folder with adapter_config.json holds a finished adapter, and one without it does not load.
+So a folder with adapter_config.json holds a finished adapter, and one without it does not load. While a process trains
+it has locked FOLDER.lock beside it.
 """
 
 from __future__ import annotations
@@ -13,19 +15,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qosora.checkpoints import ADAPTER_CONFIG, ADAPTER_STEM, write_atomically
+from qosora.checkpoints import ADAPTER_CONFIG, ADAPTER_STEM, locked, read_json, write_atomically, write_json
 from qosora.errors import ConfigError
-from qosora.training.config import TrainConfig
+from qosora.training.config import METRICS, TrainConfig
+from qosora.training.config import RUN_CONFIG as CONFIG
 
 __all__ = ["MetricsLog", "RunFolder"]
 
-CONFIG = "train_config.yaml"
-METRICS = "metrics.jsonl"
 RESULT = "result.json"
+MADE_OF = "made_of.json"
 #: Files without which a checkpoint cannot be resumed. Trainer writes the last one last.
 WHOLE = (f"{ADAPTER_STEM}.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
@@ -80,6 +83,8 @@ class RunFolder:
         if self.config.overwrite:
             self._check_removable()
             return
+        if not self._has_steps():  # nothing would be lost, and nothing can be gone on with
+            return
         if not self.config.resume:
             raise ConfigError(
                 f"output_dir {self.path} holds an earlier run; name another folder, or go on with it (resume), or "
@@ -91,6 +96,12 @@ class RunFolder:
                 f"the run in {self.path} cannot be resumed with another {', '.join(changed)}; give the values in its "
                 f"{CONFIG}, or start a new run in another folder"
             )
+
+    def _has_steps(self) -> bool:
+        """Say whether an earlier run trained a step, so that there is something to keep."""
+        kept = (ADAPTER_CONFIG, RESULT)
+        trained = any("loss" in line for line in self.metrics.read())
+        return trained or any((self.path / name).exists() for name in kept) or any(self.path.glob("checkpoint-*"))
 
     def _check_removable(self) -> None:
         """Refuse to remove, with an earlier run, what this one reads or where the user is."""
@@ -121,18 +132,42 @@ class RunFolder:
         steps = {p: int(p.name.removeprefix("checkpoint-")) for p in self.path.glob("checkpoint-[0-9]*") if p.is_dir()}
         return next((p for p in sorted(steps, key=lambda p: -steps[p]) if _is_whole(p)), None)
 
-    def begin(self, step: int) -> None:
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes from training in the folder."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return locked(self.path)
+
+    def check_made_of(self, made_of: dict[str, str]) -> None:
+        """Compare what a run is made of with what the run to resume was.
+
+        Raises:
+            ConfigError: If it is something else.
+        """
+        file = self.path / MADE_OF
+        earlier = read_json(file) if self.resuming and file.is_file() else {}
+        if changed := [what for what in made_of if what in earlier and made_of[what] != earlier[what]]:
+            raise ConfigError(
+                f"the run in {self.path} cannot be resumed: {' and '.join(changed)} changed since it began, so it "
+                "would not be the same run. Put back what was there, or start a new run in another folder"
+            )
+
+    def begin(self, step: int, made_of: dict[str, str]) -> None:
         """Make the folder ready for a run that starts after `step`: the first change on disk."""
         if self.existed and not self.resuming:
             for item in self.path.iterdir():
                 shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
         replace(self.config, resume=False, overwrite=False).save(self.path / CONFIG)
+        write_json(self.path / MADE_OF, made_of)
         self.metrics.forget_after(step)
 
     def discard(self) -> None:
-        """Remove the folder, if it is empty and was not there before."""
-        if not self.existed and self.path.is_dir() and not any(self.path.iterdir()):
+        """Remove what a run that did not get to its first step has left, and the folder, if it was not there before."""
+        if not self.path.is_dir() or self._has_steps():
+            return
+        for name in (CONFIG, MADE_OF, METRICS):
+            (self.path / name).unlink(missing_ok=True)
+        if not self.existed and not any(self.path.iterdir()):
             self.path.rmdir()
 
     def finish(self, result: dict[str, Any], write: Callable[[Path], None]) -> None:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig
 
 from qosora.compat.transformers import use_one_gpu
 from qosora.compat.trl import liger_warning
-from qosora.errors import ConfigError, near_miss
+from qosora.errors import ConfigError, first_line, near_miss
 from qosora.training.config import TrainConfig
 
 __all__ = ["choose_precision", "sft_config"]
@@ -157,6 +158,12 @@ def _missing_parts(config: TrainConfig) -> list[str]:
         problems.append("qosora trains in one process on one GPU; start it without torchrun or accelerate launch")
     if config.use_liger and importlib.util.find_spec("liger_kernel") is None:
         problems.append("use_liger needs the package liger-kernel: pip install liger-kernel")
+    for name in config.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            problems.append(f"report_to: {name!r} cannot be used here: {first_line(error)}")
     if config.activation_offloading and not torch.cuda.is_available():
         problems.append("activation_offloading moves activations from a GPU to host memory, and there is no GPU")
     return problems

@@ -10,14 +10,18 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
+from qosora.checkpoints import ADAPTER_STEM
 from qosora.compat.trl import know_parameters_again
 from qosora.data import Example
 from qosora.errors import QosoraError
@@ -58,6 +62,21 @@ class QosoraTrainer(SFTTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def take_up_finished(self, checkpoint: Path) -> bool:
+        """Take the vectors and the state of a checkpoint after the run's last step; return False where it is earlier.
+
+        Trainer would do one step more.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if not 0 < state.max_steps <= state.global_step:
+            return False
+        self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        file = f"{ADAPTER_STEM}.safetensors"
+        folder = Path(best) if best and (Path(best) / file).is_file() else checkpoint
+        set_peft_model_state_dict(self.model, load_file(folder / file))
+        return True
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapter alone: not the tokenizer, which would be larger, and no pickle of the arguments."""

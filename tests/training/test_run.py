@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_tokenizer, rounding, sums, write_jsonl
+from safetensors.torch import load_file
+from tiny import make_base, make_checkpoint, make_tokenizer, rounding, sums, write_jsonl
 from training_runs import RUN, config, metrics, names_in
 from transformers import AutoConfig
 
 import qosora.training.run
 from qosora.base.load import load_model, load_tokenizer
-from qosora.errors import ConfigError, QosoraError
+from qosora.config import QosoraConfig
+from qosora.errors import ConfigError, FingerprintError, QosoraError
 from qosora.inference.evaluation import evaluate
 from qosora.inference.generation import generate
 from qosora.layers.tiling import apply_tiling
@@ -34,8 +37,8 @@ def test_what_a_run_writes(place: Path, run: TrainResult):
     folder = place / "run"
     assert names_in(folder) == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "checkpoint-4",
-        "checkpoint-8", "checkpoint-10", "metrics.jsonl", "result.json", "tokenizer.json", "tokenizer_config.json",
-        "train_config.yaml",
+        "checkpoint-8", "checkpoint-10", "made_of.json", "metrics.jsonl", "result.json", "tokenizer.json",
+        "tokenizer_config.json", "train_config.yaml",
     }  # fmt: skip
     assert json.loads((folder / "result.json").read_text()) == run.to_dict()
     assert TrainConfig.load(folder / "train_config.yaml").output_dir == str(folder)
@@ -73,7 +76,7 @@ def test_only_the_vectors_change(place: Path, tmp_path: Path, base: str, precisi
     assert all(".osora_s." in name or ".osora_o." in name for name in vectors)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
     before = {name: as_bytes(tensor) for name, tensor in trainer.model.state_dict().items()}
-    RunFolder(chosen).begin(-1)
+    RunFolder(chosen).begin(-1, {})
     trainer.train()
     assert {name for name, t in trainer.model.state_dict().items() if as_bytes(t) != before[name]} == vectors
 
@@ -141,6 +144,94 @@ def test_resuming_nothing_begins(place: Path, tmp_path: Path):
 
 
 # ---- variants
+
+
+def interrupted_after_the_last_step(run: TrainResult, folder: Path) -> Path:
+    """A copy of a finished run as it is before what is written last, in one go."""
+    shutil.copytree(run.output_dir, folder)
+    kept = ("checkpoint-", "metrics.jsonl", "train_config.yaml", "made_of.json")
+    for path in folder.iterdir():
+        if not path.name.startswith(kept):
+            path.unlink()
+    return folder
+
+
+def test_a_run_that_has_done_its_last_step_does_no_other(place: Path, run: TrainResult, tmp_path: Path):
+    folder = interrupted_after_the_last_step(run, tmp_path / "run")
+    options = {**RUN, "eval_data": str(place / "test.jsonl"), "resume": True}
+    again = train(config(place, folder, **options))
+    assert (again.steps, again.resumed_from) == (10, 10)
+    assert (again.eval_loss_before, again.eval_loss_after) == (run.eval_loss_before, run.eval_loss_after)
+    name = "adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (Path(run.output_dir) / name).read_bytes()
+    assert [line["step"] for line in metrics(folder) if "loss" in line] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("what", ["data", "base"])
+def test_a_run_is_not_resumed_on_something_else(what: str, place: Path, run: TrainResult, tmp_path: Path):
+    folder = interrupted_after_the_last_step(run, tmp_path / "run")
+    options: dict[str, Any] = {**RUN, "eval_data": str(place / "test.jsonl"), "resume": True}
+    error: type[QosoraError]
+    if what == "data":
+        options["data"] = str(write_jsonl(tmp_path / "train.jsonl", sums(17)))
+        error, said = ConfigError, r"cannot be resumed: the training data \(or its tokenizer\) changed since it began"
+    else:
+        source = make_checkpoint(tmp_path / "llama", "llama-text", seed=5)
+        options["model"] = str(make_base(tmp_path / "other", source, QosoraConfig(rank=16)))
+        error, said = FingerprintError, "was trained on the base with fingerprint"
+    before = names_in(folder)
+    with pytest.raises(error, match=said):
+        train(config(place, folder, **options))
+    assert names_in(folder) == before
+    moved = {**options, "model": str(place / "base"), "data": str(tmp_path / "moved.jsonl")}
+    shutil.copy(place / "train.jsonl", moved["data"])
+    assert train(config(place, folder, **moved)).steps == 10  # the same rows in another place are the same
+
+
+def test_an_adapter_is_gone_on_with(place: Path, run: TrainResult, tmp_path: Path):
+    more = train(config(place, tmp_path / "more", model=run.output_dir, max_steps=2, learning_rate=1e-9))
+    assert more.steps == 2
+    vectors, before = (load_file(Path(f) / "adapter_model.safetensors") for f in (more.output_dir, run.output_dir))
+    assert vectors.keys() == before.keys()
+    for name, vector in vectors.items():
+        torch.testing.assert_close(vector, before[name], rtol=1e-6, atol=1e-7)
+    written = json.loads((Path(more.output_dir) / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(place / "base")
+    with pytest.raises(ConfigError, match="is an adapter, whose config says what is trained: leave out vectors"):
+        train(config(place, tmp_path / "other", model=run.output_dir, vectors="s"))
+
+
+def test_a_run_that_fails_at_its_first_step_can_be_begun_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = config(place, tmp_path / "run", max_steps=2)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qosora.training.trainer.QosoraTrainer.training_step", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train(chosen)
+    assert not (tmp_path / "run").exists()
+    assert train(chosen).steps == 2
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "nonsense"])
+def test_a_missing_reporter_is_found_before_the_model_is_loaded(
+    name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
+    monkeypatch.setattr(qosora.training.run, "load_base", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match=f"report_to: '{name}' cannot be used here: "):
+        train(config(place, tmp_path / "run", report_to=[name]))
+
+
+def test_home_in_every_path(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setenv("USERPROFILE", str(place))
+    options = {"model": "~/base", "data": "~/train.jsonl", "eval_data": "~/test.jsonl", "max_steps": 1}
+    assert train(config(place, tmp_path / "run", **options)).steps == 1
 
 
 def test_packing_keeps_examples_apart(place: Path, tmp_path: Path):

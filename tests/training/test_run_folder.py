@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qosora.errors import ConfigError
+from qosora.errors import CheckpointError, ConfigError
 from qosora.training.config import TrainConfig
 from qosora.training.run_folder import WHOLE, MetricsLog, RunFolder
 
@@ -20,7 +20,7 @@ def config(folder: Path, **options: Any) -> TrainConfig:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """An interrupted run with checkpoints after steps 5 and 10."""
-    RunFolder(config(tmp_path / "run")).begin(-1)
+    RunFolder(config(tmp_path / "run")).begin(-1, {})
     for step in (5, 10):
         checkpoint = tmp_path / "run" / f"checkpoint-{step}"
         checkpoint.mkdir()
@@ -80,12 +80,68 @@ def test_an_earlier_run_is_refused_replaced_or_resumed(run: Path):
     replaced = RunFolder(config(run, overwrite=True))
     assert replaced.checkpoint() is None
     assert (run / "checkpoint-10").exists()
-    replaced.begin(-1)
-    assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "train_config.yaml"]
+    replaced.begin(-1, {})
+    assert sorted(p.name for p in run.iterdir()) == ["made_of.json", "metrics.jsonl", "train_config.yaml"]
+
+
+def test_a_run_without_a_step_is_begun_anew(tmp_path: Path):
+    """As of one that was killed while its model was loaded: nothing would be lost."""
+    run = tmp_path / "run"
+    RunFolder(config(run)).begin(-1, {})
+    RunFolder(config(run)).begin(-1, {})
+    MetricsLog(run / "metrics.jsonl").append({"step": 0, "eval_loss": 1.0})
+    again = RunFolder(config(run))
+    again.begin(-1, {})
+    again.discard()
+    assert list(run.iterdir()) == []  # it was there before this one
+    fresh = RunFolder(config(tmp_path / "fresh"))
+    fresh.begin(-1, {})
+    fresh.discard()
+    assert not fresh.path.exists()
+    fresh.begin(-1, {})
+    MetricsLog(fresh.path / "metrics.jsonl").append({"step": 1, "loss": 1.0})
+    fresh.discard()
+    assert fresh.path.exists()
+    with pytest.raises(ConfigError, match="holds an earlier run"):
+        RunFolder(config(fresh.path))
+
+
+def test_what_a_run_is_made_of_is_compared(run: Path):
+    made_of = {"the training data": "a", "the evaluation data": "b"}
+    RunFolder(config(run, resume=True)).begin(10, made_of)
+    again = RunFolder(config(run, resume=True))
+    again.check_made_of(made_of)
+    with pytest.raises(ConfigError, match="cannot be resumed: the training data changed since it began"):
+        again.check_made_of({**made_of, "the training data": "c"})
+    (run / "made_of.json").unlink()
+    again.check_made_of(made_of)  # as of runs that were begun before it was kept
+
+
+def test_a_second_process_is_refused(tmp_path: Path):
+    first, second = RunFolder(config(tmp_path / "new" / "run")), RunFolder(config(tmp_path / "new" / "run"))
+    with first.locked(), pytest.raises(CheckpointError, match="another process is at work there"), second.locked():
+        pass
+    with second.locked():
+        pass
+
+
+def test_the_configuration_in_a_runs_folder_means_that_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    TrainConfig(model="base", data="data.jsonl", output_dir="run").save(run / "train_config.yaml")
+    (tmp_path / "data.jsonl").write_text("")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    found = TrainConfig.load("../run/train_config.yaml", {"resume": True})
+    assert (found.output_dir, found.data, found.model) == (str(run), str(tmp_path / "data.jsonl"), "base")
+    assert RunFolder(found).checkpoint() == run / "checkpoint-10"
+    assert TrainConfig.load("../run/train_config.yaml").output_dir == "run"  # a new run of the same kind
+    other = TrainConfig.load("../run/train_config.yaml", {"resume": True, "output_dir": "other"})
+    assert other.output_dir == "other"
 
 
 def test_the_saved_configuration_can_be_resumed(run: Path):
-    RunFolder(config(run, overwrite=True)).begin(-1)
+    RunFolder(config(run, overwrite=True)).begin(-1, {})
     again = TrainConfig.load(run / "train_config.yaml", {"resume": True})
     assert RunFolder(again).resuming
 
