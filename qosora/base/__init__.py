@@ -20,6 +20,7 @@ from qosora._lazy import door
 if TYPE_CHECKING:
     from qosora.base.convert import ConversionReport as ConversionReport
     from qosora.base.convert import quantize as quantize
+    from qosora.base.describe import verify as verify
     from qosora.base.layout import PlainModel as PlainModel
     from qosora.base.layout import natural_order as natural_order
     from qosora.base.load import load_adapted as load_adapted
@@ -36,6 +37,7 @@ __getattr__, __dir__ = door(
         "structure": ["decompose_structure", "skipped_modules"],
         "layout": ["PlainModel", "natural_order"],
         "convert": ["ConversionReport", "quantize"],
+        "describe": ["verify"],
         "load": ["load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer"],
     },
 )

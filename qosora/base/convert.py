@@ -7,6 +7,7 @@ model itself is never built.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -41,6 +42,8 @@ from qosora.errors import CheckpointError, ConfigError
 from qosora.layers import QosoraLinear
 
 __all__ = ["ConversionReport", "LayerReport", "by_kind", "quantize"]
+
+logger = logging.getLogger("qosora")
 
 #: What quantizing a value costs, in the unit of what a singular triplet costs it; for dividing the work.
 _QUANTIZATION_COST = 64
@@ -285,8 +288,19 @@ class _Conversion:
                 f"checkpoint, among them {missing[0]!r}; get the whole checkpoint"
             )
         for disk, name in list(self.tensors.items()):
-            if self.plain.tied.get(name) in located:  # a copy of the tensor that it is tied to
-                del self.tensors[disk]
+            if (partner := self.plain.tied.get(name)) in located:
+                if self._is_copy(disk, partner):
+                    del self.tensors[disk]
+                else:  # transformers does not tie what differs, whatever the config says
+                    logger.warning(
+                        "%s: %s is not the copy of %s that config.json makes it: kept", self.source, name, partner
+                    )
+                    self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
+
+    def _is_copy(self, disk: str, partner: str) -> bool:
+        """Say whether a tensor on disk equals the one that the model ties it to."""
+        other = next((d for d, name in self.tensors.items() if name == partner), None)
+        return other is None or torch.equal(self.reader.tensor(disk), self.reader.tensor(other))
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         expected = self.plain.shapes[name]

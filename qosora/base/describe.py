@@ -18,11 +18,14 @@ from qosora.checkpoints import (
     group_modules,
     read_json,
     require_base,
+    require_intact,
+    split_source,
     stored_fingerprint,
+    verify_files,
 )
 from qosora.errors import CheckpointError
 
-__all__ = ["describe"]
+__all__ = ["describe", "verify"]
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
@@ -45,9 +48,43 @@ def describe(folder: str | Path) -> dict[str, Any]:
     return _describe_base(folder)
 
 
+def verify(folder: str | Path, *, base: str | Path | None = None) -> dict[str, Any]:
+    """Read every byte of a folder and compare it with its manifest; of an adapter its base, too.
+
+    Args:
+        folder: Of a base, an adapter or an export.
+        base: The adapter's base, where it is not where the adapter says.
+
+    Returns:
+        `files`: how many were compared, by folder; `problems`: a sentence for each that is another; `fingerprint`: of
+        the base, where an adapter belongs to it.
+
+    Raises:
+        CheckpointError: If there is no manifest.
+    """
+    base, adapter = split_source(folder, base)
+    folders = [Path(part) for part in (adapter, base) if part is not None and Path(part).is_dir()]
+    found: dict[str, Any] = {"files": {}, "problems": [], "fingerprint": None}
+    for part in folders:
+        if not (part / MANIFEST_NAME).is_file():
+            raise CheckpointError(f"{part} has no {MANIFEST_NAME}, as save_pretrained writes none: nothing to compare")
+        bad = verify_files(part)
+        found["files"][str(part)] = len(read_json(part / MANIFEST_NAME)["files"])
+        found["problems"] += [text if len(folders) == 1 else f"{part}: {text}" for text in bad]
+    if adapter is not None and Path(base).is_dir() and not found["problems"]:
+        with CheckpointReader(base) as reader:
+            there, expected = stored_fingerprint(reader), adapter_config(adapter).base_fingerprint
+        if there != expected:
+            found["problems"].append(f"the adapter was trained on the base with fingerprint {expected}, not {there}")
+        else:
+            found["fingerprint"] = there
+    return found
+
+
 def _describe_base(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG_NAME)
     storage = require_base(folder, config)
+    require_intact(folder)
     sizes = {"factors_bytes": 0, "residual_bytes": 0, "other_bytes": 0}
     with CheckpointReader(folder) as reader:
         modules = group_modules(reader.names())

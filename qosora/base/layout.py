@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qosora.checkpoints import CONFIG_NAME, load_config
 from qosora.compat.transformers import (
     WeightConverter,
     WeightRenaming,
@@ -26,7 +27,7 @@ from qosora.compat.transformers import (
     target_patterns,
     tied_weights,
 )
-from qosora.errors import CheckpointError
+from qosora.errors import CheckpointError, QosoraError, first_line
 from qosora.layers import split_experts, without_stacking
 
 __all__ = ["PlainModel", "natural_order"]
@@ -49,13 +50,16 @@ class PlainModel:
 
     def __init__(self, folder: Path, trust_remote_code: bool) -> None:
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            config = load_config(folder, trust_remote_code=trust_remote_code)
             vars(config).pop("quantization_config", None)
             with torch.device("meta"):
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except QosoraError:
+            raise
+        except Exception as error:  # a class of transformers may fail in any way on what it did not expect
             raise CheckpointError(
-                f"{folder}: transformers cannot build this model, so its plain form is unknown ({error})"
+                f"{folder / CONFIG_NAME}: transformers cannot build this model, so its plain form is unknown "
+                f"({type(error).__name__}: {first_line(error)})"
             ) from error
         split_experts(model)
         self.model = model

@@ -12,13 +12,25 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qosora.checkpoints import ADAPTER_CONFIG, adapter_config, expanded, load_config, require_base, split_source
+from qosora.checkpoints import (
+    ADAPTER_CONFIG,
+    CONFIG_NAME,
+    adapter_config,
+    expanded,
+    load_config,
+    require_base,
+    require_intact,
+    split_source,
+)
 from qosora.compat.peft import missing_keys_warning
 from qosora.compat.transformers import says_other_shapes
 from qosora.errors import CheckpointError, QosoraError, first_line
 from qosora.layers import fast_dtype
 
 __all__ = ["load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer"]
+
+#: Errors of code that was given what it did not expect.
+_ODD = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 logger = logging.getLogger("qosora")
 
@@ -50,6 +62,8 @@ def load_base(
     source = expanded(source)
     read = config or load_config(source, trust_remote_code=trust_remote_code)
     require_base(source, read)
+    if Path(source).is_dir():
+        require_intact(Path(source))
     if config is not None or not kwargs:  # else transformers reads it again, as some of kwargs may be values for it
         kwargs["config"] = read
     if attn_implementation is not None:
@@ -58,6 +72,8 @@ def load_base(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **kwargs
         )
+    except QosoraError:
+        raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{source}: {first_line(error)}; get another copy") from error
     except RuntimeError as error:
@@ -67,7 +83,27 @@ def load_base(
             f"{source}: the tensors have other shapes than config.json makes them (transformers names them above); "
             "weights and config belong to different bases"
         ) from error
+    except _ODD as error:
+        if isinstance(error, ValueError) and attn_implementation is not None:  # which may be what is wrong
+            raise
+        # Something that transformers did not expect of a configuration or a tensor.
+        raise CheckpointError(
+            f"{source}: transformers cannot build the model of its {CONFIG_NAME} and tensors ({type(error).__name__}: "
+            f"{first_line(error)})"
+        ) from error
+    _refuse_impossible(str(source), model)
     return model
+
+
+def _refuse_impossible(source: str, model: PreTrainedModel) -> None:
+    """Raise CheckpointError if a tensor holds what none can: NaN, infinity, or a scale that is not above zero."""
+    tensors = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel() and not p.is_meta}
+    good = {name: bool(p.isfinite().all() and (not name.endswith(".c") or p.min() > 0)) for name, p in tensors.items()}
+    if bad := [name for name, fine in good.items() if not fine]:
+        raise CheckpointError(
+            f"{source}: {bad[0]}{f' and {len(bad) - 1} other tensors' * (len(bad) > 1)} hold values that cannot be "
+            "(NaN, infinity, or a scale that is not above zero); the file is damaged: get another copy"
+        )
 
 
 def load_model(source: str | Path, *, base: str | Path | None = None, **kwargs: Any) -> Any:
@@ -133,6 +169,8 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, is_trainable: b
         CheckpointError: If it is not whole.
         FingerprintError: If it was trained on another base.
     """
+    if Path(expanded(adapter)).is_dir():
+        require_intact(Path(expanded(adapter)))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", missing_keys_warning(), UserWarning)
         try:
@@ -160,6 +198,6 @@ def load_tokenizer(*sources: str | Path | None, trust_remote_code: bool = False)
                 expanded(source), trust_remote_code=trust_remote_code
             )
             return tokenizer
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # a tokenizer's files may be of any form
             reasons.append(f"{source}: {first_line(error)}")
     raise CheckpointError("no tokenizer found; copy the model's tokenizer files into the folder. " + "; ".join(reasons))

@@ -4,6 +4,7 @@
 |---|---|
 | `names` | names of files, each said once |
 | `folders` | folders on disk or a hub: found, checked, locked; JSON; what is copied along |
+| `intact` | files compared with the hashes in their manifest |
 | `reader` | sharded safetensors, read lazily |
 | `shards` | the same, written tensor by tensor in any order |
 | `fingerprint` | the identity of a base |
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from qosora.checkpoints.folders import tokenizer_folder as tokenizer_folder
     from qosora.checkpoints.folders import write_atomically as write_atomically
     from qosora.checkpoints.folders import write_json as write_json
+    from qosora.checkpoints.intact import hashed as hashed
+    from qosora.checkpoints.intact import require_intact as require_intact
+    from qosora.checkpoints.intact import verify_files as verify_files
     from qosora.checkpoints.names import ADAPTER_CONFIG as ADAPTER_CONFIG
     from qosora.checkpoints.names import ADAPTER_STEM as ADAPTER_STEM
     from qosora.checkpoints.names import CONFIG_NAME as CONFIG_NAME
@@ -73,6 +77,7 @@ __getattr__, __dir__ = door(
             "write_atomically",
             "write_json",
         ],
+        "intact": ["hashed", "require_intact", "verify_files"],
         "reader": ["CheckpointReader"],
         "shards": ["Shards", "StoredSpec", "require_finite"],
         "fingerprint": ["base_fingerprint", "group_modules", "stored_fingerprint"],

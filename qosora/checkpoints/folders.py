@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from qosora.checkpoints.names import ADAPTER_CONFIG, CONFIG_NAME
-from qosora.errors import CheckpointError
+from qosora.errors import CheckpointError, first_line
 
 __all__ = [
     "check_target",
@@ -219,8 +219,11 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # broken, not UTF-8, a number of thousands of digits, nested too deeply
+        raise CheckpointError(f"{path}: not valid JSON ({first_line(error)})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedConfig
 
-from qosora.checkpoints.folders import expanded
-from qosora.checkpoints.names import ADAPTER_CONFIG
+from qosora.checkpoints.folders import expanded, read_json
+from qosora.checkpoints.names import ADAPTER_CONFIG, CONFIG_NAME
 from qosora.config import QUANT_METHOD, OsoraConfig
 from qosora.errors import CheckpointError, first_line
 
 __all__ = ["adapter_config", "base_storage", "load_config", "quantization_in", "require_base", "split_source"]
+
+#: Of layers, heads or experts: more than any model has.
+_LARGEST_COUNT = 2**17
 
 
 def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -23,10 +27,25 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTr
     Raises:
         CheckpointError: If there is none.
     """
+    file = Path(expanded(source)) / CONFIG_NAME
+    if file.is_file():
+        _require_plausible(file, read_json(file))
     try:
         return AutoConfig.from_pretrained(expanded(source), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{source}: no model there that transformers can load ({first_line(error)})") from error
+    except Exception as error:  # a class of transformers may fail in any way on what it did not expect
+        where = file if file.is_file() else source
+        raise CheckpointError(
+            f"{where}: no model there that transformers can load ({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _require_plausible(file: Path, values: Mapping[str, Any], within: str = "") -> None:
+    """Refuse counts that no model has: building one with a billion layers would not end."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _require_plausible(file, value, f"{within}{key}.")
+        elif type(value) is int and re.search(r"layer|block|expert|head", key) and abs(value) > _LARGEST_COUNT:
+            raise CheckpointError(f"{file}: {within}{key} is {value}, and no model has so many; get another copy of it")
 
 
 def quantization_in(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any] | None:
@@ -66,10 +85,16 @@ def adapter_config(adapter: str | Path) -> OsoraConfig:
     Raises:
         CheckpointError: If there is none, or it is not OSoRA's.
     """
+    file = Path(expanded(adapter)) / ADAPTER_CONFIG
+    if file.is_file():
+        read_json(file)
     try:
         config = PeftConfig.from_pretrained(expanded(adapter))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{adapter}: no adapter that PEFT can load ({first_line(error)})") from error
+    except Exception as error:  # see load_config
+        where = file if file.is_file() else adapter
+        raise CheckpointError(
+            f"{where}: no adapter that PEFT can load ({type(error).__name__}: {first_line(error)})"
+        ) from error
     if not isinstance(config, OsoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise CheckpointError(f"{adapter}: an adapter of type {kind}, not one of qosora's")

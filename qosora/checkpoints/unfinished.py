@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from qosora.checkpoints.folders import check_target, locked, read_json, require_space, write_atomically, write_json
+from qosora.checkpoints.intact import file_digest
 from qosora.checkpoints.names import MANIFEST_NAME
 from qosora.checkpoints.shards import Shards, StoredSpec
 from qosora.errors import CheckpointError, ConfigError
@@ -236,7 +237,7 @@ class UnfinishedFolder:
                 raise
         files = sorted(p for p in self._data.rglob("*") if p.is_file() and p != self._data / MANIFEST_NAME)
         with ThreadPoolExecutor() as pool:
-            digests = pool.map(_file_digest, files)
+            digests = pool.map(file_digest, files)
             manifest["files"] = {
                 path.relative_to(self._data).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
                 for path, digest in zip(files, digests, strict=True)
@@ -289,11 +290,6 @@ def _parsed(text: str) -> Iterable[tuple[str, dict[str, Any]]]:
         with suppress(json.JSONDecodeError, KeyError, TypeError):
             entry = json.loads(line)
             yield entry["unit"], {key: entry[key] for key in ("unit", "stamp", "sha256", "report")}
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(paths: Iterable[Path]) -> None:

@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Sequence
 
 import qosora
-from qosora.cli import demo, doctor, evaluate, export, generate, inspect, plan, profile, quantize, train
-from qosora.errors import ConfigError, QosoraError
+from qosora.cli import demo, doctor, evaluate, export, generate, inspect, plan, profile, quantize, train, verify
+from qosora.errors import ConfigError, QosoraError, first_line
 
 __all__ = ["main"]
 
-_COMMANDS = (plan, quantize, train, profile, evaluate, generate, export, inspect, doctor, demo)
+_COMMANDS = (plan, quantize, train, profile, evaluate, generate, export, inspect, verify, doctor, demo)
 
 _DESCRIPTION = """\
 Quantized OSoRA: fine-tune large language models on one consumer GPU.
@@ -71,10 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         print(f"qosora {args.name}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    except RuntimeError as error:
-        if args.verbose or type(error).__name__ != "OutOfMemoryError":  # torch's, by name: torch may not be imported
+    except Exception as error:
+        if args.verbose:
             raise
-        print(f"qosora {args.name}: error: out of GPU memory; {str(error).splitlines()[0]}", file=sys.stderr)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: torch may not be imported
+            text = f"out of GPU memory; {first_line(error)}"
+        else:  # nobody foresaw it
+            text = f"{type(error).__name__}: {first_line(error)} (unforeseen: --verbose shows where; please report it)"
+        print(f"qosora {args.name}: error: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"qosora {args.name}: interrupted", file=sys.stderr)

@@ -20,6 +20,7 @@ from qosora.checkpoints import (
     group_modules,
     read_json,
     require_base,
+    require_intact,
     stored_fingerprint,
 )
 from qosora.config import QosoraConfig
@@ -110,6 +111,9 @@ class AdaptedBase:
         self, base: Path, adapters: Sequence[tuple[Path, float]] = (), *, trust_remote_code: bool = False
     ) -> None:
         self.base = base
+        require_intact(base)
+        for folder, _ in adapters:
+            require_intact(folder)
         self.config, self.storage = _base_config(base)
         self.dtype = _dtype_in(self.config)
         with ExitStack() as stack:

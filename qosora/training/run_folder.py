@@ -4,7 +4,8 @@
     made_of.json          from the start: hashes of the examples, which resuming compares
     metrics.jsonl         a line for each logged step and each evaluation, as it happens
     checkpoint-N/         vectors, optimizer, schedule and random states after step N
-    adapter_model.safetensors, tokenizer files, result.json, README.md, adapter_config.json     at the end, in one go
+    adapter_model.safetensors, tokenizer files, result.json, README.md, qosora_manifest.json (hashes of these),
+    adapter_config.json     at the end, in one go
 
 So a folder with adapter_config.json holds a finished adapter, and one without it does not load. While a process trains
 it has locked FOLDER.lock beside it.
@@ -20,7 +21,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qosora.checkpoints import ADAPTER_CONFIG, ADAPTER_STEM, locked, read_json, write_atomically, write_json
+from qosora.checkpoints import (
+    ADAPTER_CONFIG,
+    ADAPTER_STEM,
+    MANIFEST_NAME,
+    hashed,
+    locked,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from qosora.errors import ConfigError
 from qosora.training.config import METRICS, TrainConfig
 from qosora.training.config import RUN_CONFIG as CONFIG
@@ -182,6 +192,8 @@ class RunFolder:
         temporary.mkdir()
         write(temporary)
         (temporary / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        made = {"files": hashed(temporary, (file.name for file in temporary.iterdir() if file.name != RESULT))}
+        (temporary / MANIFEST_NAME).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         for file in sorted(temporary.iterdir(), key=lambda p: p.name == ADAPTER_CONFIG):
             target = self.path / file.name
             file.chmod((self.path / CONFIG).stat().st_mode)  # safetensors makes files for the owner alone

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, decompose, make_checkpoint
+from tiny import FAMILIES, decompose, load, logits, make_checkpoint, relative_difference
 from transformers import AutoModelForCausalLM
 
 from qosora.base.convert import by_kind, quantize
@@ -20,6 +21,7 @@ from qosora.checkpoints.work import Progress
 from qosora.config import QosoraConfig
 from qosora.decompose.factorize import measure_error
 from qosora.errors import CheckpointError, ConfigError
+from qosora.export import export_merged
 from qosora.layers.linear import qosora_modules
 
 
@@ -244,3 +246,27 @@ def test_an_existing_folder_is_kept_unless_told(tmp_path: Path) -> None:
     quantize(source, tmp_path / "other", QosoraConfig(rank=4), overwrite=True)
     assert len(tensors(tmp_path / "other")["model.layers.0.mlp.up_proj.s"]) == 4
     assert len(before["model.layers.0.mlp.up_proj.s"]) == 8
+
+
+def test_a_head_of_its_own_in_spite_of_a_tied_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
+    logging.getLogger("qosora").propagate = True
+    with caplog.at_level(logging.WARNING, "qosora"):
+        quantize(source, tmp_path / "base", QosoraConfig(rank=8))
+    assert "lm_head.weight is not the copy of model.embed_tokens.weight that config.json makes it: kept" in caplog.text
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["tie_word_embeddings"] is False
+    expected = logits(load(source))
+    assert relative_difference(logits(load(tmp_path / "base")), expected) < 0.5  # 1.5 with the embeddings as the head
+    export_merged(tmp_path / "base", tmp_path / "merged")
+    assert relative_difference(logits(load(tmp_path / "merged")), expected) < 0.5
+    # A copy is a copy, and only one is kept.
+    stored = load_file(source / "model.safetensors")
+    save_file(
+        {**stored, "lm_head.weight": stored["model.embed_tokens.weight"].clone()},
+        source / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    quantize(source, tmp_path / "tied", QosoraConfig(rank=8))
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")

@@ -54,5 +54,5 @@ def test_other_weights_and_config_with_one(tmp_path: Path):
 
 @pytest.mark.parametrize("scale", ["rows", True, 1.0])
 def test_other_values_are_refused(scale: Any):
-    with pytest.raises(ConfigError, match="scale must be one of None, columns, got"):
+    with pytest.raises(ConfigError, match="scale must be one of None, columns, calibrated, got"):
         QosoraConfig(scale=scale)

@@ -96,6 +96,20 @@ def test_code_is_carried_only_where_it_is_trusted(tmp_path: Path):
     assert sorted(f.name for f in (tmp_path / "trusted").iterdir()) == ["modeling_tiny.py", "tokenizer_tiny.py"]
 
 
+def test_a_sentencepiece_model_beside_the_tokenizer_of_the_base(tmp_path: Path):
+    """What transformers saves with an adapter leaves it out, and other programs read nothing else."""
+    for name in ("base", "adapter", "with", "without"):
+        (tmp_path / name).mkdir()
+    for name in ("base/tokenizer.json", "base/tokenizer.model", "base/merges.txt", "adapter/tokenizer.json"):
+        (tmp_path / name).write_text(name)
+    copy_files(tmp_path / "with", tmp_path / "base", tmp_path / "adapter", with_code=False)
+    copied = {f.name: f.read_text() for f in (tmp_path / "with").iterdir()}
+    assert copied == {"tokenizer.json": "adapter/tokenizer.json", "tokenizer.model": "base/tokenizer.model"}
+    (tmp_path / "adapter" / "tokenizer.model").write_text("own")
+    copy_files(tmp_path / "without", tmp_path / "base", tmp_path / "adapter", with_code=False)
+    assert (tmp_path / "without" / "tokenizer.model").read_text() == "own"
+
+
 #: Locks a folder, says so, and stays until it is told to end.
 HOLD = """
 import sys

@@ -61,11 +61,28 @@ def test_what_is_no_base(place: Path) -> None:
         require_base(place / "base", other)
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"model_type": "unheard-of"}'])
-def test_no_model(place: Path, content: str | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"base: no model there that transformers can load \("),
+        ("{", r"config\.json: not valid JSON"),
+        ("[1, 2]", r"config\.json: expected a JSON object, got list"),
+        ("null", r"config\.json: expected a JSON object"),
+        ("[" * 100_000, r"config\.json: not valid JSON"),
+        ('{"model_type": "llama", "vocab_size": ' + "9" * 5000 + "}", r"config\.json: not valid JSON"),
+        ('{"model_type": "llama", "num_hidden_layers": 1000000000}', r"config\.json: num_hidden_layers is 1000000000"),
+        ('{"model_type": "unheard-of"}', r"config\.json: no model there that transformers can load \("),
+        ('{"model_type": ["llama"]}', r"config\.json: no model there that transformers can load \("),
+        (
+            '{"model_type": "llama", "rope_parameters": 7}',
+            r"config\.json: no model there that transformers can load \(",
+        ),
+    ],
+)
+def test_no_model(place: Path, content: str | None, said: str) -> None:
     file = place / "base" / "config.json"
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(CheckpointError, match=r"base: no model there that transformers can load \(") as caught:
+    with pytest.raises(CheckpointError, match=said) as caught:
         load_config(place / "base")
     assert "\n" not in str(caught.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -246,6 +247,33 @@ def test_mistakes(
     assert part.format(**places) in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_output_that_lacks_characters(folder: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    argv = ["generate", str(folder / "base"), "--prompt", "Привет", "--prompt", "Hello", "--max-new-tokens", "1"]
+    assert cli.main(argv) == 0
+    stream.flush()
+    text = written.getvalue().decode(encoding)
+    assert text.startswith("> \\u041f\\u0440\\u0438")
+    assert "\n> Hello\n" in text
+
+
+def test_what_nobody_foresaw_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise LookupError("no such thing\nat all")
+
+    monkeypatch.setattr("qosora.base.describe.describe", fail)
+    code, _, err = run(capsys, "inspect", folder / "base")
+    assert code == 1
+    assert err == (
+        "qosora inspect: error: LookupError: no such thing (unforeseen: --verbose shows where; please report it)\n"
+    )
 
 
 def test_table_and_size() -> None:

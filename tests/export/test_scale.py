@@ -19,6 +19,7 @@ from qosora.adapter import model_fingerprint
 from qosora.base.convert import quantize
 from qosora.base.describe import describe
 from qosora.checkpoints.fingerprint import stored_fingerprint
+from qosora.checkpoints.names import MANIFEST_NAME
 from qosora.checkpoints.reader import CheckpointReader
 from qosora.errors import CheckpointError
 from qosora.export import ExportReport, LoraReport, export_lora, export_merged
@@ -181,6 +182,7 @@ def test_a_base_without_what_its_config_promises_is_refused(copy: Path, tmp_path
     tensors = load_file(copy / "model.safetensors")
     del tensors["model.layers.1.mlp.down_proj.c"]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    (copy / MANIFEST_NAME).unlink()
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.c"):
         load(copy)
     with pytest.raises(CheckpointError, match=r"down_proj\.c must have shape \(\d+,\), got nothing"):

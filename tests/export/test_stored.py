@@ -21,6 +21,7 @@ from tiny import (
 from transformers import AutoModelForCausalLM
 
 from qosora.checkpoints.folders import read_json, write_json
+from qosora.checkpoints.names import MANIFEST_NAME
 from qosora.errors import CheckpointError
 from qosora.export import export_merged
 
@@ -53,6 +54,8 @@ def test_not_a_base(tiny: Trained, tmp_path: Path):
 )
 def test_a_damaged_base(copies: Trained, tmp_path: Path, edit: Any, match: str):
     edit_tensors(copies.base / "model.safetensors", edit)
+    refused(tmp_path, r"model.safetensors has .*; get another copy", copies.base)
+    (copies.base / MANIFEST_NAME).unlink()  # as of a base that save_pretrained wrote
     refused(tmp_path, match, copies.base)
 
 

@@ -37,8 +37,8 @@ def test_what_a_run_writes(place: Path, run: TrainResult):
     folder = place / "run"
     assert names_in(folder) == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "checkpoint-4",
-        "checkpoint-8", "checkpoint-10", "made_of.json", "metrics.jsonl", "result.json", "tokenizer.json",
-        "tokenizer_config.json", "train_config.yaml",
+        "checkpoint-8", "checkpoint-10", "made_of.json", "metrics.jsonl", "qosora_manifest.json", "result.json",
+        "tokenizer.json", "tokenizer_config.json", "train_config.yaml",
     }  # fmt: skip
     assert json.loads((folder / "result.json").read_text()) == run.to_dict()
     assert TrainConfig.load(folder / "train_config.yaml").output_dir == str(folder)

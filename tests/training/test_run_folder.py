@@ -184,7 +184,13 @@ def test_finish_makes_it_an_adapter_last(run: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "replace", recorded)
     RunFolder(config(run, resume=True)).finish({"steps": 3}, write)
     assert moved[-1] == "adapter_config.json"
-    assert sorted(moved) == ["adapter_config.json", "adapter_model.safetensors", "result.json", "tokenizer.json"]
+    assert sorted(moved) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "qosora_manifest.json",
+        "result.json",
+        "tokenizer.json",
+    ]
     assert RunFolder(config(run, resume=True)).finished() == {"steps": 3}
     assert json.loads((run / "result.json").read_text()) == {"steps": 3}
 

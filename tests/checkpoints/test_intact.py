@@ -1,0 +1,127 @@
+"""A changed byte in a base or an adapter is found: when it is first used, by an export, and by `qosora verify`."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import make_trained
+
+from qosora.base.describe import describe, verify
+from qosora.base.load import load_base, load_model
+from qosora.checkpoints import intact
+from qosora.checkpoints.intact import hashed, require_intact, verify_files
+from qosora.checkpoints.names import MANIFEST_NAME
+from qosora.cli import main
+from qosora.errors import CheckpointError
+from qosora.export import export_merged
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_trained(tmp_path_factory.mktemp("trained"), "llama").base
+
+
+@pytest.fixture
+def copy(base: Path, tmp_path: Path) -> Path:
+    copied: Path = shutil.copytree(base, tmp_path / "base")
+    return copied
+
+
+def flip(file: Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def test_any_flipped_bit_is_found(base: Path, tmp_path: Path):
+    size = 8 * (base / "model.safetensors").stat().st_size
+    drawn = random.Random(0)
+    for number, bit in enumerate([0, size - 1, *(drawn.randrange(size) for _ in range(30))]):
+        copy = shutil.copytree(base, tmp_path / f"base{number}")
+        flip(copy / "model.safetensors", bit)
+        said = r"model.safetensors has changed since the manifest was written"
+        assert len(verify(copy)["problems"]) == 1
+        for use in (load_base, describe, lambda folder: export_merged(folder, tmp_path / "export")):
+            with pytest.raises(CheckpointError, match=said):
+                use(copy)
+    assert not (tmp_path / "export").exists()
+
+
+def test_what_was_read_is_not_read_again(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    read: list[str] = []
+    digest = intact.file_digest
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return digest(path)
+
+    monkeypatch.setattr(intact, "file_digest", noted)
+    load_base(copy)
+    load_base(copy)
+    describe(copy)
+    assert read == ["model.safetensors"]
+    (copy / "model.safetensors").touch()
+    load_base(copy)
+    assert read == ["model.safetensors"] * 2
+    verify(copy)
+    assert len(read) == 2 + len(json.loads((copy / MANIFEST_NAME).read_text())["files"])
+
+
+@pytest.mark.parametrize("memory", ["[]", "{", '{"a": 1}', None])
+def test_without_a_memory_that_can_be_used(
+    memory: str | None, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    home = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    if memory is None:
+        home.write_text("a file where a folder would be")
+    else:
+        (home / "qosora").mkdir(parents=True)
+        (home / "qosora" / "verified.json").write_text(memory)
+    require_intact(copy)
+
+
+@pytest.mark.parametrize(
+    "files", ["none", 7, {"model.safetensors": 1}, {"../model.safetensors": {"bytes": 1, "sha256": "0"}}]
+)
+def test_a_manifest_of_another_form(files: object, copy: Path):
+    (copy / MANIFEST_NAME).write_text(json.dumps({"files": files}))
+    for use in (require_intact, verify_files, load_base):
+        with pytest.raises(CheckpointError, match="files must say bytes and sha256 of each"):
+            use(copy)
+
+
+def test_missing_and_cut_files(copy: Path):
+    (copy / "config.json").write_text("{}")
+    (copy / "model.safetensors").unlink()
+    problems = verify_files(copy)
+    assert [text.split()[0] for text in problems] == ["config.json", "model.safetensors"]
+    assert problems[1] == "model.safetensors is missing"
+    assert hashed(copy, ["config.json"]) == {
+        "config.json": {"bytes": 2, "sha256": intact.file_digest(copy / "config.json")}
+    }
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    trained = make_trained(tmp_path, "llama")
+    assert main(["verify", str(trained.base)]) == 0
+    assert "files as its manifest says" in capsys.readouterr().out
+    assert main(["verify", str(trained.adapter)]) == 1
+    assert f"has no {MANIFEST_NAME}" in capsys.readouterr().err
+    names = [file.name for file in trained.adapter.iterdir()]
+    (trained.adapter / MANIFEST_NAME).write_text(json.dumps({"files": hashed(trained.adapter, names)}))
+    assert main(["verify", str(trained.adapter)]) == 0
+    assert "the adapter belongs to the base (fingerprint " in capsys.readouterr().out
+    flip(trained.adapter / "adapter_model.safetensors", 8 * 2000)
+    assert main(["verify", str(trained.adapter), "--json"]) == 1
+    output = capsys.readouterr()
+    assert len(json.loads(output.out)["problems"]) == 1
+    assert "adapter_model.safetensors has changed" in output.err
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors has changed"):
+        load_model(trained.adapter)
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors has changed"):
+        export_merged(trained.base, tmp_path / "export", trained.adapter)
