@@ -2,6 +2,7 @@
 #   make demo         decompose, fine-tune and export the built-in tiny model
 #   make test         format, lint, types, tests and what they cover: all that CI runs
 #   make test-fast    the tests without the slow ones, while editing
+#   make campaign     damage every file that a command reads, 2,000 times, and judge how each command ends
 #   make test-newest  the tests with the newest release of every dependency, in an environment of its own
 #   make lock         write requirements.lock anew; LOCK_ARGS=--upgrade moves it to newer versions
 #
@@ -25,7 +26,7 @@ PIP_INSTALL := python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-u
 UNLOCKED := nothing$(if $(TORCH),|torch|triton)$(if $(TORCH)$(TORCH_INDEX),|cuda-.*|nvidia-.*)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo lint format test test-fast test-newest lock clean
+.PHONY: install demo lint format test test-fast campaign test-newest lock clean
 
 install: $(VENV)/.installed
 
@@ -54,6 +55,9 @@ test: lint
 
 test-fast: install
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+campaign: install
+	$(BIN)/python -W ignore tests/campaign/corruption.py --count 2400 --seconds 840
 
 # The requirements of pyproject.toml without their versions, upper bounds included.
 test-newest: BIN := $(VENV)-newest/bin

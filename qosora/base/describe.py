@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qosora.base.convert import by_kind
+from qosora.base.layout import PlainModel
 from qosora.checkpoints import (
     ADAPTER_CONFIG,
     ADAPTER_STEM,
@@ -23,6 +25,8 @@ from qosora.checkpoints import (
     stored_fingerprint,
     verify_files,
 )
+from qosora.config import QosoraConfig
+from qosora.decompose import parts
 from qosora.errors import CheckpointError
 
 __all__ = ["describe", "verify"]
@@ -96,11 +100,13 @@ def _describe_base(folder: Path) -> dict[str, Any]:
             if name in part_of and name.rpartition(".")[2] in ("s", "o"):
                 adapter_entries += entries
         fingerprint = stored_fingerprint(reader)
+        _refuse_what_is_missing(folder, reader, modules, QosoraConfig.from_dict(storage))
+        _refuse_impossible(folder, reader, part_of)
     manifest = read_json(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else {}
     return {
         "kind": "base",
         "folder": str(folder),
-        "architecture": (config.get("architectures") or ["unknown"])[0],
+        "architecture": next(iter(_texts(config.get("architectures"))), "unknown"),
         "quantization": {k: v for k, v in storage.items() if k != "quant_method"},
         "decomposed_layers": len(modules),
         "fingerprint": fingerprint,
@@ -108,19 +114,74 @@ def _describe_base(folder: Path) -> dict[str, Any]:
         "total_bytes": sum(sizes.values()),
         "adapter_parameters": adapter_entries,
         "adapter_bytes": 4 * adapter_entries,
-        "by_kind": by_kind(manifest["layers"]) if "layers" in manifest else None,
+        "by_kind": _errors_by_kind(folder, manifest),
     }
+
+
+def _texts(value: Any) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def _errors_by_kind(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
+    try:
+        return by_kind(manifest["layers"]) if "layers" in manifest else None
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST_NAME}: layers must hold the errors of each layer ({type(error).__name__}); get "
+            "another copy"
+        ) from error
 
 
 def _part(name: str, module: str) -> str:
     return "residual_bytes" if name.removeprefix(f"{module}.").startswith("weight") else "factors_bytes"
 
 
+def _refuse_what_is_missing(
+    folder: Path, reader: CheckpointReader, modules: Mapping[str, Iterable[str]], storage: QosoraConfig
+) -> None:
+    """Raise CheckpointError where a tensor is not there that the model, or a decomposed layer, has."""
+    stored = {f"{module}.weight": set(names) for module, names in modules.items()}
+    fields = {name for part in parts.PARTS for name in parts.stored_names(part, storage.double_quant)}
+    fields |= {"s", "o", *(["c"] if storage.scale else [])}
+    missing = [f"{weight.removesuffix('weight')}{key}" for weight, names in stored.items() for key in fields
+               if f"{weight.removesuffix('weight')}{key}" not in names]  # fmt: skip
+    plain = PlainModel(folder, trust_remote_code=False) if not any(folder.glob("*.py")) else None
+    if plain is not None:
+        others = set(reader.names()) - {name for names in stored.values() for name in names}
+        missing += plain.missing(part for name in (*others, *stored) for part in plain.locate(name)[1])
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} tensors are missing, among them {min(missing)}; get another copy"
+        )
+
+
+def _refuse_impossible(folder: Path, reader: CheckpointReader, names: Iterable[str]) -> None:
+    """Raise CheckpointError where a vector is none, or it or a statistic of blocks is not finite."""
+    for name in names:
+        if name.rpartition(".")[2] in ("s", "o", "c", "osora_s", "osora_o") and len(reader.shape(name)) != 1:
+            raise CheckpointError(
+                f"{folder}: {name} must be a vector, got shape {reader.shape(name)}; get another copy"
+            )
+        if reader.dtype(name).is_floating_point and not reader.tensor(name).isfinite().all():
+            raise CheckpointError(f"{folder}: {name} holds NaN or infinity; the file is damaged: get another copy")
+
+
 def _describe_adapter(folder: Path) -> dict[str, Any]:
     config = adapter_config(folder)
+    require_intact(folder)
     with CheckpointReader(folder, ADAPTER_STEM) as reader:
         shapes = {name: reader.shape(name) for name in reader.names()}
-    vectors = {n: s for n, s in shapes.items() if n.rpartition(".")[2] in ("osora_s", "osora_o")}
+        vectors = {n: s for n, s in shapes.items() if n.rpartition(".")[2] in ("osora_s", "osora_o")}
+        layers = {name.rpartition(".")[0] for name in shapes if ".osora_" in name or name.rpartition(".")[2] not in (
+            "weight", "bias")}  # fmt: skip
+        kinds = {"both": ("osora_s", "osora_o"), "s": ("osora_s",), "o": ("osora_o",)}[config.vectors]
+        if missing := [
+            f"{layer}.{kind}" for layer in sorted(layers) for kind in kinds if f"{layer}.{kind}" not in shapes
+        ]:
+            raise CheckpointError(
+                f"{folder}: {len(missing)} vectors are missing, among them {missing[0]}; get another copy"
+            )
+        _refuse_impossible(folder, reader, vectors)
     return {
         "kind": "adapter",
         "folder": str(folder),

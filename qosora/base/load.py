@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qosora.checkpoints import (
@@ -77,8 +78,12 @@ def load_base(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{source}: {first_line(error)}; get another copy") from error
     except RuntimeError as error:
-        if not says_other_shapes(error):
+        if isinstance(error, torch.OutOfMemoryError):
             raise
+        if not says_other_shapes(error):
+            raise CheckpointError(
+                f"{source}: the model of its {CONFIG_NAME} cannot be built ({first_line(error)})"
+            ) from error
         raise CheckpointError(
             f"{source}: the tensors have other shapes than config.json makes them (transformers names them above); "
             "weights and config belong to different bases"
@@ -92,10 +97,19 @@ def load_base(
             f"{first_line(error)})"
         ) from error
     _refuse_impossible(str(source), model)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(model.generation_config, name, None)
+        if any(
+            type(i) is not int or not -1 <= i < 2**31
+            for i in (value if isinstance(value, list) else [] if value is None else [value])
+        ):
+            raise CheckpointError(
+                f"{source}/generation_config.json: {name} must be a token id or several, got {value!r}"
+            )
     return model
 
 
-def _refuse_impossible(source: str, model: PreTrainedModel) -> None:
+def _refuse_impossible(source: str, model: nn.Module) -> None:
     """Raise CheckpointError if a tensor holds what none can: NaN, infinity, or a scale that is not above zero."""
     tensors = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel() and not p.is_meta}
     good = {name: bool(p.isfinite().all() and (not name.endswith(".c") or p.min() > 0)) for name, p in tensors.items()}
@@ -174,13 +188,17 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, is_trainable: b
     with warnings.catch_warnings():
         warnings.filterwarnings("error", missing_keys_warning(), UserWarning)
         try:
-            return PeftModel.from_pretrained(model, expanded(adapter), is_trainable=is_trainable)
+            adapted = PeftModel.from_pretrained(model, expanded(adapter), is_trainable=is_trainable)
         except QosoraError:
             raise
-        except (OSError, ValueError, UserWarning, SafetensorError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, UserWarning, SafetensorError, *_ODD) as error:
             raise CheckpointError(
                 f"{adapter}: not a whole adapter ({first_line(error)[:200]}); get another copy"
             ) from error
+    _refuse_impossible(str(adapter), adapted)
+    return adapted
 
 
 def load_tokenizer(*sources: str | Path | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -197,6 +215,7 @@ def load_tokenizer(*sources: str | Path | None, trust_remote_code: bool = False)
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 expanded(source), trust_remote_code=trust_remote_code
             )
+            tokenizer("a")  # some files of an odd form are found only when it is used
             return tokenizer
         except Exception as error:  # a tokenizer's files may be of any form
             reasons.append(f"{source}: {first_line(error)}")

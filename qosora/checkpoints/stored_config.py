@@ -12,8 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from qosora.checkpoints.folders import expanded, read_json
 from qosora.checkpoints.names import ADAPTER_CONFIG, CONFIG_NAME
-from qosora.config import QUANT_METHOD, OsoraConfig
-from qosora.errors import CheckpointError, first_line
+from qosora.config import QUANT_METHOD, OsoraConfig, QosoraConfig
+from qosora.errors import CheckpointError, ConfigError, first_line
 
 __all__ = ["adapter_config", "base_storage", "load_config", "quantization_in", "require_base", "split_source"]
 
@@ -68,9 +68,15 @@ def require_base(source: str | Path, config: PreTrainedConfig | Mapping[str, Any
         config: As in `quantization_in`.
 
     Raises:
-        CheckpointError: If it is no base, saying what it is instead.
+        CheckpointError: If it is no base, saying what it is instead, or says of itself what cannot be.
     """
     if (stored := base_storage(config)) is not None:
+        try:
+            QosoraConfig.from_dict(stored)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{source}/{CONFIG_NAME}: quantization_config: {'; '.join(error.problems)}; get another copy of it"
+            ) from None
         return stored
     other = quantization_in(config)
     kind = "an ordinary checkpoint" if other is None else f"quantized with {other.get('quant_method')!r}"
@@ -98,6 +104,9 @@ def adapter_config(adapter: str | Path) -> OsoraConfig:
     if not isinstance(config, OsoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise CheckpointError(f"{adapter}: an adapter of type {kind}, not one of qosora's")
+    for name in ("base_model_name_or_path", "base_fingerprint"):
+        if not isinstance(value := getattr(config, name), str | None):
+            raise CheckpointError(f"{file}: {name} must be text, got {value!r}; get another copy of it")
     return config
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import qosora
 from qosora.cli import demo, doctor, evaluate, export, generate, inspect, plan, profile, quantize, train, verify
+from qosora.cli.output import escaped
 from qosora.errors import ConfigError, QosoraError, first_line
 
 __all__ = ["main"]
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader of our output has gone: nobody to tell
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        print(f"qosora {args.name}: error: {error}", file=sys.stderr)
+        print(escaped(f"qosora {args.name}: error: {error}"), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except Exception as error:
         if args.verbose:
@@ -78,12 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = f"out of GPU memory; {first_line(error)}"
         else:  # nobody foresaw it
             text = f"{type(error).__name__}: {first_line(error)} (unforeseen: --verbose shows where; please report it)"
-        print(f"qosora {args.name}: error: {text}", file=sys.stderr)
+        print(escaped(f"qosora {args.name}: error: {text}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"qosora {args.name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+class _Escaped(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
 
 
 def _set_up_messages(verbose: bool, downloads: bool) -> None:
@@ -95,7 +101,7 @@ def _set_up_messages(verbose: bool, downloads: bool) -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("qosora: %(message)s"))
+    handler.setFormatter(_Escaped("qosora: %(message)s"))
     logger = logging.getLogger("qosora")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

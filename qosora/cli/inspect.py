@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from qosora.cli.options import add_json
-from qosora.cli.output import print_json, size
+from qosora.cli.output import escaped, print_json, size
 from qosora.cli.quantize import kinds_table
 
 NAME = "inspect"
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json(found)
     else:
-        print("\n".join(_base(found) if found["kind"] == "base" else _adapter(found)))
+        print(escaped("\n".join(_base(found) if found["kind"] == "base" else _adapter(found))))
 
 
 def _base(found: dict[str, Any]) -> list[str]:

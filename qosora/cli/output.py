@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qosora.checkpoints import Progress
 
-__all__ = ["print_json", "progress_bar", "size", "table"]
+__all__ = ["escaped", "print_json", "progress_bar", "size", "table"]
+
+
+def escaped(text: str) -> str:
+    """Return a text with what is not to be printed escaped: names from files may hold a terminal's control codes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager

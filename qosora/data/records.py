@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qosora.data.chat import refuse_broken_text
-from qosora.errors import DataError
+from qosora.errors import DataError, first_line
 
 __all__ = ["Columns", "Records", "load_records", "no_progress_bars"]
 
@@ -239,7 +239,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 def _is_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return False
 
 
@@ -266,6 +266,8 @@ def _parsed(where: str, text: str) -> Any:
         raise DataError(f"{where}: broken JSON ({error.msg} at {at})") from None
     except RecursionError:
         raise DataError(f"{where}: broken JSON (nested too deeply)") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{where}: broken JSON ({first_line(error)})") from None
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
