@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qosora.base.convert import by_kind
 from qosora.base.layout import PlainModel
 from qosora.checkpoints import (
@@ -100,7 +102,7 @@ def _describe_base(folder: Path) -> dict[str, Any]:
             if name in part_of and name.rpartition(".")[2] in ("s", "o"):
                 adapter_entries += entries
         fingerprint = stored_fingerprint(reader)
-        _refuse_what_is_missing(folder, reader, modules, QosoraConfig.from_dict(storage))
+        _refuse_what_does_not_fit(folder, reader, modules, QosoraConfig.from_dict(storage))
         _refuse_impossible(folder, reader, part_of)
     manifest = read_json(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else {}
     return {
@@ -136,10 +138,10 @@ def _part(name: str, module: str) -> str:
     return "residual_bytes" if name.removeprefix(f"{module}.").startswith("weight") else "factors_bytes"
 
 
-def _refuse_what_is_missing(
+def _refuse_what_does_not_fit(
     folder: Path, reader: CheckpointReader, modules: Mapping[str, Iterable[str]], storage: QosoraConfig
 ) -> None:
-    """Raise CheckpointError where a tensor is not there that the model, or a decomposed layer, has."""
+    """Raise CheckpointError where a tensor of the model or of a decomposed layer is not there, or of another shape."""
     stored = {f"{module}.weight": set(names) for module, names in modules.items()}
     fields = {name for part in parts.PARTS for name in parts.stored_names(part, storage.double_quant)}
     fields |= {"s", "o", *(["c"] if storage.scale else [])}
@@ -153,12 +155,31 @@ def _refuse_what_is_missing(
         raise CheckpointError(
             f"{folder}: {len(missing)} tensors are missing, among them {min(missing)}; get another copy"
         )
+    if plain is None:
+        return
+    for module in modules:
+        name = plain.locate(f"{module}.weight")[0]
+        if len(shape := plain.shapes.get(name, ())) != 2:
+            continue
+        out_features, in_features = shape[::-1] if name.removesuffix(".weight") in plain.transposed else shape
+        rank = math.prod(reader.shape(f"{module}.s"))
+        expected = parts.stored_shapes(out_features, in_features, rank, storage.blocksize, storage.double_quant)
+        expected |= {
+            "o": ((out_features,), torch.float32),
+            **({"c": ((in_features,), torch.float32)} if storage.scale else {}),
+        }
+        for key, (size, dtype) in expected.items():
+            got = reader.shape(f"{module}.{key}"), reader.dtype(f"{module}.{key}")
+            if got != (size, dtype):
+                raise CheckpointError(
+                    f"{folder}: {module}.{key} must be {size}, {dtype}, got {got[0]}, {got[1]}; get another copy"
+                )
 
 
 def _refuse_impossible(folder: Path, reader: CheckpointReader, names: Iterable[str]) -> None:
     """Raise CheckpointError where a vector is none, or it or a statistic of blocks is not finite."""
     for name in names:
-        if name.rpartition(".")[2] in ("s", "o", "c", "osora_s", "osora_o") and len(reader.shape(name)) != 1:
+        if name.rpartition(".")[2].removeprefix("osora_") in ("s", "o", "c") and len(reader.shape(name)) != 1:
             raise CheckpointError(
                 f"{folder}: {name} must be a vector, got shape {reader.shape(name)}; get another copy"
             )

@@ -51,7 +51,11 @@ def _require_plausible(file: Path, values: Mapping[str, Any], within: str = "") 
 def quantization_in(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any] | None:
     """Return how a model is quantized, by its configuration or the content of its config.json; None if it is not."""
     found = (config if isinstance(config, Mapping) else vars(config)).get("quantization_config")
-    return dict(found if isinstance(found, Mapping) else found.to_dict()) if found else None
+    if not found:
+        return None
+    if not isinstance(found, Mapping) and not hasattr(found, "to_dict"):
+        raise CheckpointError(f"{CONFIG_NAME}: quantization_config must be an object, got {found!r}; get another copy")
+    return dict(found if isinstance(found, Mapping) else found.to_dict())
 
 
 def base_storage(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any] | None:

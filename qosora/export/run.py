@@ -17,6 +17,7 @@ import torch
 
 from qosora import __version__
 from qosora.checkpoints import MANIFEST_NAME, Unit, local_folder, read_json, refuse_input_as_output, stream
+from qosora.errors import CheckpointError
 from qosora.export.adapters import AdapterChoice, weighted
 from qosora.export.original import Original, open_original
 from qosora.export.stored import AdaptedBase
@@ -52,7 +53,14 @@ class Export:
     ) -> None:
         self._start = time.perf_counter()
         self._base, self._output, self._trust_remote_code = base, output, trust_remote_code
-        folder, adapters = local_folder(base, trust_remote_code=trust_remote_code), weighted(adapter)
+        adapters = weighted(adapter)
+        try:
+            folder = local_folder(base, trust_remote_code=trust_remote_code)
+        except CheckpointError as error:
+            hint = (
+                f" (the base of the adapter {adapters[0][0]}; if it has moved, give its new place)" if adapters else ""
+            )
+            raise CheckpointError(f"{error}{hint}") from error
         refuse_input_as_output(output, folder, *(adapter_folder for adapter_folder, _ in adapters))
         self._stack = ExitStack()
         self.adapted = self._stack.enter_context(AdaptedBase(folder, adapters, trust_remote_code=trust_remote_code))

@@ -196,6 +196,11 @@ class AdaptedBase:
         n = _in_features(stored["weight"][0], m, expected[0 if transposed else 1] if len(expected) == 2 else 0)
         layer = Layer(module, disk, m, n, rank, transposed)
         four_bit = parts.stored_shapes(*layer.size, self.storage.blocksize, self.storage.double_quant)
+        for name, (_, dtype) in four_bit.items():
+            if name in stored and (got := self._reader.dtype(f"{disk}.{name}")) != dtype:
+                raise CheckpointError(
+                    f"{self.base}: {disk}.{name} must be {dtype}, got {got}; get another copy of the base"
+                )
         expected_shapes = {name: shape for name, (shape, _) in four_bit.items()}
         for name, size in (expected_shapes | ({"c": (n,)} if self.storage.scale else {})).items():
             if stored.get(name) != size:

@@ -281,7 +281,9 @@ def _result(out: str) -> Any:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {
-                k: plain(v) for k, v in value.items() if "seconds" not in k and k not in ("source", "base", "folder")
+                k: plain(v)
+                for k, v in value.items()
+                if "seconds" not in k and k not in ("source", "base", "folder", "file_bytes")
             }
         return [plain(v) for v in value] if isinstance(value, list) else value
 
@@ -312,7 +314,8 @@ def _judged(case: Case, intact: Path, status: int | None, out: str, err: str) ->
         *case.argv[1:2],
         "tokenizer",
         "adapter",
-        "model.layers.",
+        "model.",
+        "lm_head.",
         "chat template",
     )
     return Verdict("one line" if any(name in err for name in names) else "unnamed", shown)
