@@ -117,3 +117,22 @@ def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
             yield from _numbers(item, f"{where}/{key}")
     elif isinstance(value, int | float):
         yield where, value
+
+
+@pytest.mark.slow
+def test_what_is_learned_in_miniature(tmp_path: Path) -> None:
+    quality = BENCHMARKS / "quality"
+    run = [sys.executable, "-W", "ignore", str(quality / "run_quality.py"), "--miniature", "--minutes", "5"]
+    run += ["--work-dir", str(tmp_path / "work"), "--output", str(tmp_path / "results"), "--seeds", "0", "1"]
+    run += ["--only", "lora_r16", "qosora_r64"]
+    assert subprocess.run(run, capture_output=True).returncode == 0
+    done = {file.relative_to(tmp_path / "results") for file in (tmp_path / "results").rglob("seed*.json")}
+    assert len(done) == 4
+    again = subprocess.run(run, capture_output=True, text=True)
+    assert (again.returncode, again.stdout) == (0, "")  # nothing is run twice
+    page = [sys.executable, str(quality / "quality_page.py"), str(tmp_path / "results")]
+    assert subprocess.run(page, capture_output=True).returncode == 0
+    text = (tmp_path / "results" / "README.md").read_text(encoding="utf-8")
+    for label in ("LoRA r = 16 on NF4 (QLoRA)", "qosora r = 64"):
+        assert f"| {label} | " in text
+    assert (tmp_path / "results" / "demo.png").read_bytes().startswith(b"\x89PNG")
