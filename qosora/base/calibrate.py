@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def rows_digest(rows: torch.Tensor) -> str:
 def second_moments(
     checkpoint: SourceCheckpoint,
     rows: torch.Tensor,
-    names: Iterable[str],
+    names: Sequence[str],
     *,
     device: torch.device,
     file: Path | None = None,
@@ -184,7 +184,7 @@ class _Totals:
             self.batches, self.sums, self.counts = 0, {}, {}
 
     @contextmanager
-    def gathered(self, model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    def gathered(self, model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         """Add up the inputs of layers while in the context."""
         hooks = [model.get_submodule(name).register_forward_pre_hook(self._adding(name)) for name in names]
         try:
@@ -211,9 +211,8 @@ class _Totals:
             save_file(self.sums, temporary, metadata={"state": json.dumps(state)})
             temporary.replace(self.file)
 
-    def means(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def means(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return the mean squares; those of experts drawn towards their mean over all experts."""
-        names = list(names)
         pooled: dict[str, tuple[Any, int]] = {}
         for name in names:
             if (kind := _kind(name)) is not None:

@@ -159,9 +159,8 @@ def quantize(
     config = config or QosoraConfig()
     with Processes() as processes, open_source(source, trust_remote_code=trust_remote_code) as checkpoint:
         device = _usable(device or (f"cuda:{processes.local_index}" if torch.cuda.is_available() else "cpu"))
-        refuse_input_as_output(
-            output, Path(expanded(source)) if Path(expanded(source)).exists() else None, checkpoint.origin
-        )
+        local = Path(expanded(source))
+        refuse_input_as_output(output, local if local.exists() else None, checkpoint.origin)
         conversion = _Conversion(str(source), checkpoint, config, dtype, trust_remote_code)
         conversion.match()
         units = [conversion.unit(disk, name, device) for disk, name in conversion.tensors.items()]

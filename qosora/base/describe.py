@@ -22,6 +22,7 @@ from qosora.checkpoints import (
     group_modules,
     read_json,
     require_base,
+    require_finite,
     require_intact,
     split_source,
     stored_fingerprint,
@@ -183,8 +184,8 @@ def _refuse_impossible(folder: Path, reader: CheckpointReader, names: Iterable[s
             raise CheckpointError(
                 f"{folder}: {name} must be a vector, got shape {reader.shape(name)}; get another copy"
             )
-        if reader.dtype(name).is_floating_point and not reader.tensor(name).isfinite().all():
-            raise CheckpointError(f"{folder}: {name} holds NaN or infinity; the file is damaged: get another copy")
+        if reader.dtype(name).is_floating_point:
+            require_finite(f"{folder}: {name}", reader.tensor(name), "the file is damaged; get another copy")
 
 
 def _describe_adapter(folder: Path) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qosora.checkpoints import (
@@ -20,6 +20,7 @@ from qosora.checkpoints import (
     expanded,
     load_config,
     require_base,
+    require_finite,
     require_intact,
     split_source,
 )
@@ -32,6 +33,8 @@ __all__ = ["load_adapted", "load_adapter", "load_base", "load_model", "load_toke
 
 #: Errors of code that was given what it did not expect.
 _ODD = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+_DAMAGED = "the file is damaged; get another copy"
 
 logger = logging.getLogger("qosora")
 
@@ -96,7 +99,7 @@ def load_base(
             f"{source}: transformers cannot build the model of its {CONFIG_NAME} and tensors ({type(error).__name__}: "
             f"{first_line(error)})"
         ) from error
-    _refuse_impossible(str(source), model)
+    _refuse_impossible(str(source), model.named_parameters())
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(model.generation_config, name, None)
         if any(
@@ -109,15 +112,14 @@ def load_base(
     return model
 
 
-def _refuse_impossible(source: str, model: nn.Module) -> None:
+def _refuse_impossible(source: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Raise CheckpointError if a tensor holds what none can: NaN, infinity, or a scale that is not above zero."""
-    tensors = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel() and not p.is_meta}
-    good = {name: bool(p.isfinite().all() and (not name.endswith(".c") or p.min() > 0)) for name, p in tensors.items()}
-    if bad := [name for name, fine in good.items() if not fine]:
-        raise CheckpointError(
-            f"{source}: {bad[0]}{f' and {len(bad) - 1} other tensors' * (len(bad) > 1)} hold values that cannot be "
-            "(NaN, infinity, or a scale that is not above zero); the file is damaged: get another copy"
-        )
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            continue
+        require_finite(f"{source}: {name}", tensor.detach(), _DAMAGED)
+        if name.endswith(".c") and not tensor.min() > 0:
+            raise CheckpointError(f"{source}: {name} holds a scale that is not above zero: {_DAMAGED}")
 
 
 def load_model(source: str | Path, *, base: str | Path | None = None, **kwargs: Any) -> Any:
@@ -185,19 +187,19 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, is_trainable: b
     """
     if Path(expanded(adapter)).is_dir():
         require_intact(Path(expanded(adapter)))
+    own = {id(tensor) for tensor in model.parameters()}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", missing_keys_warning(), UserWarning)
         try:
             adapted = PeftModel.from_pretrained(model, expanded(adapter), is_trainable=is_trainable)
-        except QosoraError:
-            raise
-        except torch.OutOfMemoryError:
+        except (QosoraError, torch.OutOfMemoryError):
             raise
         except (OSError, RuntimeError, UserWarning, SafetensorError, *_ODD) as error:
             raise CheckpointError(
                 f"{adapter}: not a whole adapter ({first_line(error)[:200]}); get another copy"
             ) from error
-    _refuse_impossible(str(adapter), adapted)
+    added = ((name, tensor) for name, tensor in adapted.named_parameters() if id(tensor) not in own)
+    _refuse_impossible(str(adapter), added)
     return adapted
 
 

@@ -136,9 +136,9 @@ class QosoraHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         names = decompose_structure(model, self.quantization_config, stored=self.pre_quantized)
         self._moments: dict[str, torch.Tensor] = {}
-        if not self.pre_quantized and self.quantization_config.scale == "calibrated":
-            self._moments = _measured(model, self.quantization_config, names)
         if not self.pre_quantized:
+            if self.quantization_config.scale == "calibrated":
+                self._moments = _measured(model, self.quantization_config, names)
             # Else the loader would round float32 weights to the model's dtype before they are decomposed.
             kept = ((n, m) for n, m in model.named_modules() if not isinstance(m, QosoraLinear))
             others = {f"{name}.{key}" for name, module in kept for key in own_parameters(module)}

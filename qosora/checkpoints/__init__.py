@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from qosora.checkpoints.folders import tokenizer_folder as tokenizer_folder
     from qosora.checkpoints.folders import write_atomically as write_atomically
     from qosora.checkpoints.folders import write_json as write_json
+    from qosora.checkpoints.intact import file_digest as file_digest
     from qosora.checkpoints.intact import hashed as hashed
     from qosora.checkpoints.intact import require_intact as require_intact
     from qosora.checkpoints.intact import verify_files as verify_files
@@ -77,7 +78,7 @@ __getattr__, __dir__ = door(
             "write_atomically",
             "write_json",
         ],
-        "intact": ["hashed", "require_intact", "verify_files"],
+        "intact": ["file_digest", "hashed", "require_intact", "verify_files"],
         "reader": ["CheckpointReader"],
         "shards": ["Shards", "StoredSpec", "require_finite"],
         "fingerprint": ["base_fingerprint", "group_modules", "stored_fingerprint"],

@@ -52,7 +52,7 @@ _MODEL_FILES = ("generation_config.json", "*processor_config.json", "README.md",
 _SAFE_SUFFIXES = ("", ".json", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".jinja", ".md", ".pdf")
 
 
-def expanded(source: str | Path) -> str:
+def expanded(source: str | os.PathLike[str]) -> str:
     """Return what a user's path or hub id means: "~" is the home folder."""
     return os.path.expanduser(str(source))
 
@@ -219,10 +219,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # broken, not UTF-8, a number of thousands of digits, nested too deeply
+    except (ValueError, RecursionError) as error:  # broken, not UTF-8, a number of thousands of digits, too deep
         raise CheckpointError(f"{path}: not valid JSON ({first_line(error)})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,13 @@ def file_digest(path: Path) -> str:
 
 def hashed(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return what a manifest says of files, by their names in the folder."""
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)} for name in sorted(names)
-    }
+    names = sorted(names)
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(file_digest, (folder / name for name in names))
+        return {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(names, digests, strict=True)
+        }
 
 
 def require_intact(folder: Path) -> None:
@@ -46,34 +51,34 @@ def require_intact(folder: Path) -> None:
     """
     if not (folder / MANIFEST_NAME).is_file():
         return
-    entries = {name: entry for name, entry in _entries(folder).items() if name.endswith(".safetensors")}
-    known = _remembered()
-    states = {name: _state(folder / name, entry) for name, entry in entries.items()}
-    new = [
-        name for name, state in states.items() if state is None or known.get(str((folder / name).resolve())) != state
-    ]
-    if bad := verify_files(folder, new):
+    known, new, states = _remembered(), {}, {}
+    for name, entry in _entries(folder).items():
+        if name.endswith(".safetensors"):
+            place, state = str((folder / name).resolve()), _state(folder / name, entry)
+            if state is None or known.get(place) != state:
+                new[name], states[place] = entry, state
+    if bad := _problems(folder, new):
         raise CheckpointError(
             f"{folder}: {bad[0]}; get another copy, or make it anew. If it was changed on purpose, remove "
             f"{MANIFEST_NAME}"
         )
     if new:
-        _remember({**known, **{str((folder / name).resolve()): states[name] for name in new}})
+        _remember(known | states)
 
 
-def verify_files(folder: Path, names: Iterable[str] | None = None) -> list[str]:
-    """Return a sentence for each file that is not what the manifest says.
-
-    Args:
-        folder: With a manifest.
-        names: Of the files; all that the manifest names by default.
+def verify_files(folder: Path) -> list[str]:
+    """Return a sentence for each file that is not what a folder's manifest says.
 
     Raises:
         CheckpointError: If the manifest cannot be used.
     """
-    entries, problems = _entries(folder), []
-    for name in entries if names is None else names:
-        path, entry = folder / name, entries[name]
+    return _problems(folder, _entries(folder))
+
+
+def _problems(folder: Path, entries: dict[str, dict[str, Any]]) -> list[str]:
+    problems = []
+    for name, entry in entries.items():
+        path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing")
         elif (size := path.stat().st_size) != entry["bytes"]:

@@ -29,8 +29,16 @@ from typing import Any
 
 import torch
 
-from qosora.checkpoints.folders import check_target, locked, read_json, require_space, write_atomically, write_json
-from qosora.checkpoints.intact import file_digest
+from qosora.checkpoints.folders import (
+    check_target,
+    expanded,
+    locked,
+    read_json,
+    require_space,
+    write_atomically,
+    write_json,
+)
+from qosora.checkpoints.intact import hashed
 from qosora.checkpoints.names import MANIFEST_NAME
 from qosora.checkpoints.shards import Shards, StoredSpec
 from qosora.errors import CheckpointError, ConfigError
@@ -77,7 +85,7 @@ class UnfinishedFolder:
         max_shard_bytes: int,
         stem: str = "model",
     ) -> None:
-        self.target = Path(os.path.realpath(os.path.expanduser(target)))
+        self.target = Path(os.path.realpath(expanded(target)))
         self.path = self.target.with_name(f"{self.target.name}.partial")
         self.units, self.job = units, dict(job)
         specs: dict[str, StoredSpec] = {}
@@ -236,12 +244,7 @@ class UnfinishedFolder:
                 self.remove()
                 raise
         files = sorted(p for p in self._data.rglob("*") if p.is_file() and p != self._data / MANIFEST_NAME)
-        with ThreadPoolExecutor() as pool:
-            digests = pool.map(file_digest, files)
-            manifest["files"] = {
-                path.relative_to(self._data).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-                for path, digest in zip(files, digests, strict=True)
-            }
+        manifest["files"] = hashed(self._data, (path.relative_to(self._data).as_posix() for path in files))
         write_json(self._data / MANIFEST_NAME, manifest)
         _sync([*files, self._data / MANIFEST_NAME, self._data])
         if self.target.exists():

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         """Print an answer as soon as those before it are."""
         nonlocal shown
         waiting[index] = answer
-        while not args.json and shown in waiting:
+        while shown in waiting:
             text = waiting.pop(shown)
             shown += 1
             print(text if len(prompts) == 1 else f"{chr(10) * (shown > 1)}> {prompts[shown - 1]}\n{text}", flush=True)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         chat=args.chat,
         batch_size=args.batch_size,
         seed=args.seed,
-        written=written,
+        written=None if args.json else written,
     )
     if args.json:
         print_json([{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)])

@@ -7,7 +7,6 @@ by TRL, so that the tokens that were counted are those that are trained on.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from trl import SFTConfig
 
 from qosora.base import load_tokenizer
-from qosora.checkpoints import ADAPTER_STEM, load_config, local_folder, require_base, split_source
+from qosora.checkpoints import ADAPTER_STEM, file_digest, load_config, local_folder, require_base, split_source
 from qosora.config import OsoraConfig
 from qosora.data import Columns, Tokenized, load_records, refuse_foreign_tokens, tokenize
 from qosora.dtypes import dtype_named
@@ -150,8 +149,7 @@ def _made_of(begun: str | None, data: Tokenized, held_out: Tokenized | None) -> 
     if held_out is not None:
         found["the evaluation data (or its tokenizer)"] = held_out.digest()
     if begun is not None:
-        file = local_folder(begun) / f"{ADAPTER_STEM}.safetensors"
-        found["the adapter that is trained on"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        found["the adapter that is trained on"] = file_digest(local_folder(begun) / f"{ADAPTER_STEM}.safetensors")
     return found
 
 

@@ -168,9 +168,9 @@ def _run(trainer: QosoraTrainer, run: Run) -> tuple[tuple[float | None, ...], in
     folder = run.folder
     checkpoint = folder.checkpoint()
     resumed_from = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else None
-    folder.begin(-1 if resumed_from is None else resumed_from, run.made_of)
     if checkpoint is not None:
         _check_base(trainer, checkpoint)
+    folder.begin(-1 if resumed_from is None else resumed_from, run.made_of)
     if resumed_from is not None:
         logger.info("resuming after step %d", resumed_from)
     evaluations = [line for line in folder.metrics.read() if "eval_loss" in line]
