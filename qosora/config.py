@@ -7,18 +7,26 @@ decomposed layers. Both refuse unknown keys and report all problems at once.
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import os
 import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qosora import register
+from qosora import formats, register
 from qosora.decompose import BLOCKSIZES, QUANT_TYPES, SCALES, SVD_ITERATIONS, SVD_METHODS, SVD_OVERSAMPLING
 from qosora.dtypes import COMPUTE_DTYPES, dtype_name, dtype_named
 from qosora.errors import ConfigError
+from qosora.places import place_of, published_name
 
 __all__ = ["OSORA", "OsoraConfig", "QosoraConfig"]
 
@@ -54,6 +62,7 @@ class QosoraConfig(QuantizationConfigMixin):
 
     Raises:
         ConfigError: With every problem that the arguments have.
+        CheckpointError: If they are those of a base in a newer format.
 
     Example:
         >>> name, config = "meta-llama/Llama-2-7b-hf", QosoraConfig(rank=128, rank_pattern={"down_proj": 256})
@@ -78,6 +87,7 @@ class QosoraConfig(QuantizationConfigMixin):
         compute_dtype: str | torch.dtype | None = None,
         **unknown: Any,
     ) -> None:
+        formats.require_known("quantization_config", unknown.pop("format_version", None), formats.BASE)
         problems = []
         method = unknown.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
@@ -173,7 +183,8 @@ class QosoraConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain data, without the text of the calibration."""
-        return {key: value for key, value in super().to_dict().items() if key != "calibration"}
+        options = {key: value for key, value in super().to_dict().items() if key != "calibration"}
+        return {**options, "format_version": formats.BASE}
 
     def storage_options(self) -> dict[str, Any]:
         """Return the options of the 4-bit format: those that `nf4.quantize` takes."""
@@ -202,6 +213,9 @@ def _pattern_problems(what: str, pattern: object) -> list[str]:
     return []
 
 
+_CARD = "README.md"
+
+
 class _OsoraType(str):
     """PEFT's enum of adapter types is closed to outsiders: a string that has an enum member's `value` stands in."""
 
@@ -226,6 +240,8 @@ class OsoraConfig(PeftConfig):
         layers_pattern: Name of the layer list, where it is not "layers" or "h".
         modules_to_save: Other modules to train and save in full, as with LoRA.
         base_fingerprint: Identity of the base that the adapter was trained on; filled in.
+        weights_sha256: Of the adapter's tensors, in what is saved; filled in.
+        format_version: Of what is saved; filled in.
 
     Example:
         >>> model = get_peft_model(model, OsoraConfig())  # doctest: +SKIP
@@ -239,8 +255,11 @@ class OsoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     base_fingerprint: str | None = None
+    weights_sha256: str | None = None
+    format_version: int = formats.ADAPTER
 
     def __post_init__(self) -> None:
+        formats.require_known(ADAPTER_CONFIG, self.format_version, formats.ADAPTER)
         super().__post_init__()
         self.peft_type = OSORA
         problems = []
@@ -259,6 +278,9 @@ class OsoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):  # PEFT tests membership
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        base: str | None = self.__dict__.get("base_model_name_or_path")
+        if isinstance(base, str):
+            self.base_model_name_or_path = place_of(base, key=self.base_fingerprint)
 
     @staticmethod
     def _problems_of_names(option: str, value: object) -> list[str]:
@@ -275,6 +297,26 @@ class OsoraConfig(PeftConfig):
         """Return the options as plain data; sets are sorted, so that equal configs make equal files."""
         plain = asdict(self)
         return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()} | {"peft_type": str(OSORA)}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write adapter_config.json as any PEFT config does, with a hash of the adapter's tensors if they are there.
+
+        Names a base on this machine as `qosora.places` has it, and takes its path out of PEFT's model card.
+        """
+        folder, written = Path(save_directory), copy.copy(self)
+        weights = folder / SAFETENSORS_WEIGHTS_NAME
+        if weights.is_file():  # PEFT writes them first
+            with weights.open("rb") as stream:
+                written.weights_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        place = self.base_model_name_or_path
+        if place:
+            written.base_model_name_or_path = published_name(place, folder, self.base_fingerprint)
+        super(OsoraConfig, written).save_pretrained(save_directory, **kwargs)
+        if written.base_model_name_or_path != place and (folder / _CARD).is_file():
+            card = ModelCard.load(folder / _CARD)
+            card.data.base_model = None
+            card.data.tags = [tag for tag in card.data.tags or () if not tag.startswith("base_model:")] or None
+            card.save(folder / _CARD)
 
 
 register.loaded(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,10 @@ def refused(
 
 
 def edit_tensors(file: Path, edit: Any) -> None:
-    """Rewrite a safetensors file after `edit` changed its dictionary in place."""
+    """Rewrite a safetensors file after `edit` changed its dictionary in place, and forget an adapter's hash of it."""
     tensors = load_file(file)
     edit(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+    config = file.with_name("adapter_config.json")
+    if config.exists():
+        config.write_text(json.dumps({**json.loads(config.read_text()), "weights_sha256": None}))

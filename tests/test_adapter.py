@@ -341,11 +341,12 @@ class TestLoad:
         model = PeftModel.from_pretrained(fresh(base), adapter, low_cpu_mem_usage=low_cpu_mem_usage)
         assert torch.equal(logits(model), logits(trained(base)))
 
-    def test_transformers_own_way_to_load(self, base: Path, adapter: Path):
+    def test_transformers_own_way_to_load(self, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch):
         expected = logits(trained(base))
         model = fresh(base)
         model.load_adapter(adapter)
         assert torch.equal(logits(model), expected)
+        monkeypatch.chdir(adapter)  # from where it names its base
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(adapter)), expected)
 
     def test_transformers_own_way_to_switch(self, base: Path, adapter: Path):

@@ -20,8 +20,8 @@ PACKAGE = Path(qosora.__file__).parent
 #: `checkpoints` lies above `config`, and that above `decompose`, as what is stored says in which of its formats.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("_lazy", "errors"),
-    ("compat", "dtypes"),
-    ("register", "decompose"),
+    ("compat", "dtypes", "formats", "remembered"),
+    ("register", "decompose", "places"),
     ("config",),
     ("checkpoints", "layers"),
     ("base", "adapter"),

@@ -31,6 +31,7 @@ from qosora.checkpoints import (
     copy_files,
     expanded,
     load_config,
+    manifest_key,
     open_source,
     refuse_input_as_output,
     require_finite,
@@ -40,6 +41,7 @@ from qosora.config import QosoraConfig
 from qosora.decompose import factorize_with_report
 from qosora.errors import CheckpointError, ConfigError
 from qosora.layers import QosoraLinear
+from qosora.places import published_name
 
 __all__ = ["ConversionReport", "LayerReport", "by_kind", "quantize"]
 
@@ -182,12 +184,8 @@ def quantize(
             conversion.config.save_pretrained(folder)
             # No times, so that a base is the same however it was made.
             layers = [{k: v for k, v in report.items() if k != "seconds"} for report in reports.values() if report]
-            return {
-                "source": str(source),
-                "source_files": _sizes(units),
-                "made_with": made_with,
-                "layers": layers,
-            } | calibration
+            made = {"source_files": _sizes(units), "made_with": made_with, "layers": layers} | calibration
+            return {"source": published_name(source, output, manifest_key(made)), **made}
 
         reports = stream(
             output,

@@ -21,6 +21,8 @@ from qosora.checkpoints import (
     expanded,
     group_modules,
     read_json,
+    read_manifest,
+    recorded_files,
     require_base,
     require_finite,
     require_intact,
@@ -73,10 +75,10 @@ def verify(folder: str | Path, *, base: str | Path | None = None) -> dict[str, A
     folders = [Path(part) for part in (adapter, base) if part is not None and Path(part).is_dir()]
     found: dict[str, Any] = {"files": {}, "problems": [], "fingerprint": None}
     for part in folders:
-        if not (part / MANIFEST_NAME).is_file():
+        if not (recorded := recorded_files(part)):
             raise CheckpointError(f"{part} has no {MANIFEST_NAME}, as save_pretrained writes none: nothing to compare")
         bad = verify_files(part)
-        found["files"][str(part)] = len(read_json(part / MANIFEST_NAME)["files"])
+        found["files"][str(part)] = len(recorded)
         found["problems"] += [text if len(folders) == 1 else f"{part}: {text}" for text in bad]
     if adapter is not None and Path(base).is_dir() and not found["problems"]:
         with CheckpointReader(base) as reader:
@@ -105,7 +107,7 @@ def _describe_base(folder: Path) -> dict[str, Any]:
         fingerprint = stored_fingerprint(reader)
         _refuse_what_does_not_fit(folder, reader, modules, QosoraConfig.from_dict(storage))
         _refuse_impossible(folder, reader, part_of)
-    manifest = read_json(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else {}
+    manifest = read_manifest(folder)
     return {
         "kind": "base",
         "folder": str(folder),

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from qosora.checkpoints.folders import write_json as write_json
     from qosora.checkpoints.intact import file_digest as file_digest
     from qosora.checkpoints.intact import hashed as hashed
+    from qosora.checkpoints.intact import manifest_key as manifest_key
+    from qosora.checkpoints.intact import read_manifest as read_manifest
+    from qosora.checkpoints.intact import recorded_files as recorded_files
     from qosora.checkpoints.intact import require_intact as require_intact
     from qosora.checkpoints.intact import verify_files as verify_files
     from qosora.checkpoints.names import ADAPTER_CONFIG as ADAPTER_CONFIG
@@ -78,7 +81,15 @@ __getattr__, __dir__ = door(
             "write_atomically",
             "write_json",
         ],
-        "intact": ["file_digest", "hashed", "require_intact", "verify_files"],
+        "intact": [
+            "file_digest",
+            "hashed",
+            "manifest_key",
+            "read_manifest",
+            "recorded_files",
+            "require_intact",
+            "verify_files",
+        ],
         "reader": ["CheckpointReader"],
         "shards": ["Shards", "StoredSpec", "require_finite"],
         "fingerprint": ["base_fingerprint", "group_modules", "stored_fingerprint"],

@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from qosora.checkpoints.folders import expanded, read_json
 from qosora.checkpoints.names import ADAPTER_CONFIG, CONFIG_NAME
 from qosora.config import QUANT_METHOD, OsoraConfig, QosoraConfig
-from qosora.errors import CheckpointError, ConfigError, first_line
+from qosora.errors import CheckpointError, ConfigError, QosoraError, first_line
+from qosora.places import place_of
 
 __all__ = ["adapter_config", "base_storage", "load_config", "quantization_in", "require_base", "split_source"]
 
@@ -77,6 +78,8 @@ def require_base(source: str | Path, config: PreTrainedConfig | Mapping[str, Any
     if (stored := base_storage(config)) is not None:
         try:
             QosoraConfig.from_dict(stored)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}/{CONFIG_NAME}: {error}") from None
         except ConfigError as error:
             raise CheckpointError(
                 f"{source}/{CONFIG_NAME}: quantization_config: {'; '.join(error.problems)}; get another copy of it"
@@ -100,6 +103,8 @@ def adapter_config(adapter: str | Path) -> OsoraConfig:
         read_json(file)
     try:
         config = PeftConfig.from_pretrained(expanded(adapter))
+    except QosoraError as error:
+        raise CheckpointError(f"{file.parent}: {error}") from None
     except Exception as error:  # see load_config
         where = file if file.is_file() else adapter
         raise CheckpointError(
@@ -111,6 +116,10 @@ def adapter_config(adapter: str | Path) -> OsoraConfig:
     for name in ("base_model_name_or_path", "base_fingerprint"):
         if not isinstance(value := getattr(config, name), str | None):
             raise CheckpointError(f"{file}: {name} must be text, got {value!r}; get another copy of it")
+    if config.base_model_name_or_path:
+        config.base_model_name_or_path = place_of(
+            config.base_model_name_or_path, file.parent, key=config.base_fingerprint
+        )
     return config
 
 
@@ -127,4 +136,9 @@ def split_source(source: str | Path, base: str | Path | None = None) -> tuple[st
     recorded = adapter_config(source).base_model_name_or_path
     if base is None and not recorded:
         raise CheckpointError(f"{source}/{ADAPTER_CONFIG} names no base; give it with --base")
+    if base is None and str(recorded).startswith(".") and not Path(str(recorded)).exists():
+        raise CheckpointError(
+            f"{source}/{ADAPTER_CONFIG} names the base {recorded}, and no such folder is there; give its place with "
+            "--base"
+        )
     return str(base or recorded), source

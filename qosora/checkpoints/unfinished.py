@@ -42,6 +42,7 @@ from qosora.checkpoints.intact import hashed
 from qosora.checkpoints.names import MANIFEST_NAME
 from qosora.checkpoints.shards import Shards, StoredSpec
 from qosora.errors import CheckpointError, ConfigError
+from qosora.formats import MANIFEST, UNFINISHED, require_known
 
 __all__ = ["UnfinishedFolder"]
 
@@ -153,8 +154,11 @@ class UnfinishedFolder:
             for entry in self.path.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             self._data.mkdir()
-            write_json(file, self.job)
+            write_json(file, {"format_version": UNFINISHED, "job": self.job})
         begun = read_json(file)
+        if "job" in begun:  # else it was begun before there were versions
+            require_known(file, begun.get("format_version"), UNFINISHED)
+            begun = begun["job"]
         if changes := [key for key in sorted(self.job | begun) if _plain(self.job.get(key)) != begun.get(key)]:
             raise ConfigError(
                 f"{self.path} holds work that was begun differently: "
@@ -235,7 +239,7 @@ class UnfinishedFolder:
             check: Called with the folder when it can be loaded; returns more for the manifest. If it raises a
                 CheckpointError, nothing of the folder is left.
         """
-        manifest = dict(finish(self._data))
+        manifest = {"format_version": MANIFEST, **finish(self._data)}
         self.shards.seal()
         if check is not None:
             try:

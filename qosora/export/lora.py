@@ -35,6 +35,7 @@ from qosora.export.run import Export, Reports
 from qosora.export.stored import AdaptedBase, Layer
 from qosora.export.verify import Verification, verify_export
 from qosora.layers import LinearExperts
+from qosora.places import published_name
 
 __all__ = ["LoraReport", "export_lora", "reduced"]
 
@@ -136,7 +137,7 @@ def export_lora(
             adapted.require_pristine()
         lora_dtype = target or adapted.dtype
         ranks = _ranks(adapted, rank)
-        config = _config(adapted, ranks, named)
+        config = _config(adapted, ranks, published_name(named, output))
         units = [_unit(adapted, adapted.layers[module], rank, ranks[module], lora_dtype) for module in ranks]
         units += [unit for adapter in adapted.adapters for unit in _in_full(adapter, lora_dtype)]
 

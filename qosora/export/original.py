@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from qosora.checkpoints import MANIFEST_NAME, SourceCheckpoint, open_source, read_json
+from qosora.checkpoints import SourceCheckpoint, manifest_key, open_source, read_manifest
 from qosora.decompose import Factors, reconstruct
 from qosora.errors import CheckpointError, ConfigError
 from qosora.export.stored import AdaptedBase, Layer, Stored
+from qosora.places import place_of
 
 __all__ = ["Original", "open_original", "original_of"]
 
@@ -23,9 +24,10 @@ _LARGEST_ERROR = 0.25
 
 
 def original_of(base: Path) -> str | None:
-    """Return what `qosora quantize` made a base of, as its manifest says, or None where there is no manifest."""
-    manifest = base / MANIFEST_NAME
-    return str(read_json(manifest).get("source")) if manifest.is_file() else None
+    """Return what `qosora quantize` made a base of, as its manifest says, or None where that does not say."""
+    manifest = read_manifest(base)
+    source = manifest.get("source")
+    return place_of(source, base, manifest_key(manifest)) if isinstance(source, str) else None
 
 
 class Original:
@@ -48,8 +50,7 @@ class Original:
         self._disk: dict[str, str] = {}  # names in the model -> names on its disk
         for disk in self._reader.names():
             self._disk.setdefault(adapted.plain.locate(disk)[0], disk)
-        manifest = adapted.base / MANIFEST_NAME
-        layers = read_json(manifest).get("layers", []) if manifest.is_file() else []
+        layers = read_manifest(adapted.base).get("layers", [])
         self._errors: dict[str, float] = {layer["name"]: layer["error"] for layer in layers}
         for stored in adapted.tensors.values():
             if not stored.trained:

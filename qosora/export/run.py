@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from qosora import __version__
-from qosora.checkpoints import MANIFEST_NAME, Unit, local_folder, read_json, refuse_input_as_output, stream
+from qosora.checkpoints import Unit, local_folder, read_manifest, refuse_input_as_output, stream
 from qosora.errors import CheckpointError
 from qosora.export.adapters import AdapterChoice, weighted
 from qosora.export.original import Original, open_original
 from qosora.export.stored import AdaptedBase
 from qosora.export.verify import Reference, Verification
+from qosora.places import published_name
 
 __all__ = ["Export", "Reports"]
 
@@ -129,13 +130,15 @@ class Export:
 
         def finished(folder: Path, _: Reports) -> dict[str, Any]:
             finish(folder)
-            return {**made_of, "made_with": job}
+            names = {"base": published_name(self._base), "original": original and published_name(original)}
+            adapters = {published_name(place): weight for place, weight in self.adapted.folders.items()}
+            return {**names, "adapters": adapters, "made_with": job}
 
         def checked(folder: Path, reports: Reports) -> dict[str, Any]:
             return {} if check is None else {"verification": asdict(check(folder, reports))}
 
         reports = stream(self._output, units, finished, job=job, check=checked, **how)
-        found = read_json(Path(self._output) / MANIFEST_NAME).get("verification")
+        found = read_manifest(Path(self._output)).get("verification")
         return reports, {
             **made_of,
             "output": str(self._output),

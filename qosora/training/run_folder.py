@@ -32,6 +32,7 @@ from qosora.checkpoints import (
     write_json,
 )
 from qosora.errors import ConfigError
+from qosora.formats import MANIFEST, RUN, require_known
 from qosora.training.config import METRICS, TrainConfig
 from qosora.training.config import RUN_CONFIG as CONFIG
 
@@ -152,9 +153,11 @@ class RunFolder:
 
         Raises:
             ConfigError: If it is something else.
+        CheckpointError: If a newer version of qosora began it.
         """
         file = self.path / MADE_OF
         earlier = read_json(file) if self.resuming and file.is_file() else {}
+        require_known(file, earlier.get("format_version"), RUN)
         if changed := [what for what in made_of if what in earlier and made_of[what] != earlier[what]]:
             raise ConfigError(
                 f"the run in {self.path} cannot be resumed: {' and '.join(changed)} changed since it began, so it "
@@ -168,7 +171,7 @@ class RunFolder:
                 shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
         replace(self.config, resume=False, overwrite=False).save(self.path / CONFIG)
-        write_json(self.path / MADE_OF, made_of)
+        write_json(self.path / MADE_OF, {**made_of, "format_version": RUN})
         self.metrics.forget_after(step)
 
     def discard(self) -> None:
@@ -187,12 +190,13 @@ class RunFolder:
             result: What `finished` gives back.
             write: Writes the adapter and tokenizer into an empty folder.
         """
-        temporary = self.path / ".final"
+        temporary = self.path.with_name(f".{self.path.name}.final")  # an adapter names its base from where it is
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         write(temporary)
         (temporary / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        made = {"files": hashed(temporary, (file.name for file in temporary.iterdir() if file.name != RESULT))}
+        written = [file.name for file in temporary.iterdir() if file.name != RESULT]
+        made = {"format_version": MANIFEST, "files": hashed(temporary, written)}
         (temporary / MANIFEST_NAME).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         for file in sorted(temporary.iterdir(), key=lambda p: p.name == ADAPTER_CONFIG):
             target = self.path / file.name

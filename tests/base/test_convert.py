@@ -111,7 +111,7 @@ def test_the_manifest_says_what_the_base_is(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source")
     report = quantize(source, tmp_path / "base", QosoraConfig(rank=8, seed=3))
     manifest = json.loads((tmp_path / "base" / MANIFEST_NAME).read_text())
-    assert manifest["source"] == str(source)
+    assert manifest["source"] == "../source"
     assert manifest["source_files"] == {"model.safetensors": (source / "model.safetensors").stat().st_size}
     assert (manifest["made_with"]["rank"], manifest["made_with"]["seed"]) == (8, 3)
     assert manifest["made_with"]["torch"] == torch.__version__

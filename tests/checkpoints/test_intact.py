@@ -106,12 +106,24 @@ def test_missing_and_cut_files(copy: Path):
     }
 
 
+def test_a_changed_adapter_without_a_manifest(tmp_path: Path):
+    trained = make_trained(tmp_path, "llama")
+    weights = trained.adapter / "adapter_model.safetensors"
+    flip(weights, 8 * weights.stat().st_size - 1)
+    for use in (load_model, describe, lambda folder: export_merged(trained.base, tmp_path / "export", folder)):
+        with pytest.raises(CheckpointError, match=r"adapter_model.safetensors has changed since adapter_config.json"):
+            use(trained.adapter)
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     trained = make_trained(tmp_path, "llama")
     assert main(["verify", str(trained.base)]) == 0
     assert "files as its manifest says" in capsys.readouterr().out
+    assert main(["verify", str(trained.adapter)]) == 0  # by the hash in its config
+    (trained.base / MANIFEST_NAME).rename(trained.base / "away")
     assert main(["verify", str(trained.adapter)]) == 1
     assert f"has no {MANIFEST_NAME}" in capsys.readouterr().err
+    (trained.base / "away").rename(trained.base / MANIFEST_NAME)
     names = [file.name for file in trained.adapter.iterdir()]
     (trained.adapter / MANIFEST_NAME).write_text(json.dumps({"files": hashed(trained.adapter, names)}))
     assert main(["verify", str(trained.adapter)]) == 0

@@ -20,6 +20,7 @@ from transformers import AutoConfig
 
 import qosora.training.run
 from qosora.base.load import load_model, load_tokenizer
+from qosora.checkpoints import adapter_config
 from qosora.config import QosoraConfig
 from qosora.errors import ConfigError, FingerprintError, QosoraError
 from qosora.inference.evaluation import evaluate
@@ -42,7 +43,7 @@ def test_what_a_run_writes(place: Path, run: TrainResult):
     }  # fmt: skip
     assert json.loads((folder / "result.json").read_text()) == run.to_dict()
     assert TrainConfig.load(folder / "train_config.yaml").output_dir == str(folder)
-    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(place / "base")
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "../base"
     modes = {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}
     assert len(modes) == 1
 
@@ -195,8 +196,7 @@ def test_an_adapter_is_gone_on_with(place: Path, run: TrainResult, tmp_path: Pat
     assert vectors.keys() == before.keys()
     for name, vector in vectors.items():
         torch.testing.assert_close(vector, before[name], rtol=1e-6, atol=1e-7)
-    written = json.loads((Path(more.output_dir) / "adapter_config.json").read_text())
-    assert written["base_model_name_or_path"] == str(place / "base")
+    assert adapter_config(more.output_dir).base_model_name_or_path == str(place / "base")
     with pytest.raises(ConfigError, match="is an adapter, whose config says what is trained: leave out vectors"):
         train(config(place, tmp_path / "other", model=run.output_dir, vectors="s"))
 

@@ -1,0 +1,42 @@
+"""What is remembered on this machine from command to command: JSON files in `~/.cache/qosora`.
+
+Nothing depends on it but time and convenience: what cannot be read is not there, what cannot be written is forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = ["recall", "remember"]
+
+#: Entries of a file; the oldest are forgotten.
+_KEPT = 10_000
+
+
+def recall(subject: str) -> dict[str, Any]:
+    """Return what is remembered of a subject, by key."""
+    with suppress(OSError, ValueError, RuntimeError, RecursionError):  # no home, say, or a damaged file
+        found = json.loads(_file(subject).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def remember(subject: str, entries: Mapping[str, Any]) -> None:
+    """Add entries to what is remembered of a subject."""
+    known = recall(subject)
+    kept = {key: value for key, value in known.items() if key not in entries} | dict(entries)
+    with suppress(OSError, RuntimeError):
+        file = _file(subject)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(dict(list(kept.items())[-_KEPT:])), encoding="utf-8")
+        temporary.replace(file)
+
+
+def _file(subject: str) -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qosora" / f"{subject}.json"
