@@ -2,7 +2,7 @@
 #   make demo         decompose, fine-tune and export the built-in tiny model
 #   make test         format, lint, types, tests and what they cover: all that CI runs
 #   make test-fast    the tests without the slow ones, while editing
-#   make campaign     damage every file that a command reads, 2,000 times, and judge how each command ends
+#   make campaign     damage every file that a command reads, interrupt every command that writes, and judge the ends
 #   make test-newest  the tests with the newest release of every dependency, in an environment of its own
 #   make lock         write requirements.lock anew; LOCK_ARGS=--upgrade moves it to newer versions
 #
@@ -58,6 +58,7 @@ test-fast: install
 
 campaign: install
 	$(BIN)/python -W ignore tests/campaign/corruption.py --count 2400 --seconds 840
+	$(BIN)/python -W ignore tests/campaign/interruptions.py --count 252 --seconds 1200
 
 # The requirements of pyproject.toml without their versions, upper bounds included.
 test-newest: BIN := $(VENV)-newest/bin

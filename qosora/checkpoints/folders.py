@@ -231,9 +231,13 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file under a temporary name and rename it: it is there whole, or as it was."""
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file under a temporary name and rename it: it is there whole, or as it was."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

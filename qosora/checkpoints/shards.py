@@ -113,6 +113,11 @@ class Shards:
                 stream.truncate(size)
 
     @property
+    def files(self) -> set[str]:
+        """Names of the shards."""
+        return set(self._sizes)
+
+    @property
     def missing_bytes(self) -> int:
         """Disk space that `allocate` would take."""
         blocks = {f: p.stat().st_blocks * 512 for f in self._sizes if (p := self.folder / f).exists()}

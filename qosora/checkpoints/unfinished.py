@@ -167,7 +167,10 @@ class UnfinishedFolder:
             )
 
     def _take_over(self, stamps: Mapping[str, Any]) -> None:
-        """Keep the finished units that are whole and made of files that are still the same."""
+        """Keep the finished units that are whole and made of files that are still the same, and nothing else."""
+        for path in self._data.iterdir():  # what was written when an earlier process was about to be done
+            if path.name not in self.shards.files:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         found = {name: entry for name, entry in _entries(self.path).items() if name in self.units}
         current = {name: e for name, e in found.items() if e["stamp"] == _plain(stamps[name])}
         with ThreadPoolExecutor() as pool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,7 @@ def _work(
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         ahead = [reader.submit(unit.read) for unit in share[:1]]
         behind: list[Future[None]] = []
-        for unit, following in zip(share, [*share[1:], None], strict=True):
+        for unit, following in zip_longest(share, share[1:]):
             source = ahead.pop().result()
             if following is not None:
                 ahead.append(reader.submit(following.read))

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_messages(args.verbose, downloads=args.name == quantize.NAME)
     try:
         args.run(args)
-    except (QosoraError, OSError) as error:
+    except (QosoraError, OSError) as error:  # the latter of files, each with its name
         if args.verbose:
             raise
         if isinstance(error, BrokenPipeError):  # the reader of our output has gone: nobody to tell
@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: torch may not be imported
             text = f"out of GPU memory; {first_line(error)}"
+        elif isinstance(error, MemoryError) or "allocate memory" in str(error):
+            text = f"out of memory on this machine; {first_line(error)}"
         else:  # nobody foresaw it
             text = f"{type(error).__name__}: {first_line(error)} (unforeseen: --verbose shows where; please report it)"
         print(escaped(f"qosora {args.name}: error: {text}"), file=sys.stderr)

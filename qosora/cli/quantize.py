@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -66,10 +67,12 @@ _STORAGE = ("rank", "svd", "svd_iterations", "seed", "scale", "quant_type", "blo
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qosora.base import quantize
-    from qosora.checkpoints import Processes, Progress
+    from qosora.checkpoints import Processes, Progress, expanded, write_atomically
     from qosora.config import QosoraConfig
     from qosora.dtypes import dtype_named
 
+    if args.report and not os.access(Path(expanded(args.report)).parent, os.W_OK):  # before the work
+        raise ConfigError(f"--report {args.report}: its folder is not there, or cannot be written to")
     storage: dict[str, Any] = {name: value for name in _STORAGE if (value := getattr(args, name)) is not None}
     if args.scale == "none":
         storage["scale"] = None
@@ -105,8 +108,7 @@ def run(args: argparse.Namespace) -> None:
     if Processes().index:  # the first of several processes reports
         return
     if args.report:
-        with open(os.path.expanduser(args.report), "w", encoding="utf-8") as file:
-            json.dump(report.to_dict(), file, indent=2)
+        write_atomically(expanded(args.report), json.dumps(report.to_dict(), indent=2) + "\n")
     if args.json:
         print_json(report.to_dict())
         return

@@ -21,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from qosora.checkpoints import write_atomically
 from qosora.errors import ConfigError
 from qosora.memory.plan import OUTSIDE, Plan, Usage
 from qosora.memory.profile import Measurement
@@ -94,8 +95,7 @@ def snapshot(events: Sequence[Event], path: str | Path) -> None:
         entry = {"addr": addresses[event.number], "size": abs(event.nbytes), "stream": 0, "time_us": time}
         actions = ["alloc"] if event.nbytes > 0 else ["free_requested", "free_completed"]
         trace += [{**entry, "action": action, "frames": frames} for action in actions]
-    with open(path, "wb") as file:
-        pickle.dump({"segments": [], "device_traces": [trace]}, file)
+    write_atomically(path, pickle.dumps({"segments": [], "device_traces": [trace]}))
 
 
 def require_plots() -> None:
@@ -126,15 +126,11 @@ def report(found: Plan | Measurement, events: Sequence[Event], folder: str | Pat
     columns = _columns(found)
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         pictures = {"steps": _steps(found, timeline(events)), "peak": _peak(found, columns)}
-    files = []
     for name, data in pictures.items():
-        files.append(folder / f"{name}.png")
-        files[-1].write_bytes(data)
-    files.append(folder / "memory.html")
-    files[-1].write_text(_page(found, pictures, columns), encoding="utf-8")
-    files.append(folder / "snapshot.pickle")
-    snapshot(events, files[-1])
-    return files
+        write_atomically(folder / f"{name}.png", data)
+    snapshot(events, folder / "snapshot.pickle")
+    write_atomically(folder / "memory.html", _page(found, pictures, columns))  # last: with it, all is there
+    return [folder / name for name in (*(f"{name}.png" for name in pictures), "memory.html", "snapshot.pickle")]
 
 
 def _columns(found: Plan | Measurement) -> dict[str, Usage]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
 
 from qosora.base import load_adapter, load_base
@@ -25,7 +26,7 @@ from qosora.checkpoints import adapter_config
 from qosora.compat.transformers import TRAINER_LOGGER, is_of_mtime, old_names_warning
 from qosora.compat.trl import liger_warning
 from qosora.data import no_progress_bars
-from qosora.errors import ConfigError, FingerprintError, QosoraError
+from qosora.errors import CheckpointError, ConfigError, FingerprintError, QosoraError, first_line
 from qosora.inference import perplexity
 from qosora.layers import apply_tiling, compile_layers
 from qosora.training.checks import Run, resolve_run
@@ -106,7 +107,7 @@ def train(config: TrainConfig) -> TrainResult:
         folder.check_made_of(run.made_of)
         if config.resume and not folder.resuming:
             logger.info("there is no run in %s to go on with: a new one begins", folder.path)
-        with _quiet(), _advice_on_memory(run):
+        with _quiet(), _advice(run):
             trainer, recorder = _trainer(run)
             try:
                 losses, resumed_from = _run(trainer, run)
@@ -234,8 +235,8 @@ def _finish(
 
 
 @contextmanager
-def _advice_on_memory(run: Run) -> Iterator[None]:
-    """Turn running out of GPU memory into what to change."""
+def _advice(run: Run) -> Iterator[None]:
+    """Turn running out of GPU memory, or of disk, into what to do."""
     config = run.config
     try:
         yield
@@ -248,6 +249,13 @@ def _advice_on_memory(run: Run) -> Iterator[None]:
         advice += [] if tiled else [f"set tile_length to {_SHORT_TILE}{', without compile' * config.compile}"]
         reason = str(error).splitlines()[0]
         raise QosoraError(f"out of GPU memory: {'; or '.join(advice)} ({reason})") from error
+    except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's writer
+            raise
+        raise CheckpointError(
+            f"{run.folder.path}: a checkpoint could not be written ({first_line(error)}); make room on that disk, and "
+            "go on with resume"
+        ) from error
 
 
 @contextmanager

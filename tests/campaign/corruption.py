@@ -11,14 +11,11 @@ there is one.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import io
 import json
 import os
 import random
 import shutil
-import signal
 import struct
 import sys
 import tempfile
@@ -35,17 +32,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from campaign.forked import start, warm
 from tiny import make_checkpoint, perturbed, sums, write_jsonl
 
 from qosora.base import load_base, quantize
 from qosora.checkpoints import MANIFEST_NAME, hashed, write_json
-from qosora.cli import main as qosora
 from qosora.config import QosoraConfig
 
 __all__ = ["Case", "Verdict", "cases", "prepare", "run_case"]
 
-#: Seconds after which a command hangs.
-PATIENCE = 60
 ODD_VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 3.5, 10**9, 10**30, "", "x", "\x1b[31m\u202e", [], [[]], {}, {"x": {}}, float("nan"), [1] * 50,
 )  # fmt: skip
@@ -224,8 +219,7 @@ def cases() -> list[Case]:
         adapter = folder in ("adapter", "loose")
         weights = "adapter_model.safetensors" if adapter else "model.safetensors"
         config = "adapter_config.json" if adapter else "config.json"
-        # Without hashes a flipped bit is a value like any other.
-        raw = RAW if folder in ("base", "adapter") else (_cut, _replace)
+        raw = (_cut, _replace) if folder == "plain" else RAW  # without hashes a flipped bit is a value like any other
         for name, *options in on_model:
             argv = [name, folder, *(["out"] if name == "export" else []), *options, "--json"]
             add(f"{folder} tensors", f"{folder}/{weights}", (*raw, *TENSORS), argv)
@@ -259,7 +253,7 @@ def run_case(case: Case, intact: Path, seed: int) -> tuple[str, Verdict]:
         file.unlink()
         file.write_bytes(data)
         done = case.damage(file, random.Random(seed))
-        status, out, err = _forked(case.argv, place)
+        status, out, err = start(case.argv, place).end()
     return done, _judged(case, intact, status, out, err)
 
 
@@ -269,7 +263,7 @@ def _expected(argv: list[str], intact: Path, known: dict[str, Any] = {}) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder) / "place"
             shutil.copytree(intact, place)
-            status, out, err = _forked(argv, place)
+            status, out, err = start(argv, place).end()
             assert status == 0, err
             known[key] = _result(out)
     return known[key]
@@ -321,55 +315,6 @@ def _judged(case: Case, intact: Path, status: int | None, out: str, err: str) ->
     return Verdict("one line" if any(name in err for name in names) else "unnamed", shown)
 
 
-def _forked(argv: list[str], place: Path) -> tuple[int | None, str, str]:
-    """Run a command in a child process; return its status (None if it did not end), and what it wrote."""
-    out, err = place / ".out", place / ".err"
-    child = os.fork()
-    if child == 0:
-        status = 99
-        try:
-            os.chdir(place)
-            os.environ["XDG_CACHE_HOME"] = str(place / ".cache")
-            with out.open("w") as o, err.open("w") as e, contextlib.redirect_stdout(o), contextlib.redirect_stderr(e):
-                os.dup2(o.fileno(), 1)
-                os.dup2(e.fileno(), 2)
-                try:
-                    status = qosora(argv)
-                except SystemExit as stopped:
-                    status = stopped.code if isinstance(stopped.code, int) else 1
-                except BaseException as error:
-                    print(f"Traceback: {type(error).__name__}: {error}", file=sys.stderr)
-                    status = 1
-        finally:
-            os._exit(status)
-    deadline, left, code = time.monotonic() + PATIENCE, 0, 0
-    while not left:
-        left, code = os.waitpid(child, os.WNOHANG)
-        if not left and time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return None, "", ""
-        if not left:
-            time.sleep(0.005)
-    texts = [path.read_text(encoding="utf-8", errors="replace") if path.exists() else "" for path in (out, err)]
-    return os.waitstatus_to_exitcode(code), texts[0], texts[1]
-
-
-def warm(intact: Path) -> None:
-    """Load here what every child would load."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        place = Path(folder) / "place"
-        shutil.copytree(intact, place)
-        before = os.getcwd()
-        os.chdir(place)
-        try:
-            for argv in {" ".join(case.argv): case.argv for case in cases()}.values():
-                qosora(argv)
-                shutil.rmtree(place / "out", ignore_errors=True)
-        finally:
-            os.chdir(before)
-
-
 def main() -> int:
     """Run the campaign."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -383,7 +328,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         intact = Path(folder)
         prepare(intact)
-        warm(intact)
+        warm(intact, [case.argv for case in cases()])
         chosen = [case for case in cases() if not args.only or case.kind.startswith(args.only)]
         drawn = random.Random(args.seed)
         for number in range(args.count):

@@ -90,6 +90,25 @@ def test_after_an_error_it_goes_on_and_the_result_is_the_same(tmp_path: Path, so
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_interrupted_when_all_is_made_it_goes_on(tmp_path: Path, source: Path, begun: bool):
+    units = [unit(source, i) for i in range(7)]
+    run(tmp_path / "undisturbed", units)
+
+    def interrupted(folder: Path, reports: Any) -> dict[str, Any]:
+        if begun:
+            (folder / ".qosora_manifest.json.tmp").write_text("half")
+            (folder / "code").mkdir()
+            (folder / "code" / "x.py").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stream(tmp_path / "out", units, interrupted, job={"rank": 1}, max_shard_bytes=40)
+    run(tmp_path / "out", units)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out", "undisturbed"}
+
+
 def test_an_error_in_the_first_unit_leaves_nothing(tmp_path: Path, source: Path):
     with pytest.raises(CheckpointError, match=r"^t0 holds NaN$"):
         run(tmp_path / "new" / "out", [unit(source, 0, fail=CheckpointError("t0 holds NaN"))])
