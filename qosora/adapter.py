@@ -23,9 +23,10 @@ from torch import nn
 from qosora import register
 from qosora.checkpoints import base_fingerprint, require_finite
 from qosora.compat.peft import check_adapters_to_merge, check_target_module_exists
-from qosora.config import OsoraConfig, matches_module
+from qosora.config import OsoraConfig
 from qosora.errors import ConfigError, FingerprintError
 from qosora.layers import QosoraLinear, float32_kept, qosora_modules
+from qosora.patterns import matches_module
 
 __all__ = ["OsoraLayer", "OsoraModel", "model_fingerprint"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from qosora import formats, register
 from qosora.decompose import BLOCKSIZES, QUANT_TYPES, SCALES, SVD_ITERATIONS, SVD_METHODS, SVD_OVERSAMPLING
 from qosora.dtypes import COMPUTE_DTYPES, dtype_name, dtype_named
 from qosora.errors import ConfigError
+from qosora.patterns import matches_module, pattern_problem
 from qosora.places import place_of, published_name
 
 __all__ = ["OSORA", "OsoraConfig", "QosoraConfig"]
@@ -147,10 +147,9 @@ class QosoraConfig(QuantizationConfigMixin):
         names = self.modules_to_not_convert
         if names is not None and not isinstance(names, list):
             problems.append(f"modules_to_not_convert must be a list of names, got {names!r}")
-        for key in patterns:
-            problems += _pattern_problems(f"rank_pattern[{key!r}]", key)
-        for name in names if isinstance(names, list) else []:
-            problems += _pattern_problems(f"modules_to_not_convert: {name!r}", name)
+        named = [(f"rank_pattern[{key!r}]", key) for key in patterns]
+        named += [(f"modules_to_not_convert: {name!r}", name) for name in (names if isinstance(names, list) else [])]
+        problems += [f"{what} {why}" for what, pattern in named if (why := pattern_problem(pattern))]
         return problems
 
     def rank_of(self, module_name: str) -> int:
@@ -196,21 +195,6 @@ def _are_texts(value: object) -> bool:
         return False
     ids = all(isinstance(row, list) and all(type(i) is int and i >= 0 for i in row) for row in value)
     return ids or all(isinstance(text, str) for text in value)
-
-
-def matches_module(pattern: str, module_name: str) -> bool:
-    """Say whether a key of `rank_pattern` means a module: it is its name, an end of that, or a regular expression."""
-    return re.match(rf"(.*\.)?({pattern})$", module_name) is not None
-
-
-def _pattern_problems(what: str, pattern: object) -> list[str]:
-    if not isinstance(pattern, str):
-        return [f"{what} is not a name"]
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return [f"{what} is not a regular expression: {error}"]
-    return []
 
 
 _CARD = "README.md"
@@ -288,9 +272,10 @@ class OsoraConfig(PeftConfig):
         if value is None:
             return []
         if isinstance(value, str) and single:
-            return _pattern_problems(option, value)
+            why = pattern_problem(value)
+            return [f"{option} {value!r} {why}"] if why else []
         if isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value):
-            return []
+            return [f"{option} {name!r} {why}" for name in value if (why := pattern_problem(name))]
         return [f"{option} must be a list of names{' or a regular expression' * single}, got {value!r}"]
 
     def to_dict(self) -> dict[str, Any]:

@@ -124,9 +124,9 @@ class TestOsoraConfig:
         ("options", "message"),
         [
             ({"vectors": "u"}, "vectors must be one of both, s, o, got 'u'"),
-            ({"target_modules": "q_proj["}, "target_modules is not a regular expression"),
+            ({"target_modules": "q_proj["}, "target_modules 'q_proj\\[' is not a regular expression"),
             ({"target_modules": 3}, "target_modules must be a list of names or a regular expression, got 3"),
-            ({"exclude_modules": "("}, "exclude_modules is not a regular expression"),
+            ({"exclude_modules": "("}, "exclude_modules '\\(' is not a regular expression"),
             ({"exclude_modules": ["a", 1]}, "exclude_modules must be a list"),
             ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names, got 'lm_head'"),
             ({"layers_to_transform": "0"}, "layers_to_transform must be an index or a list of them"),

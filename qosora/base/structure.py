@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qosora.compat.transformers import modules_to_skip, should_convert_module
-from qosora.config import QosoraConfig, matches_module
+from qosora.config import QosoraConfig
 from qosora.errors import ConfigError
 from qosora.layers import (
     LinearExperts,
@@ -24,6 +24,7 @@ from qosora.layers import (
     stack_experts,
     stacked_names,
 )
+from qosora.patterns import matches_module
 
 __all__ = ["decompose_structure", "replace_linears", "skipped_modules"]
 

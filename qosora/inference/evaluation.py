@@ -9,13 +9,13 @@ positions only, some at a time, so memory stays flat whatever the length and the
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,6 +42,8 @@ __all__ = ["EvalResult", "Sample", "evaluate", "mean_loss", "perplexity"]
 
 #: Logits held at once: 256 MiB in float32.
 _LOGITS = 2**26
+#: Seconds to look for a pattern in an answer: some take for ever.
+_PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -226,18 +228,24 @@ def _answers(records: Records) -> list[tuple[Prompt, str]]:
     return pairs
 
 
-def _compiled(pattern: str | None) -> re.Pattern[str] | None:
+def _compiled(pattern: str | None) -> regex.Pattern[str] | None:
     try:
-        return None if pattern is None else re.compile(pattern)
-    except re.error as error:
+        return None if pattern is None else regex.compile(pattern)
+    except regex.error as error:
         raise ConfigError(f"answer_pattern {pattern!r} is not a regular expression: {error}") from None
 
 
-def _same(text: str, expected: str, pattern: re.Pattern[str] | None) -> bool:
+def _same(text: str, expected: str, pattern: regex.Pattern[str] | None) -> bool:
     """Compare texts, or the last matches in them; where there is no match, nothing is the same."""
     if pattern is None:
         return text.strip() == expected.strip()
-    found = [list(pattern.finditer(t)) for t in (text, expected)]
+    try:
+        found = [list(pattern.finditer(t, timeout=_PATIENCE)) for t in (text, expected)]
+    except TimeoutError:
+        raise ConfigError(
+            f"answer_pattern {pattern.pattern!r} takes more than {_PATIENCE:g} s on a text of {len(text)} letters; "
+            "write it without a repetition of what holds one itself"
+        ) from None
     if not all(found):
         return False
     a, b = ((matches[-1].group(1 if pattern.groups else 0) or "").strip() for matches in found)
