@@ -1,8 +1,10 @@
-"""The adapter: a PEFT tuner that trains s and o of decomposed layers.
+"""The adapter: a PEFT tuner that trains s and o of decomposed layers, and with an `update_rank` a matrix beside them.
 
 An adapter is two float32 vectors per layer, starting as copies of the base's (σ and ones). It replaces the base's pair
 while it is active, so one adapter is active at a time; merging writes it into the base's pair, exactly, and the base
-stays in 4 bits. The adapter records the fingerprint of the base that it was trained on and refuses any other.
+stays in 4 bits. With an update the output is y + B A x, of the layer's own input: a base in 4 bits cannot take that up,
+so such an adapter is exported, not merged. The adapter records the fingerprint of the base that it was trained on and
+refuses any other.
 
 PEFT closes its enum of methods to outsiders; `config.OSORA` stands in, and `register` fills PEFT's tables.
 """
@@ -10,13 +12,15 @@ PEFT closes its enum of methods to outsiders; `config.OSORA` stands in, and `reg
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -40,10 +44,12 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
         config: What that adapter trains.
     """
 
-    adapter_layer_names = ("osora_s", "osora_o")
+    adapter_layer_names = ("osora_s", "osora_o", "osora_A", "osora_B")
     base_layer: QosoraLinear
     osora_s: nn.ParameterDict
     osora_o: nn.ParameterDict
+    osora_A: nn.ParameterDict
+    osora_B: nn.ParameterDict
     # BaseTunerLayer's, which is untyped
     active_adapters: list[str]
     disable_adapters: bool
@@ -54,8 +60,8 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.osora_s = nn.ParameterDict()
-        self.osora_o = nn.ParameterDict()
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
         self.merged_adapters: list[str] = []
         self._before_merge: tuple[torch.Tensor, torch.Tensor] | None = None
         self._disable_adapters = False
@@ -69,6 +75,10 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
             self.osora_s[adapter_name] = nn.Parameter(s.detach().clone())
         if config.vectors in ("both", "o"):
             self.osora_o[adapter_name] = nn.Parameter(o.detach().clone())
+        if rank := min(config.update_rank, self.in_features, self.out_features):
+            A, B = s.new_empty(rank, self.in_features), s.new_zeros(self.out_features, rank)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as LoRA's
+            self.osora_A[adapter_name], self.osora_B[adapter_name] = nn.Parameter(A), nn.Parameter(B)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @property
@@ -81,6 +91,12 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
         s, o = self.base_vectors
         return self.osora_s.get(adapter_name, s), self.osora_o.get(adapter_name, o)
 
+    def update(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return B (out_features, k) and A (k, in_features), float32, of an adapter; None if it has none."""
+        if adapter_name not in self.osora_A:
+            return None
+        return self.osora_B[adapter_name], self.osora_A[adapter_name]
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the output with the active adapter. x: (..., in_features)."""
         if self.disable_adapters:
@@ -89,7 +105,12 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x)
         if self.merged:
             return self.base_layer(x)
-        return self.base_layer.apply_vectors(x, *self.vectors(self._active()))
+        active = self._active()
+        y = self.base_layer.apply_vectors(x, *self.vectors(active))
+        if (update := self.update(active)) is None:
+            return y
+        B, A = (matrix.to(y.dtype) for matrix in update)
+        return y + F.linear(F.linear(x.to(y.dtype), A), B)
 
     def _active(self) -> str:
         active = [name for name in self.active_adapters if name in self.osora_s or name in self.osora_o]
@@ -112,6 +133,11 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
             return
         if len(names) > 1 or self.merged:
             raise ConfigError(f"only one OSoRA adapter can be merged, got {[*self.merged_adapters, *names]}")
+        if self.update(names[0]) is not None:
+            raise ConfigError(
+                f"adapter {names[0]!r} has an update of rank {len(self.osora_A[names[0]])}, which a base in 4 bits "
+                "cannot take up: write merged weights with export_merged (`qosora export`)"
+            )
         s, o = (v.detach().clone() for v in self.vectors(names[0]))
         if safe_merge:
             for kind, vector in (("s", s), ("o", o)):
@@ -133,10 +159,14 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Return what an adapter adds to the base's weight, (out_features, in_features), float32."""
         base = self.base_layer
-        return base.dequantize(*self.vectors(adapter_name)) - base.dequantize(*self.base_vectors)
+        delta = base.dequantize(*self.vectors(adapter_name)) - base.dequantize(*self.base_vectors)
+        update = self.update(adapter_name)
+        return delta if update is None else delta.addmm_(*(matrix.detach() for matrix in update))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> OsoraLayer:
-        with float32_kept(self.osora_s, list(self.osora_s)), float32_kept(self.osora_o, list(self.osora_o)):
+        with ExitStack() as stack:
+            for own in self._own():
+                stack.enter_context(float32_kept(own, list(own)))
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._before_merge is not None:
             s, o = self._before_merge
@@ -146,9 +176,12 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter's vectors; PEFT would also cast them to the layer's compute dtype."""
         device = device or self.base_layer.s.device
-        for vectors in (self.osora_s, self.osora_o):
-            if adapter_name in vectors and vectors[adapter_name].device.type != "meta":
-                vectors[adapter_name].data = vectors[adapter_name].data.to(device)
+        for own in self._own():
+            if adapter_name in own and own[adapter_name].device.type != "meta":
+                own[adapter_name].data = own[adapter_name].data.to(device)
+
+    def _own(self) -> list[nn.ParameterDict]:
+        return [self.osora_s, self.osora_o, self.osora_A, self.osora_B]
 
     def __repr__(self) -> str:
         return "osora." + super().__repr__()

@@ -218,6 +218,9 @@ class OsoraConfig(PeftConfig):
     Args:
         vectors: Which vectors are trained: "both", "s" (singular values) or "o" (output scales). The others stay at
             the base's values.
+        update_rank: Rank k of a matrix B A that is trained beside them and added to each layer's weight, as LoRA's is;
+            A (k, in_features) starts at random and B (out_features, k) at zero. 0 trains the vectors alone, which is
+            OSoRA. With 1, two more vectors a layer.
         target_modules: Names, or a regular expression, of the decomposed layers to adapt; all by default.
         exclude_modules: Names, or a regular expression, of layers to leave out.
         layers_to_transform: Indices of the transformer layers to adapt; all by default.
@@ -233,6 +236,7 @@ class OsoraConfig(PeftConfig):
 
     task_type: Any = "CAUSAL_LM"
     vectors: str = field(default="both", metadata={"help": "Vectors to train: both, s or o."})
+    update_rank: int = field(default=0, metadata={"help": "Rank of a trained matrix added to each weight."})
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -249,6 +253,8 @@ class OsoraConfig(PeftConfig):
         problems = []
         if self.vectors not in VECTORS:
             problems.append(f"vectors must be one of {', '.join(VECTORS)}, got {self.vectors!r}")
+        if type(self.update_rank) is not int or self.update_rank < 0:
+            problems.append(f"update_rank must be an integer of at least 0, got {self.update_rank!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("layers_pattern says where the indices in layers_to_transform count; give both or neither")
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):

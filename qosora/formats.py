@@ -2,7 +2,8 @@
 
     base        `format_version` in config.json's quantization_config
                 1, which has none: decomposed as it is.  2: `scale`, and c of each layer
-    adapter     `format_version` in adapter_config.json; 1, or none
+    adapter     `format_version` in adapter_config.json
+                1, or none: vectors.  2: `update_rank`, and A and B of each layer
     manifest    `format_version` in qosora_manifest.json; 1, or none: bases', adapters' and exports'
     unfinished  `format_version` in OUT.partial/job.json; 1, or none
     run         `format_version` in made_of.json; 1, or none: a training run and its checkpoints
@@ -20,7 +21,7 @@ from qosora.errors import CheckpointError
 __all__ = ["ADAPTER", "BASE", "MANIFEST", "RUN", "UNFINISHED", "require_known"]
 
 BASE: Final = 2
-ADAPTER: Final = 1
+ADAPTER: Final = 2
 MANIFEST: Final = 1
 UNFINISHED: Final = 1
 RUN: Final = 1

@@ -250,7 +250,11 @@ def perturbed(model: PreTrainedModel, seed: int = 1, **config: Any) -> PeftModel
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.any():
+                parameter.mul_(1 + 0.2 * noise)
+            else:  # an update's B
+                parameter.add_(0.1 * noise)
     return adapted.eval()
 
 

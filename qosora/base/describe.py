@@ -195,15 +195,17 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
     require_intact(folder)
     with CheckpointReader(folder, ADAPTER_STEM) as reader:
         shapes = {name: reader.shape(name) for name in reader.names()}
-        vectors = {n: s for n, s in shapes.items() if n.rpartition(".")[2] in ("osora_s", "osora_o")}
+        trained = ("osora_s", "osora_o", "osora_A", "osora_B")
+        vectors = {n: s for n, s in shapes.items() if n.rpartition(".")[2] in trained}
         layers = {name.rpartition(".")[0] for name in shapes if ".osora_" in name or name.rpartition(".")[2] not in (
             "weight", "bias")}  # fmt: skip
-        kinds = {"both": ("osora_s", "osora_o"), "s": ("osora_s",), "o": ("osora_o",)}[config.vectors]
+        kinds = {"both": trained[:2], "s": trained[:1], "o": trained[1:2]}[config.vectors]
+        kinds += trained[2:] if config.update_rank else ()
         if missing := [
             f"{layer}.{kind}" for layer in sorted(layers) for kind in kinds if f"{layer}.{kind}" not in shapes
         ]:
             raise CheckpointError(
-                f"{folder}: {len(missing)} vectors are missing, among them {missing[0]}; get another copy"
+                f"{folder}: {len(missing)} tensors are missing, among them {missing[0]}; get another copy"
             )
         _refuse_impossible(folder, reader, vectors)
     return {
@@ -212,6 +214,7 @@ def _describe_adapter(folder: Path) -> dict[str, Any]:
         "base": config.base_model_name_or_path,
         "base_fingerprint": config.base_fingerprint,
         "vectors": config.vectors,
+        "update_rank": config.update_rank,
         "adapted_layers": len({n.rpartition(".")[0] for n in vectors}),
         "adapter_parameters": sum(math.prod(s) for s in vectors.values()),
         "modules_to_save": config.modules_to_save,

@@ -57,6 +57,7 @@ def add_step(parser: argparse.ArgumentParser, precision: str | None = "bf16") ->
         "--padding", action=yes_no, help="examples differ in length, so attention needs a mask [if there are several]"
     )
     parser.add_argument("--packing", action="store_true", help="several examples are packed into each sequence")
+    parser.add_argument("--update-rank", type=int, default=0, metavar="K", help="of the matrix trained beside them [0]")
     parser.add_argument("--vectors", choices=("both", "s", "o"), default="both", help="vectors to train [both]")
     parser.add_argument(
         "--gradient-checkpointing", action=yes_no, default=True, help="recompute activations in backward [yes]"
@@ -79,8 +80,9 @@ def add_step(parser: argparse.ArgumentParser, precision: str | None = "bf16") ->
 
 
 _STEP = (
-    "rank", "batch_size", "seq_len", "padding", "packing", "vectors", "gradient_checkpointing", "chunked_loss",
-    "tile_length", "activation_offloading", "attn_implementation", "optimizer", "precision", "trust_remote_code",
+    "rank", "batch_size", "seq_len", "padding", "packing", "vectors", "update_rank", "gradient_checkpointing",
+    "chunked_loss", "tile_length", "activation_offloading", "attn_implementation", "optimizer", "precision",
+    "trust_remote_code",
 )  # fmt: skip
 
 

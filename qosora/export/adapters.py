@@ -31,9 +31,13 @@ __all__ = ["Adapter", "AdapterChoice", "Vectors", "combined", "read_adapter", "w
 AdapterChoice = str | Path | Mapping[str, float] | Mapping[Path, float]
 #: s (rank,) and o (out_features,), float32.
 Vectors = tuple[torch.Tensor, torch.Tensor]
+#: B (out_features, k) and A (k, in_features), float32.
+Update = tuple[torch.Tensor, torch.Tensor]
 
 _PEFT_PREFIX = "base_model.model."
 _TRAINED = {"both": {"s", "o"}, "s": {"s"}, "o": {"o"}}
+_UPDATE = {"A", "B"}
+_KINDS = _TRAINED["both"] | _UPDATE
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Adapter:
         folder: Of its files.
         config: Its config.
         vectors: By module name: "s" (rank,) and "o" (out_features,), float32, where trained.
+        updates: By module name: B and A of an update, where there is one.
         full: Tensors that were trained in full (`modules_to_save`), by name in the model: what they are, how to read.
         files: That all of these are read from.
     """
@@ -51,6 +56,7 @@ class Adapter:
     folder: Path
     config: OsoraConfig
     vectors: dict[str, dict[str, torch.Tensor]]
+    updates: dict[str, Update]
     full: dict[str, tuple[StoredSpec, Callable[[], torch.Tensor]]]
     files: tuple[Path, ...]
 
@@ -75,7 +81,7 @@ def read_adapter(
     base: Path,
     fingerprint: str,
     plain: PlainModel,
-    sizes: Mapping[str, tuple[int, int]],
+    sizes: Mapping[str, tuple[int, int, int]],
 ) -> Adapter:
     """Open an adapter and read its vectors.
 
@@ -85,7 +91,7 @@ def read_adapter(
         base: Its base, for messages.
         fingerprint: Of the base.
         plain: The plain model.
-        sizes: The base's layers: (rank, out_features) by module name.
+        sizes: The base's layers: (out_features, in_features, rank) by module name.
 
     Raises:
         CheckpointError: If it is not whole, or does not fit the base.
@@ -99,15 +105,18 @@ def read_adapter(
             f"{ADAPTER_CONFIG} names {config.base_model_name_or_path!r})"
         )
     reader = stack.enter_context(CheckpointReader(folder, ADAPTER_STEM))
-    vectors: dict[str, dict[str, torch.Tensor]] = {}
+    trained: dict[str, dict[str, torch.Tensor]] = {}
     full: dict[str, tuple[StoredSpec, Callable[[], torch.Tensor]]] = {}
     for key in reader.names():
         name = key.removeprefix(_PEFT_PREFIX)
         module, found, kind = name.rpartition(".osora_")
         if found:
-            if module not in sizes or kind not in ("s", "o"):
+            if module not in sizes or kind not in _KINDS:
                 raise CheckpointError(f"{folder}: {key} adapts no decomposed layer of {base}")
-            vectors.setdefault(module, {})[kind] = _vector(reader, key, sizes[module][kind == "o"])
+            m, n, rank = sizes[module]
+            k = min(config.update_rank, m, n)
+            shapes: dict[str, tuple[int, ...]] = {"s": (rank,), "o": (m,), "A": (k, n), "B": (m, k)}
+            trained.setdefault(module, {})[kind] = _trained(reader, key, shapes[kind])
         elif plain.shapes.get(name) == reader.shape(key):
             full[name] = StoredSpec(reader.dtype(key), reader.shape(key)), partial(reader.tensor, key)
         elif name in plain.shapes:
@@ -117,27 +126,31 @@ def read_adapter(
             )
         else:
             raise CheckpointError(f"{folder}: {key} is neither a vector of qosora's nor a tensor of {plain.class_name}")
-    _check_whole(folder, config, vectors, sizes)
-    return Adapter(folder, config, vectors, full, tuple(dict.fromkeys(reader.file(key) for key in reader.names())))
+    _check_whole(folder, config, trained, sizes)
+    vectors = {module: {kind: t for kind, t in own.items() if kind in "so"} for module, own in trained.items()}
+    updates = {module: (own["B"], own["A"]) for module, own in trained.items() if own.keys() >= {"A", "B"}}
+    files = tuple(dict.fromkeys(reader.file(key) for key in reader.names()))
+    return Adapter(folder, config, vectors, updates, full, files)
 
 
-def _vector(reader: CheckpointReader, key: str, size: int) -> torch.Tensor:
-    vector = reader.tensor(key).float()
-    if vector.shape != (size,):
-        raise CheckpointError(f"{reader.folder}: {key} has shape {tuple(vector.shape)}, the base wants {(size,)}")
+def _trained(reader: CheckpointReader, key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = reader.tensor(key).float()
+    if tensor.shape != shape:
+        raise CheckpointError(f"{reader.folder}: {key} has shape {tuple(tensor.shape)}, the base wants {shape}")
     why = "its training diverged. Take an earlier checkpoint, or train again with a lower learning rate"
-    return require_finite(f"{reader.folder}: {key}", vector, why)
+    return require_finite(f"{reader.folder}: {key}", tensor, why)
 
 
 def _check_whole(
     folder: Path,
     config: OsoraConfig,
-    vectors: Mapping[str, Mapping[str, torch.Tensor]],
+    trained: Mapping[str, Mapping[str, torch.Tensor]],
     modules: Mapping[str, object],
 ) -> None:
-    """Refuse an adapter that lacks a vector which its config says it has."""
+    """Refuse an adapter that lacks a tensor which its config says it has."""
+    wanted = _TRAINED[config.vectors] | (_UPDATE if config.update_rank else set())
     for module in modules:
-        lacking = sorted(_TRAINED[config.vectors] - set(vectors.get(module, {})))
+        lacking = sorted(wanted - set(trained.get(module, {})))
         if lacking and (config.target_modules is None or check_target_module_exists(config, module)):
             raise CheckpointError(
                 f"{folder}: no {' and '.join(lacking)} for {module}, which its {ADAPTER_CONFIG} says it "
@@ -177,4 +190,13 @@ def combined(
                     total = total + weight * (adapter.vectors[module][kind].double() - base.double())
             pair.append(total.float())
         found[module] = (pair[0], pair[1])
+    return found
+
+
+def combined_updates(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Update]:
+    """Return Σ weight_i B_i A_i as one B and A for each layer that has an update."""
+    found: dict[str, Update] = {}
+    for module in dict.fromkeys(module for adapter in adapters for module in adapter.updates):
+        parts = [(w, *a.updates[module]) for a, w in zip(adapters, weights, strict=True) if module in a.updates]
+        found[module] = torch.cat([w * B for w, B, _ in parts], 1), torch.cat([A for _, _, A in parts])
     return found

@@ -200,7 +200,7 @@ def _unit(adapted: AdaptedBase, layer: Layer, target: int | None, rank: int, dty
     def make(directions: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         B, A = adapted.low_rank(layer, *directions)
         report = {}
-        if target is not None and target < layer.rank:
+        if target is not None and target < B.shape[1]:
             B, A, S = reduced(B, A, target)
             squares = S.square()
             report = {"lost": float(squares[target:].sum()), "whole": float(squares.sum())}
@@ -245,7 +245,7 @@ def _ranks(adapted: AdaptedBase, target: int | None) -> dict[str, int]:
     if not experts.keys() & adapted.vectors.keys():
         experts = {}
     ranks = {
-        module: min(layer.rank, target or layer.rank)
+        module: min(adapted.change_rank(layer), target or adapted.change_rank(layer))
         for module, layer in adapted.layers.items()
         if module in adapted.vectors or module in experts
     }

@@ -27,7 +27,7 @@ from qosora.config import QosoraConfig
 from qosora.decompose import Factors, FourBitTensor, nf4, parts, reconstruct
 from qosora.dtypes import dtype_name
 from qosora.errors import CheckpointError
-from qosora.export.adapters import Adapter, Vectors, combined, read_adapter
+from qosora.export.adapters import Adapter, Vectors, combined, combined_updates, read_adapter
 
 __all__ = ["AdaptedBase", "Layer", "Stored"]
 
@@ -100,6 +100,7 @@ class AdaptedBase:
         scales: What the layers multiply their inputs by, c (in_features,) float32 or None, by module name.
         base_vectors: The base's own vectors, by module name.
         vectors: The adapters' vectors, combined, by the names of the modules that they adapt.
+        updates: The adapters' updates, combined: B (out_features, k) and A (k, in_features) by module name.
         untied: Tensors that the base shares with another and the adapted model does not, by name on disk.
 
     Raises:
@@ -127,13 +128,14 @@ class AdaptedBase:
             self.untied: list[str] = []
             self.plain = PlainModel(base, trust_remote_code)
             self._locate()
-            sizes = {module: (layer.rank, layer.out_features) for module, layer in self.layers.items()}
+            sizes = {module: layer.size for module, layer in self.layers.items()}
             self.adapters = [read_adapter(stack, f, base, self.fingerprint, self.plain, sizes) for f, _ in adapters]
             self.scales = {module: self._scale(layer) for module, layer in self.layers.items()}
             self.base_vectors = {module: self._own_vectors(layer) for module, layer in self.layers.items()}
             self.weights = [weight for _, weight in adapters]
             self.folders = {str(folder): weight for folder, weight in adapters}
             self.vectors = combined(self.adapters, self.weights, self.base_vectors)
+            self.updates = combined_updates(self.adapters, self.weights)
             for adapter in self.adapters:
                 self._take_full(adapter)
             self._stack = stack.pop_all()
@@ -227,19 +229,28 @@ class AdaptedBase:
         return self._four_bit(layer, "U"), self._four_bit(layer, "V")
 
     def merged(self, layer: Layer, factors: Factors) -> torch.Tensor:
-        """Return the weight with the adapters' vectors, (out_features, in_features), float32."""
-        return reconstruct(factors, *self.vectors.get(layer.module, self.base_vectors[layer.module]))
+        """Return the weight with what the adapters trained, (out_features, in_features), float32."""
+        weight = reconstruct(factors, *self.vectors.get(layer.module, self.base_vectors[layer.module]))
+        return weight.addmm_(*self.updates[layer.module]) if layer.module in self.updates else weight
 
     def low_rank(self, layer: Layer, U: FourBitTensor, V: FourBitTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the adapters add to a layer's weight, as B (out_features, rank) and A (rank, in_features).
+        """Return what the adapters add to a layer's weight, as B (out_features, r) and A (r, in_features), float32.
 
-        B A = (diag(o) U diag(s) - U diag(σ)) Vᵀ diag(c), float32. The base must be pristine.
+        B A = (diag(o) U diag(s) - U diag(σ)) Vᵀ diag(c), of the base's rank, and an update beside it. The base must be
+        pristine.
         """
         sigma, ones = self.base_vectors[layer.module]
         s, o = self.vectors.get(layer.module, (sigma, ones))
         change = torch.outer(o.double(), s.double()) - sigma.double()  # small beside both: float32 would lose digits
         A, c = nf4.dequantize(V), self.scales[layer.module]
-        return change.mul_(nf4.dequantize(U).T).float(), A if c is None else A.mul_(c)
+        B, A = change.mul_(nf4.dequantize(U).T).float(), A if c is None else A.mul_(c)
+        if (update := self.updates.get(layer.module)) is None:
+            return B, A
+        return torch.cat([B, update[0]], 1), torch.cat([A, update[1]])
+
+    def change_rank(self, layer: Layer) -> int:
+        """Return the rank of what `low_rank` gives."""
+        return layer.rank + (len(self.updates[layer.module][1]) if layer.module in self.updates else 0)
 
     def require_pristine(self) -> None:
         """Check that the base's own vectors are those of the decomposition: s = σ, which descends, and o = 1.

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -133,6 +134,10 @@ class Reference:
                     parts = [w * (layer.vectors(str(i))[k] - base) for i, w in enumerate(self.adapted.weights)]
                     base.data = base + torch.stack(parts).sum(0)
         plain: nn.Module = adapted.unload()
+        for name, module in plain.named_modules():
+            if name in self.adapted.updates and isinstance(module, QosoraLinear):
+                B, A = self.adapted.updates[name]
+                module.register_forward_hook(partial(_add_update, B, A))
         return plain
 
     def _add_what_quantization_lost(self, model: nn.Module, original: Original) -> None:
@@ -150,6 +155,12 @@ class Reference:
             return output + F.linear(args[0].float(), lost).to(output.dtype)
 
         return add
+
+
+def _add_update(
+    B: torch.Tensor, A: torch.Tensor, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> torch.Tensor:
+    return output + F.linear(F.linear(args[0].float(), A), B).to(output.dtype)
 
 
 def verify_export(

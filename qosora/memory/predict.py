@@ -33,6 +33,7 @@ from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKern
 from qosora.memory.standins import (
     STASH,
     FourBitLinear,
+    GroupsStandIn,
     OffloadingStandIn,
     PackedStandIn,
     PerTensorStandIn,
@@ -58,6 +59,7 @@ class StepOptions:
         method: "qosora", or "qlora" for PEFT's LoRA on bitsandbytes' 4-bit layers.
         lora_rank: Of QLoRA.
         vectors: Which vectors are trained.
+        update_rank: Of the matrix that is trained beside them.
         gradient_checkpointing: Whether layers are computed again in backward.
         chunked_loss: Whether the loss never builds all logits, as TRL's does.
         tile_length: Tokens of the tiles that MLPs and norms compute in, as `TrainConfig`'s; no matter to QLoRA.
@@ -71,6 +73,7 @@ class StepOptions:
     method: str = "qosora"
     lora_rank: int = 16
     vectors: str = "both"
+    update_rank: int = 0
     gradient_checkpointing: bool = True
     chunked_loss: bool = True
     tile_length: int | None = None
@@ -92,7 +95,8 @@ class StepOptions:
             "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS),
             "precision": tuple(PRECISIONS), "device": tuple(_GRANULARITY),
         }  # fmt: skip
-        problems = [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
+        problems = [f"update_rank must be at least 0, got {self.update_rank}"] * (self.update_rank < 0)
+        problems += [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
         if self.activation_offloading and self.device == "cpu":
             problems.append("activation_offloading moves activations from a GPU to host memory, and there is no GPU")
         return problems + [
@@ -165,7 +169,11 @@ class TracedModel:
         self.vocab: int = model.config.get_text_config().vocab_size
         self.attention = attention_of(model.config)
         model.requires_grad_(False)
-        adapter = OsoraConfig(vectors=options.vectors) if options.method == "qosora" else _lora(options)
+        adapter = (
+            OsoraConfig(vectors=options.vectors, update_rank=options.update_rank)
+            if options.method == "qosora"
+            else _lora(options)
+        )
         with torch.device("meta"):
             self.model = get_peft_model(model, adapter)
         if options.method == "qlora":  # as TRL does for models that are loaded in 4 bits
@@ -178,13 +186,19 @@ class TracedModel:
             tiling=options.tiling,
         )
         self.trained_parameters = self._in_all(lambda: sum(p.numel() for p in self._trained()))
-        self.buffer_elements = self._in_all(
-            lambda: sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self._trained())
-        )
+        self.buffer_elements = [self._in_all(partial(self._packed, number)) for number in range(len(self._groups()))]
         self.paged_bytes = self._in_all(self._paged_bytes)
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _groups(self) -> list[list[nn.Parameter]]:
+        """Return what is trained as the optimizer groups it: vectors, and what updates have."""
+        trained = self._trained()
+        return [group for group in ([p for p in trained if p.ndim == n] for n in (1, 2)) if group]
+
+    def _packed(self, group: int) -> int:
+        return sum(_packed_elements(self._groups()[group]))
 
     def _cut(self, depth: int) -> nn.ModuleList:
         layers = self.layers[:depth]
@@ -207,11 +221,10 @@ class TracedModel:
         """Bytes of optimizer states in managed memory, which CUDA's allocator never sees."""
         if self.options.device != "cuda":
             return 0
-        sizes = [p.numel() for p in self._trained()]
+        sizes = [n for p in self._trained() if (n := p.numel()) >= PAGED_NUMEL]
         if self.options.method == "qosora":
-            sizes = [sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)] * (self.buffer_elements >= PAGED_NUMEL)
-        else:
-            sizes = [n for n in sizes if n >= PAGED_NUMEL]
+            groups = zip(self._groups(), self.buffer_elements, strict=True)
+            sizes += [sum(_packed_elements(group)) for group, in_all in groups if in_all >= PAGED_NUMEL]
         shapes = (shape for n in sizes for shape in state_shapes(n, self.options.optimizer))
         return sum(size[0] * dtype.itemsize for size, dtype in shapes)
 
@@ -266,8 +279,16 @@ class TracedModel:
     def _optimizer(self, tracer: Tracer, trained: list[nn.Parameter]) -> Any:
         paged = self.options.device == "cuda"
         if self.options.method == "qosora":
-            return PackedStandIn(trained, tracer, self.options.optimizer, paged, self.buffer_elements)
+            groups = zip(self._groups(), self.buffer_elements, strict=True)
+            return GroupsStandIn(
+                [PackedStandIn(group, tracer, self.options.optimizer, paged, in_all) for group, in_all in groups]
+            )
         return PerTensorStandIn(trained, tracer, self.options.optimizer, paged)
+
+
+def _packed_elements(group: list[nn.Parameter]) -> list[int]:
+    """Return the elements of a group's windows in its buffer."""
+    return [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in group if p.numel() < PAGED_NUMEL]
 
 
 def prediction(sites: dict[Site, Peak], paged_bytes: int) -> Prediction:

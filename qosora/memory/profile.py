@@ -229,7 +229,7 @@ def _longest(records: Records, model: str, like: Batch) -> tuple[Batch, dict[str
 
 
 def _measure(base: PreTrainedModel, inputs: dict[str, torch.Tensor], step: StepOptions, steps: int) -> dict[str, Any]:
-    model = get_peft_model(base, OsoraConfig(vectors=step.vectors))
+    model = get_peft_model(base, OsoraConfig(vectors=step.vectors, update_rank=step.update_rank))
     prepare_model(
         model,
         gradient_checkpointing=step.gradient_checkpointing,

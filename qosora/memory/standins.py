@@ -21,7 +21,15 @@ from qosora.decompose import nf4
 from qosora.memory.tracer import Tracer
 from qosora.training import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
 
-__all__ = ["STASH", "FourBitLinear", "OffloadingStandIn", "PackedStandIn", "PerTensorStandIn", "state_shapes"]
+__all__ = [
+    "STASH",
+    "FourBitLinear",
+    "GroupsStandIn",
+    "OffloadingStandIn",
+    "PackedStandIn",
+    "PerTensorStandIn",
+    "state_shapes",
+]
 
 #: Bytes from which on TRL offloads a tensor, and the offloaded tensors that are still on their way.
 _OFFLOADED_BYTES, STASH = offloading_limits()
@@ -60,10 +68,10 @@ class _StandIn:
 
 
 class PackedStandIn(_StandIn):
-    """As `PackedPagedOptimizer`: parameters become windows of one buffer, gradients are gathered into another.
+    """As a group of `PackedPagedOptimizer`: parameters become windows of a buffer, gradients are gathered into another.
 
     Args:
-        params: Vectors.
+        params: Of the group; large ones stay by themselves.
         tracer: Entered.
         optimizer: One of `OPTIMIZERS`.
         paged: Whether the device is one where bitsandbytes pages.
@@ -74,7 +82,8 @@ class PackedStandIn(_StandIn):
         self, params: Sequence[nn.Parameter], tracer: Tracer, optimizer: str, paged: bool, in_all: int
     ) -> None:
         super().__init__(tracer, optimizer, paged)
-        self.params = params
+        large = [p for p in params if p.numel() >= PAGED_NUMEL]
+        self.params = params = [p for p in params if p.numel() < PAGED_NUMEL]
         lengths = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in params]
         with tracer.allocating("adapter"):
             flat = torch.zeros(sum(lengths), device="meta")
@@ -84,13 +93,28 @@ class PackedStandIn(_StandIn):
         for p, window, grad in zip(params, torch.split(flat, lengths), torch.split(self.grad, lengths), strict=True):
             p.data = window[: p.numel()].view(p.shape)
             self.views.append(grad[: p.numel()].view(p.shape))
-        self.allocate_states(flat.numel(), in_all)
+        if params:
+            self.allocate_states(flat.numel(), in_all)
+        for p in large:
+            self.allocate_states(p.numel(), p.numel())
 
     def step(self) -> None:
         """Gather the gradients."""
         foreach_copy_(self.views, [p.grad for p in self.params if p.grad is not None])
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
+
+
+class GroupsStandIn:
+    """Several groups' optimizers, as one."""
+
+    def __init__(self, groups: Sequence[PackedStandIn]) -> None:
+        self.groups = groups
+
+    def step(self) -> None:
+        """Gather all gradients."""
+        for group in self.groups:
+            group.step()
 
 
 class PerTensorStandIn(_StandIn):

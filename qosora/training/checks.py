@@ -42,6 +42,7 @@ class Run:
         tiling: What computes in tiles.
         arguments: Of TRL's trainer.
         learning_rate: Of the vectors.
+        update_learning_rate: Of an update's A and B.
         modules_to_save_learning_rate: Of all else that is trained.
         adapter: What is trained.
         begun: Folder or hub id of the adapter that is trained on, or None to begin with the base's vectors.
@@ -60,6 +61,7 @@ class Run:
     tiling: Tiling
     arguments: SFTConfig
     learning_rate: float
+    update_learning_rate: float
     modules_to_save_learning_rate: float
     adapter: OsoraConfig
     begun: str | None
@@ -101,6 +103,7 @@ def resolve_run(config: TrainConfig, folder: RunFolder) -> Run:
         tiling=Tiling.of(tile_length, gradient_checkpointing=config.gradient_checkpointing),
         arguments=arguments,
         learning_rate=config.learning_rate,
+        update_learning_rate=config.update_learning_rate or config.learning_rate / 5,
         modules_to_save_learning_rate=config.modules_to_save_learning_rate or config.learning_rate / 100,
         adapter=adapter,
         begun=begun,
@@ -125,6 +128,7 @@ def _check_schedule(config: TrainConfig) -> None:
 def _adapter_config(config: TrainConfig) -> OsoraConfig:
     return OsoraConfig(
         vectors=config.vectors,
+        update_rank=config.update_rank,
         target_modules=_names(config.target_modules),
         exclude_modules=_names(config.exclude_modules),
         modules_to_save=config.modules_to_save,
@@ -134,7 +138,8 @@ def _adapter_config(config: TrainConfig) -> OsoraConfig:
 def _check_begun(config: TrainConfig, adapter: str) -> None:
     """Refuse options that say what an adapter is, where there is one already."""
     defaults = {f.name: f.default for f in fields(TrainConfig)}
-    given = [n for n in ("vectors", "target_modules", "exclude_modules") if getattr(config, n) != defaults[n]]
+    kinds = ("vectors", "update_rank", "target_modules", "exclude_modules")
+    given = [n for n in kinds if getattr(config, n) != defaults[n]]
     if given or config.modules_to_save:
         names = " and ".join([*given, *(["modules_to_save"] if config.modules_to_save else [])])
         raise ConfigError(

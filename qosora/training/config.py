@@ -89,6 +89,7 @@ class TrainConfig:
     batch_size: int = _option(4, "examples on the device at once", least=1)
     gradient_accumulation: int = _option(1, "batches per optimizer step", least=1)
     learning_rate: float = _option(1e-2, "of the vectors: about 20 times what LoRA takes", above=0)
+    update_learning_rate: float | None = _option(None, "of an update's A and B [learning_rate / 5]", above=0)
     modules_to_save_learning_rate: float | None = _option(
         None, "of modules_to_save, whole matrices [learning_rate / 100]", above=0
     )
@@ -100,6 +101,7 @@ class TrainConfig:
     seed: int = _option(0, "of the order of the data and of dropout, if the model has any", least=0)
 
     vectors: str = _option("both", "vectors to train", choices=("both", "s", "o"))
+    update_rank: int = _option(0, "also train a matrix of this rank beside each layer, as LoRA does", least=0)
     target_modules: list[str] | None = _option(None, "decomposed layers to adapt: names or one regular expression")
     exclude_modules: list[str] | None = _option(None, "layers to leave out: names or one regular expression")
     modules_to_save: list[str] | None = _option(None, "other modules to train and save whole, such as lm_head")

@@ -173,17 +173,19 @@ def create_optimizer(
     model: nn.Module | Iterable[tuple[str, nn.Parameter]],
     *,
     lr: float,
+    update_lr: float | None = None,
     modules_to_save_lr: float | None = None,
     **options: Any,
 ) -> PackedPagedOptimizer:
     """Build the optimizer for the trainable parameters of a model, by name.
 
-    The first group holds the vectors (float32, one-dimensional). All else that trains, such as `modules_to_save`, goes
-    to a group of its own: whole matrices want a far smaller learning rate than the vectors do.
+    The first group holds the vectors (float32, one-dimensional), the second the A and B of an update. All else that
+    trains, such as `modules_to_save`, goes to a group of its own: whole matrices want a far smaller learning rate.
 
     Args:
         model: A model, or (name, parameter) pairs; frozen parameters are left out.
         lr: Learning rate of the vectors.
+        update_lr: Learning rate of A and B; `lr` by default.
         modules_to_save_lr: Learning rate of all other parameters; `lr` by default.
         **options: Further options of `PackedPagedOptimizer`: optimizer, betas, eps, weight_decay.
 
@@ -191,12 +193,13 @@ def create_optimizer(
         ConfigError: Nothing is trainable, or an option is out of range.
     """
     named = model.named_parameters() if isinstance(model, nn.Module) else model
-    groups: tuple[list[Any], list[Any]] = ([], [])
+    groups: tuple[list[Any], ...] = ([], [], [])
     for name, p in named:
         if p.requires_grad:
             is_vector = p.ndim == 1 and p.dtype == torch.float32 and ".modules_to_save." not in name
-            groups[0 if is_vector else 1].append((name, p))
-    rates = (lr, lr if modules_to_save_lr is None else modules_to_save_lr)
+            is_update = any(f".osora_{matrix}." in name for matrix in "AB")
+            groups[0 if is_vector else 1 if is_update else 2].append((name, p))
+    rates = (lr, *(lr if rate is None else rate for rate in (update_lr, modules_to_save_lr)))
     chosen = [{"params": members, "lr": rate} for members, rate in zip(groups, rates, strict=True) if members]
     if not chosen:
         raise ConfigError("the model has no trainable parameters: attach an adapter (get_peft_model) first")

@@ -131,6 +131,7 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
+        transformers.set_seed(config.seed)  # TRL draws an update's A before Trainer has set it
         if run.begun is not None:
             model = load_adapter(model, run.begun, is_trainable=True)
         trainer = QosoraTrainer(
@@ -146,6 +147,7 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
                 run.arguments,
                 optimizer=config.optimizer,
                 lr=run.learning_rate,
+                update_lr=run.update_learning_rate,
                 modules_to_save_lr=run.modules_to_save_learning_rate,
             ),
             callbacks=[recorder],
