@@ -145,13 +145,14 @@ def execute(run: Run, experiment: Experiment, task: Task, work: Path) -> dict[st
         if not run.search and step in (0, run.steps):
             losses[-1]["other"] = task.other_loss(model)
 
-    trained = fit(model, task, run.learning_rate, run.seed, run.steps, at)
+    trained = fit(model, task, run.learning_rate, run.seed, run.steps, at, experiment.update_rate)
     score = {} if run.search or trained.diverged else task.score(task, model, task.splits["test"])
     return {
         **asdict(run),
         "label": experiment.label,
         "base": experiment.base,
         "adapter": experiment.adapter,
+        "update_rate": experiment.update_rate,
         "bits_per_weight": round(bits, 3),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "losses": losses,

@@ -49,6 +49,7 @@ class Experiment:
         adapter: Of a PEFT method its config; {"peft_type": "OSORA", ...} for qosora; None to train everything.
         learning_rates: To choose from.
         tasks: Those it is run on.
+        update_rate: Learning rate of an update's A and B, as a part of the others'.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Experiment:
     adapter: dict[str, Any] | None
     learning_rates: list[float]
     tasks: tuple[str, ...]
+    update_rate: float = 0.2
 
     @classmethod
     def read(cls, file: Path) -> Experiment:
@@ -178,7 +180,9 @@ def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return F.cross_entropy(causal.lm_head(hidden[:, :-1][chosen]), targets[chosen])
 
 
-def fit(model: Any, task: Task, rate: float, seed: int, steps: int, at: Callable[[int], None]) -> Trained:
+def fit(
+    model: Any, task: Task, rate: float, seed: int, steps: int, at: Callable[[int], None], update_rate: float = 1.0
+) -> Trained:
     """Train what requires a gradient: AdamW, no weight decay, linear warm-up and decay, gradients clipped at norm 1.
 
     Args:
@@ -188,9 +192,15 @@ def fit(model: Any, task: Task, rate: float, seed: int, steps: int, at: Callable
         seed: Of the examples' order.
         steps: How many.
         at: Called with the number of steps before the first and after each.
+        update_rate: Learning rate of a qosora update's A and B, as a part of the others'.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    of_updates = {id(p) for name, p in model.named_parameters() if ".osora_A." in name or ".osora_B." in name}
+    groups = [
+        {"params": [p for p in trained if (id(p) in of_updates) == own], "lr": rate * (update_rate if own else 1.0)}
+        for own in (False, True)
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * steps), steps)
     examples, losses, seconds = task.examples("train"), [], 0.0
     at(0)

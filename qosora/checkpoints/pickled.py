@@ -40,7 +40,8 @@ class PickledReader:
         self._shared: Counter[int] = Counter()
         self._specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         index = folder / PICKLED_INDEX_NAME
-        self._files = read_index(index) if index.is_file() else dict.fromkeys(self._open(PICKLED_NAME), PICKLED_NAME)
+        single = (folder / PICKLED_NAME).is_file() or not index.is_file()
+        self._files = dict.fromkeys(self._open(PICKLED_NAME), PICKLED_NAME) if single else read_index(index)
 
     def __enter__(self) -> PickledReader:
         return self

@@ -38,10 +38,10 @@ class CheckpointReader:
 
     def _locate(self, single: str) -> dict[str, str]:
         index = self.folder / f"{single}.index.json"
+        if (self.folder / single).is_file():  # transformers, too, takes it where both are there
+            return dict.fromkeys(self._handle(single).keys(), single)
         if index.is_file():
             return read_index(index)
-        if (self.folder / single).is_file():
-            return dict.fromkeys(self._handle(single).keys(), single)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}: no such folder")
         pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in self.folder.glob(kind))

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 
-from qosora.checkpoints.folders import expanded, local_folder
+from qosora.checkpoints.folders import expanded, local_folder, read_json
 from qosora.checkpoints.gguf_model import open_gguf
-from qosora.checkpoints.names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from qosora.checkpoints.names import ADAPTER_CONFIG, CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from qosora.checkpoints.pickled import PICKLED_INDEX_NAME, PICKLED_NAME, PickledReader
 from qosora.checkpoints.reader import CheckpointReader
 from qosora.checkpoints.stored_config import load_config, quantization_in
@@ -65,8 +65,9 @@ class SourceCheckpoint:
 def open_source(source: str | Path, *, trust_remote_code: bool = False) -> Iterator[SourceCheckpoint]:
     """Open an unquantized checkpoint, or a GGUF file, for reading tensor by tensor.
 
-    A folder's safetensors are read, or else its pickled weights, `pytorch_model.bin`. The tensors of a GGUF file are
-    dequantized to float32; its config says bfloat16, for what remains as it is.
+    Of a folder those files are read that transformers would load: safetensors, or else pickled weights
+    (`pytorch_model.bin`), each in one file rather than in shards; or what config.json names. The tensors of a GGUF file
+    are dequantized to float32; its config says bfloat16, for what remains as it is.
 
     Args:
         source: Folder or hub id of a causal language model, or a GGUF file.
@@ -92,6 +93,14 @@ def open_source(source: str | Path, *, trust_remote_code: bool = False) -> Itera
 
 
 def _reader(folder: Path) -> CheckpointReader | PickledReader:
+    named = read_json(folder / CONFIG_NAME).get("transformers_weights")
+    if named is not None:
+        if not isinstance(named, str) or Path(named).name != named or ".safetensors" not in named:
+            raise CheckpointError(
+                f"{folder / CONFIG_NAME}: transformers_weights must name a safetensors file or index beside it, got "
+                f"{named!r}"
+            )
+        return CheckpointReader(folder, named.partition(".safetensors")[0])
     if any((folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME)):
         return CheckpointReader(folder)
     if any((folder / name).is_file() for name in (PICKLED_INDEX_NAME, PICKLED_NAME)):
@@ -102,6 +111,11 @@ def _reader(folder: Path) -> CheckpointReader | PickledReader:
 def _refuse_quantized_config(folder: Path, trust_remote_code: bool) -> None:
     if not (folder / CONFIG_NAME).is_file() and (gguf := sorted(folder.glob("*.gguf"))):
         raise CheckpointError(f"{folder} holds GGUF files and no {CONFIG_NAME}; name the file, as {gguf[0]}")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder} holds {ADAPTER_CONFIG}, so transformers would load another model and the adapter onto it. Merge "
+            f"the adapter and name the result; or remove {ADAPTER_CONFIG}, if it is a stale one"
+        )
     if stored := quantization_in(load_config(folder, trust_remote_code=trust_remote_code)):
         raise _quantized(folder, str(stored.get("quant_method")))
     for name in _QUANTIZER_FILES:
