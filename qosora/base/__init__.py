@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qosora.base.describe import verify as verify
     from qosora.base.layout import PlainModel as PlainModel
     from qosora.base.layout import natural_order as natural_order
+    from qosora.base.load import fit_vocabulary as fit_vocabulary
     from qosora.base.load import load_adapted as load_adapted
     from qosora.base.load import load_adapter as load_adapter
     from qosora.base.load import load_base as load_base
@@ -38,6 +39,6 @@ __getattr__, __dir__ = door(
         "layout": ["PlainModel", "natural_order"],
         "convert": ["ConversionReport", "quantize"],
         "describe": ["verify"],
-        "load": ["load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer"],
+        "load": ["fit_vocabulary", "load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer"],
     },
 )

@@ -39,6 +39,7 @@ class PlainModel:
     Args:
         folder: With a `config.json`; a quantization config in it is ignored.
         trust_remote_code: Whether to run model code that is in the folder.
+        vocabulary: Rows of the embeddings, where they are not as config.json has them.
 
     Attributes:
         model: The model on the meta device, its experts taken apart as `qosora.layers.experts` does where it can.
@@ -48,10 +49,12 @@ class PlainModel:
         tied: Parameters that share the value of another: name -> name of the other.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool, vocabulary: int | None = None) -> None:
         try:
             config = load_config(folder, trust_remote_code=trust_remote_code)
             vars(config).pop("quantization_config", None)
+            if vocabulary is not None:
+                config.get_text_config().vocab_size = vocabulary
             with torch.device("meta"):
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except QosoraError:
@@ -71,6 +74,12 @@ class PlainModel:
         transforms = without_stacking(get_model_conversion_mapping(model), model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    @property
+    def embedding(self) -> str:
+        """Name of the input embeddings' weight."""
+        wanted = self.model.get_input_embeddings()
+        return next(f"{name}.weight" for name, module in self.model.named_modules() if module is wanted)
 
     def locate(self, disk_name: str) -> tuple[str, list[str]]:
         """Return where the loader puts a tensor of a plain checkpoint.

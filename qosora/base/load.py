@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from qosora.checkpoints import (
     ADAPTER_CONFIG,
+    ADAPTER_STEM,
     CONFIG_NAME,
+    CheckpointReader,
     adapter_config,
     expanded,
     load_config,
@@ -29,7 +31,7 @@ from qosora.compat.transformers import says_other_shapes
 from qosora.errors import CheckpointError, QosoraError, first_line
 from qosora.layers import fast_dtype
 
-__all__ = ["load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer"]
+__all__ = ["fit_vocabulary", "load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer"]
 
 #: Errors of code that was given what it did not expect.
 _ODD = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -187,6 +189,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, is_trainable: b
     """
     if Path(expanded(adapter)).is_dir():
         require_intact(Path(expanded(adapter)))
+    fit_vocabulary(model, adapter)
     own = {id(tensor) for tensor in model.parameters()}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", missing_keys_warning(), UserWarning)
@@ -201,6 +204,20 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, is_trainable: b
     added = ((name, tensor) for name, tensor in adapted.named_parameters() if id(tensor) not in own)
     _refuse_impossible(str(adapter), added)
     return adapted
+
+
+def fit_vocabulary(model: PreTrainedModel, adapter: str | Path) -> None:
+    """Give a model's embeddings as many rows as those that an adapter brings, if it brings any."""
+    wanted = model.get_input_embeddings()
+    folder = Path(expanded(adapter))
+    if not (folder / f"{ADAPTER_STEM}.safetensors").is_file():
+        return
+    with CheckpointReader(folder, ADAPTER_STEM) as reader:
+        name = next(name for name, module in model.named_modules() if module is wanted)
+        key = f"base_model.model.{name}.weight"
+        rows = reader.shape(key)[0] if key in reader else len(wanted.weight)
+    if rows != len(wanted.weight):
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def load_tokenizer(*sources: str | Path | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

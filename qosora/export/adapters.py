@@ -34,7 +34,9 @@ Vectors = tuple[torch.Tensor, torch.Tensor]
 #: B (out_features, k) and A (k, in_features), float32.
 Update = tuple[torch.Tensor, torch.Tensor]
 
-_PEFT_PREFIX = "base_model.model."
+#: What PEFT puts before the names of a model's tensors.
+PEFT_PREFIX = "base_model.model."
+_COPY = ".modules_to_save."
 _TRAINED = {"both": {"s", "o"}, "s": {"s"}, "o": {"o"}}
 _UPDATE = {"A", "B"}
 _KINDS = _TRAINED["both"] | _UPDATE
@@ -107,8 +109,11 @@ def read_adapter(
     reader = stack.enter_context(CheckpointReader(folder, ADAPTER_STEM))
     trained: dict[str, dict[str, torch.Tensor]] = {}
     full: dict[str, tuple[StoredSpec, Callable[[], torch.Tensor]]] = {}
-    for key in reader.names():
-        name = key.removeprefix(_PEFT_PREFIX)
+    names = {key.removeprefix(PEFT_PREFIX): key for key in reader.names()}
+    for name, key in names.items():
+        plain_name, copy, _ = name.replace(".original_module.", _COPY).partition(_COPY)
+        if copy and f"{plain_name}.{name.rpartition('.')[2]}" in names:
+            continue  # PEFT saves embeddings of another size once more as what its wrapper holds
         module, found, kind = name.rpartition(".osora_")
         if found:
             if module not in sizes or kind not in _KINDS:

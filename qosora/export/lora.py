@@ -125,6 +125,11 @@ def export_lora(
     target = _checked_options(dtype, rank)
     with Export(base, output, adapter, trust_remote_code=trust_remote_code) as export:
         adapted = export.adapted
+        if adapted.vocabulary is not None:
+            raise CheckpointError(
+                f"{adapted.adapters[0].folder} was trained with {adapted.vocabulary} tokens, more or fewer than the "
+                "original has, so no program could load the LoRA onto that as it is; export merged weights"
+            )
         if not adapted.vectors:
             raise CheckpointError(f"{', '.join(adapted.folders)}: no vectors there to make a LoRA of")
         named = str(original or original_of(adapted.base) or "")

@@ -274,6 +274,10 @@ def _write_config(folder: Path, adapted: AdaptedBase, dtype: torch.dtype, with_c
     for key, value in config.items():  # the text model of a multimodal one
         if isinstance(value, dict) and "dtype" in value:
             config[key] = {**value, "dtype": name}
+    if adapted.vocabulary is not None:
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if "vocab_size" in part:
+                part["vocab_size"] = adapted.vocabulary
     if adapted.untied:
         config["tie_word_embeddings"] = False
         for key, value in config.items():

@@ -15,6 +15,7 @@ import torch
 from qosora.base import PlainModel, natural_order
 from qosora.checkpoints import (
     ADAPTER_CONFIG,
+    ADAPTER_STEM,
     CONFIG_NAME,
     CheckpointReader,
     group_modules,
@@ -27,7 +28,7 @@ from qosora.config import QosoraConfig
 from qosora.decompose import Factors, FourBitTensor, nf4, parts, reconstruct
 from qosora.dtypes import dtype_name
 from qosora.errors import CheckpointError
-from qosora.export.adapters import Adapter, Vectors, combined, combined_updates, read_adapter
+from qosora.export.adapters import PEFT_PREFIX, Adapter, Vectors, combined, combined_updates, read_adapter
 
 __all__ = ["AdaptedBase", "Layer", "Stored"]
 
@@ -101,6 +102,7 @@ class AdaptedBase:
         base_vectors: The base's own vectors, by module name.
         vectors: The adapters' vectors, combined, by the names of the modules that they adapt.
         updates: The adapters' updates, combined: B (out_features, k) and A (k, in_features) by module name.
+        vocabulary: Rows of the embeddings that an adapter brings, where the base has others.
         untied: Tensors that the base shares with another and the adapted model does not, by name on disk.
 
     Raises:
@@ -127,6 +129,9 @@ class AdaptedBase:
             self.fingerprint = stored_fingerprint(self._reader)
             self.untied: list[str] = []
             self.plain = PlainModel(base, trust_remote_code)
+            self.vocabulary = self._resized([folder for folder, _ in adapters])
+            if self.vocabulary is not None:
+                self.plain = PlainModel(base, trust_remote_code, self.vocabulary)
             self._locate()
             sizes = {module: layer.size for module, layer in self.layers.items()}
             self.adapters = [read_adapter(stack, f, base, self.fingerprint, self.plain, sizes) for f, _ in adapters]
@@ -138,6 +143,7 @@ class AdaptedBase:
             self.updates = combined_updates(self.adapters, self.weights)
             for adapter in self.adapters:
                 self._take_full(adapter)
+            self._check_vocabulary()
             self._stack = stack.pop_all()
 
     def __enter__(self) -> AdaptedBase:
@@ -152,6 +158,25 @@ class AdaptedBase:
     def _own_vectors(self, layer: Layer) -> Vectors:
         return self._reader.tensor(f"{layer.disk}.s"), self._reader.tensor(f"{layer.disk}.o")
 
+    def _resized(self, adapters: Sequence[Path]) -> int | None:
+        """Return the rows of the embeddings that an adapter brings for tokens which were added before training."""
+        name = self.plain.embedding
+        for folder in adapters:
+            with CheckpointReader(folder, ADAPTER_STEM) as reader:
+                key = f"{PEFT_PREFIX}{name}"
+                if key in reader and (rows := reader.shape(key)[0]) != self.plain.shapes[name][0]:
+                    return rows
+        return None
+
+    def _check_vocabulary(self) -> None:
+        """Refuse embeddings and output layer of different sizes, as where an adapter brings only one of them."""
+        for stored in self.tensors.values() if self.vocabulary is not None else ():
+            if stored.shape != self.plain.shapes.get(stored.name, stored.shape):
+                raise CheckpointError(
+                    f"{self.adapters[0].folder} brings embeddings of {self.vocabulary} tokens, and {stored.name} has "
+                    f"shape {stored.shape}: save the adapter with both (PEFT's save_embedding_layers)"
+                )
+
     def _locate(self) -> None:
         """Find out what each tensor of the base is to the model, and refuse what does not fit."""
         packed = {name for names in self._groups.values() for name in names}
@@ -160,7 +185,7 @@ class AdaptedBase:
         for disk in natural_order(set(self._reader.names()) - packed):
             name, targets = self.plain.locate(disk)
             shape = self._reader.shape(disk)
-            if targets == [name]:
+            if targets == [name] and not (self.vocabulary and shape[1:] == self.plain.shapes.get(name, shape)[1:]):
                 self._check_shape(f"{self.base}: {disk}", name, shape)
             read = partial(self._reader.tensor, disk)
             self.tensors[disk] = Stored(name, shape, self._reader.dtype(disk), read, (self._reader.file(disk),))
@@ -278,7 +303,7 @@ class AdaptedBase:
         base's value: then the export holds each by itself.
         """
         base = {stored.name: (disk, stored) for disk, stored in self.tensors.items()}
-        for name, (_, read) in adapter.full.items():
+        for name, (spec, read) in adapter.full.items():
             partners = self.plain.tied_to(name)
             known = [base[n] for n in (name, *partners) if n in base]
             if not known:
@@ -288,7 +313,7 @@ class AdaptedBase:
                 )
             stored = known[0][1]
             self.tensors[self._disk_name(name)] = replace(
-                stored, name=name, read=read, files=adapter.files, trained=True
+                stored, name=name, shape=spec.shape, read=read, files=adapter.files, trained=True
             )
             for partner in partners:
                 self.tensors.setdefault(self._disk_name(partner), replace(stored, name=partner))

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qosora.adapter import OsoraLayer
-from qosora.base import load_base, load_tokenizer
+from qosora.base import fit_vocabulary, load_base, load_tokenizer
 from qosora.checkpoints import has_tokenizer
 from qosora.errors import CheckpointError
 from qosora.export import outsider
@@ -123,6 +123,7 @@ class Reference:
     def _adapted(self, model: nn.Module) -> nn.Module:
         """Load the adapters onto the base; a combination's vectors take the place of the base's."""
         folders = [str(adapter.folder) for adapter in self.adapted.adapters]
+        fit_vocabulary(model, folders[0])
         adapted = PeftModel.from_pretrained(model, folders[0], "0")
         if self.adapted.weights == [1.0]:
             return adapted
