@@ -76,7 +76,7 @@ def verify(folder: str | Path, *, base: str | Path | None = None) -> dict[str, A
     found: dict[str, Any] = {"files": {}, "problems": [], "fingerprint": None}
     for part in folders:
         if not (recorded := recorded_files(part)):
-            raise CheckpointError(f"{part} has no {MANIFEST_NAME}, as save_pretrained writes none: nothing to compare")
+            raise CheckpointError(f"{part} has no {MANIFEST_NAME} and no hashes elsewhere: nothing to compare it with")
         bad = verify_files(part)
         found["files"][str(part)] = len(recorded)
         found["problems"] += [text if len(folders) == 1 else f"{part}: {text}" for text in bad]

@@ -23,12 +23,14 @@ from transformers.quantizers.base import HfQuantizer
 from qosora import register
 from qosora.base.calibrate import calibration_rows, second_moments
 from qosora.base.structure import decompose_structure
-from qosora.checkpoints import open_source
+from qosora.checkpoints import open_source, tensor_hashes
 from qosora.compat.torch import own_parameters
 from qosora.compat.transformers import (
     ConversionOps,
     Deferred,
+    WeightConverter,
     WeightTransform,
+    get_model_conversion_mapping,
     get_module_from_name,
     no_longer_in_float32,
     read_in_float32,
@@ -158,6 +160,12 @@ class QosoraHfQuantizer(HfQuantizer):
         for module in qosora_modules(model).values():
             module.requires_grad_(False)  # the loader makes every float parameter trainable
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Have `save_pretrained` write hashes of the tensors into its files' headers."""
+        conversions = without_stacking(get_model_conversion_mapping(model), model)
+        all_stay = not any(isinstance(conversion, WeightConverter) for conversion in conversions)
+        return None, tensor_hashes(model.state_dict(), all_stay=all_stay)
 
     def is_serializable(self) -> bool:
         """Say that `save_pretrained` works."""

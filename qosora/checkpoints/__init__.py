@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from qosora.checkpoints.intact import read_manifest as read_manifest
     from qosora.checkpoints.intact import recorded_files as recorded_files
     from qosora.checkpoints.intact import require_intact as require_intact
+    from qosora.checkpoints.intact import tensor_hashes as tensor_hashes
     from qosora.checkpoints.intact import verify_files as verify_files
     from qosora.checkpoints.names import ADAPTER_CONFIG as ADAPTER_CONFIG
     from qosora.checkpoints.names import ADAPTER_STEM as ADAPTER_STEM
@@ -88,6 +89,7 @@ __getattr__, __dir__ = door(
             "read_manifest",
             "recorded_files",
             "require_intact",
+            "tensor_hashes",
             "verify_files",
         ],
         "reader": ["CheckpointReader"],

@@ -1,8 +1,9 @@
 """Whether the files of a folder are those that its manifest has the hashes of.
 
-A flipped bit in a packed tensor is another model, and no other check would see it. So tensors are read once in full
-when a folder is first used, and a file whose size, time and number (inode) have not changed since is not read again:
-`qosora.remembered` has them. `qosora verify` reads everything anew.
+A flipped bit in a packed tensor is another model, and no other check would see it. A base that `save_pretrained` wrote
+has no manifest, but hashes of its tensors in its files' headers; an adapter has one of its tensors in its config. All is
+read once in full when a folder is first used, and a file whose size, time and number (inode) have not changed since is
+not read again: `qosora.remembered` has them. `qosora verify` reads everything anew.
 """
 
 from __future__ import annotations
@@ -15,15 +16,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+
 from qosora.checkpoints.folders import read_json
 from qosora.checkpoints.names import ADAPTER_CONFIG, ADAPTER_STEM, MANIFEST_NAME
 from qosora.errors import CheckpointError
 from qosora.formats import MANIFEST, require_known
 from qosora.remembered import recall, remember
 
-__all__ = ["file_digest", "hashed", "manifest_key", "read_manifest", "recorded_files", "require_intact", "verify_files"]
+__all__ = [
+    "file_digest",
+    "hashed",
+    "manifest_key",
+    "read_manifest",
+    "recorded_files",
+    "require_intact",
+    "tensor_hashes",
+    "verify_files",
+]
 
 _SUBJECT = "verified"
+#: What the headers of files have the hashes under, and the digits of each.
+_HEADER, _DIGITS = "qosora_tensors", 16
 
 
 def file_digest(path: Path) -> str:
@@ -62,6 +77,53 @@ def hashed(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         }
 
 
+def tensor_hashes(tensors: Mapping[str, torch.Tensor], *, all_stay: bool) -> dict[str, str]:
+    """Return what the header of a file that `save_pretrained` writes is to say of the tensors.
+
+    Args:
+        tensors: Of the model.
+        all_stay: Whether all are written as they are; else only those of decomposed layers, and some in another form.
+    """
+    digests = sorted({_tensor_digest(tensor) for tensor in tensors.values()})
+    return {_HEADER: json.dumps({"all": all_stay, "sha256": digests})}
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    """Return a hash of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()[:_DIGITS]
+
+
+def _in_header(path: Path) -> dict[str, Any] | None:
+    """Return what a safetensors file's header says of its tensors, if it does."""
+    with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(_HEADER)
+        if text is None:
+            return None
+        with suppress(ValueError, RecursionError):
+            found = json.loads(text)
+            if isinstance(found, dict) and isinstance(found.get("sha256"), list):
+                return found
+        raise CheckpointError(f"{path}: {_HEADER} in its header is damaged; get another copy")
+    return None
+
+
+def _changed_tensor(path: Path, said: dict[str, Any]) -> str | None:
+    """Return the first tensor of a file that is none of those that its header has the hashes of."""
+    digests = {digest for digest in said["sha256"] if isinstance(digest, str)}
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (it is no dict)
+                tensor = file.get_tensor(name)
+                own = tensor.dtype == torch.uint8 or name.rpartition(".")[2] in ("s", "o", "c")
+                if (own or said.get("all")) and _tensor_digest(tensor) not in digests:
+                    return str(name)
+    except SafetensorError:
+        return "its header"
+    return None
+
+
 def require_intact(folder: Path) -> None:
     """Compare a folder's tensors with the hashes that are there, if any are.
 
@@ -92,21 +154,27 @@ def verify_files(folder: Path) -> list[str]:
 
 
 def _problems(folder: Path, entries: dict[str, dict[str, Any]]) -> list[str]:
-    problems = []
-    for name, entry in entries.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != entry.get("bytes", size):
-            problems.append(f"{name} has {size:,} bytes, and the manifest says {entry['bytes']:,}")
-        elif file_digest(path) != entry["sha256"]:
-            there = "the manifest" if "bytes" in entry else ADAPTER_CONFIG
-            problems.append(f"{name} has changed since {there} was written (SHA-256)")
-    return problems
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda item: _problem(folder / item[0], *item), entries.items())
+        return [text for text in found if text is not None]
+
+
+def _problem(path: Path, name: str, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{name} is missing"
+    if (size := path.stat().st_size) != entry.get("bytes", size):
+        return f"{name} has {size:,} bytes, and the manifest says {entry['bytes']:,}"
+    if "header" in entry:
+        changed = _changed_tensor(path, entry["header"])
+        return None if changed is None else f"{name}: {changed} has changed since it was saved (SHA-256)"
+    if file_digest(path) != entry["sha256"]:
+        there = "the manifest" if "bytes" in entry else ADAPTER_CONFIG
+        return f"{name} has changed since {there} was written (SHA-256)"
+    return None
 
 
 def recorded_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what a folder's manifest says of each file, or without one an adapter's config of its tensors.
+    """Return what a folder's manifest says of each file; without one an adapter's config, or the headers of a base.
 
     Raises:
         CheckpointError: If that cannot be used.
@@ -114,7 +182,14 @@ def recorded_files(folder: Path) -> dict[str, dict[str, Any]]:
     if not (folder / MANIFEST_NAME).is_file():
         weights, config = folder / f"{ADAPTER_STEM}.safetensors", folder / ADAPTER_CONFIG
         digest = read_json(config).get("weights_sha256") if weights.is_file() and config.is_file() else None
-        return {weights.name: {"sha256": digest}} if isinstance(digest, str) else {}
+        if weights.is_file():
+            return {weights.name: {"sha256": digest}} if isinstance(digest, str) else {}
+        headers = {path.name: _in_header(path) for path in sorted(folder.glob("*.safetensors"))}
+        return {
+            name: {"header": said, "sha256": hashlib.sha256(json.dumps(said).encode()).hexdigest()}
+            for name, said in headers.items()
+            if said is not None
+        }
     files: Any = read_manifest(folder).get("files")
     fine = isinstance(files, dict) and all(
         isinstance(entry, dict)

@@ -33,6 +33,6 @@ def run(args: argparse.Namespace) -> None:
     if found["problems"]:
         raise CheckpointError(f"{args.folder}: " + "; ".join(found["problems"]))
     if not args.json:
-        print("\n".join(f"{folder}: {count} files as its manifest says" for folder, count in found["files"].items()))
+        print("\n".join(f"{folder}: {count} files as they were written" for folder, count in found["files"].items()))
         if found["fingerprint"] is not None:
             print(f"the adapter belongs to the base (fingerprint {found['fingerprint']})")
