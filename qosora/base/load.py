@@ -75,8 +75,14 @@ def load_base(
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **kwargs
+        model: PreTrainedModel
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(source),
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **kwargs,
         )
     except QosoraError:
         raise
@@ -101,6 +107,11 @@ def load_base(
             f"{source}: transformers cannot build the model of its {CONFIG_NAME} and tensors ({type(error).__name__}: "
             f"{first_line(error)})"
         ) from error
+    if missing := sorted(info["missing_keys"]):  # which transformers has drawn at random
+        raise CheckpointError(
+            f"{source}: {len(missing)} tensors that the model needs are not there, among them {missing[0]}; get the "
+            "whole base"
+        )
     _refuse_impossible(str(source), model.named_parameters())
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(model.generation_config, name, None)

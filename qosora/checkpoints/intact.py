@@ -1,9 +1,9 @@
 """Whether the files of a folder are those that its manifest has the hashes of.
 
 A flipped bit in a packed tensor is another model, and no other check would see it. A base that `save_pretrained` wrote
-has no manifest, but hashes of its tensors in its files' headers; an adapter has one of its tensors in its config. All is
-read once in full when a folder is first used, and a file whose size, time and number (inode) have not changed since is
-not read again: `qosora.remembered` has them. `qosora verify` reads everything anew.
+has no manifest, but hashes of its tensors in its files' headers, an adapter one of its tensors in its config. All is
+read once in full when a folder is first used; of a file whose size, time and number (inode) are the same later on, that
+is remembered (`qosora.remembered`). `qosora verify` reads everything anew.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def tensor_hashes(tensors: Mapping[str, torch.Tensor], *, all_stay: bool) -> dic
 def _tensor_digest(tensor: torch.Tensor) -> str:
     """Return a hash of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:_DIGITS]
 
 

@@ -8,6 +8,7 @@ carries `metadata["help"]`, some `metadata["choices"]`) and refuse a bad configu
 from __future__ import annotations
 
 import math
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -236,11 +237,11 @@ def _check(values: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]
             value = coerced[f.name] = _coerce(values[f.name], hints[f.name])
         except TypeError:
             wanted = _type_name(hints[f.name])
-            problems.append((f.name, f"{f.name} must be {wanted}, got {values[f.name]!r}"))
+            problems.append((f.name, f"{f.name} must be {wanted}, got {_shown(values[f.name])}"))
             del coerced[f.name]
             continue
         if value is not None and (limits := _out_of_limits(value, f.metadata)):
-            problems.append((f.name, f"{f.name} must be {limits}, got {value!r}"))
+            problems.append((f.name, f"{f.name} must be {limits}, got {_shown(value)}"))
     return coerced, problems + _conflicts(coerced)
 
 
@@ -318,6 +319,13 @@ def _type_name(hint: Any) -> str:
     return names.get(hint) or ("a list of texts" if get_origin(hint) is list else "a mapping of names to values")
 
 
+def _shown(value: object) -> str:
+    """Return a value for a message; one that aliases in a YAML file made of a few lines can be megabytes."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 200
+    return short.repr(value)
+
+
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Return a YAML file's values, "FILE line N: " for each key, and problems."""
     try:
@@ -326,7 +334,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         values = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, thousands of digits, too deep
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if node is None:
         return {}, {}, []

@@ -90,6 +90,9 @@ def test_harmless_types_are_taken():
     ("text", "expected"),
     [
         ("model: [", "is not valid YAML"),
+        ("[" * 5000, "is not valid YAML"),
+        ("max_steps: " + "9" * 6000, "is not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "is not valid YAML"),
         ("- a\n- b\n", "expected lines such as `model: FOLDER`"),
         ("1: 2\n", "expected lines such as `model: FOLDER`"),
     ],
@@ -99,6 +102,15 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, expected: st
     (problem,) = problems_of(tmp_path / "c.yaml")
     assert expected in problem
     assert str(tmp_path / "c.yaml") in problem
+
+
+@pytest.mark.parametrize(
+    "text", ["model: &a [*a]", "a: &a [x, x]\nmodel: [" + "*a, " * 500 + "]", "model: &a\n  b: *a"]
+)
+def test_values_without_end_are_shown_short(tmp_path: Path, text: str):
+    (tmp_path / "c.yaml").write_text(text)
+    problem = next(problem for problem in problems_of(tmp_path / "c.yaml") if "model must be text" in problem)
+    assert len(problem) < 200 + len(str(tmp_path))
 
 
 def test_an_empty_or_missing_file(tmp_path: Path):
