@@ -34,6 +34,7 @@ from qosora.compat.bitsandbytes import CPU_LOGGER
 if TYPE_CHECKING:
     from qosora.adapter import OsoraLayer as OsoraLayer
     from qosora.adapter import OsoraModel as OsoraModel
+    from qosora.base.check import divergence as divergence
     from qosora.base.convert import quantize as quantize
     from qosora.base.describe import describe as describe
     from qosora.base.load import load_base as load_base
@@ -62,6 +63,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "adapter": ["OsoraLayer", "OsoraModel"],
+    "base.check": ["divergence"],
     "base.convert": ["quantize"],
     "base.describe": ["describe"],
     "base.load": ["load_base", "load_model", "load_tokenizer"],

@@ -98,7 +98,7 @@ def test_in_16_bits_and_under_autocast_it_is_near(base: Path):
     assert relative_difference(logits(model).float(), expected) < 0.05
 
 
-def test_saved_and_loaded(base: Path, tmp_path: Path):
+def test_saved_and_loaded(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = perturbed(load(base), **CONFIG)
     model.save_pretrained(tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -109,6 +109,8 @@ def test_saved_and_loaded(base: Path, tmp_path: Path):
     assert said["update_rank"] == 2
     assert said["adapter_parameters"] == sum(t.numel() for t in stored.values())
     assert said["other_parameters"] == 0
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    assert "s and o, and an update of rank 2, of 14 layers" in capsys.readouterr().out
 
 
 def test_several_adapters_take_turns(base: Path, tmp_path: Path):

@@ -8,6 +8,7 @@
 | `calibrate` | how large a model's activations are, on some text |
 | `quantizer` | the transformers side: from_pretrained, save_pretrained |
 | `convert` | `quantize`: a checkpoint becomes a base, streamed |
+| `check` | how far a base is from its original |
 | `describe` | what a folder of ours holds |
 """
 
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING
 from qosora._lazy import door
 
 if TYPE_CHECKING:
+    from qosora.base.check import Divergence as Divergence
+    from qosora.base.check import divergence as divergence
     from qosora.base.convert import ConversionReport as ConversionReport
     from qosora.base.convert import quantize as quantize
     from qosora.base.describe import verify as verify
@@ -38,6 +41,7 @@ __getattr__, __dir__ = door(
         "structure": ["decompose_structure", "skipped_modules"],
         "layout": ["PlainModel", "natural_order"],
         "convert": ["ConversionReport", "quantize"],
+        "check": ["Divergence", "divergence"],
         "describe": ["verify"],
         "load": ["fit_vocabulary", "load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer"],
     },

@@ -29,7 +29,7 @@ from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, first_line
 from qosora.layers import fast_dtype, split_experts
 
-__all__ = ["calibration_rows", "rows_digest", "second_moments"]
+__all__ = ["calibration_rows", "rows_digest", "second_moments", "streamed_model", "token_rows"]
 
 #: Tokens that are used, in rows of one length, and the rows that are run at once.
 TOKENS, LENGTH, ROWS = 4096, 512, 4
@@ -55,17 +55,22 @@ def calibration_rows(config: QosoraConfig, origin: Path, trust_remote_code: bool
         ConfigError: If there are no texts, or no tokens in them.
         CheckpointError: If there is no tokenizer.
     """
-    texts: Sequence[Any] = config.calibration or []
-    if not texts:
+    if not config.calibration:
         raise ConfigError("scale='calibrated' is made from text: give calibration=[...], or --calibration FILE")
+    return token_rows(config.calibration, origin, trust_remote_code)
+
+
+def token_rows(texts: Sequence[Any], origin: Path, trust_remote_code: bool = False) -> torch.Tensor:
+    """Do as `calibration_rows` with texts, or lists of token ids."""
     tokens: list[int] = []
-    tokenizer = load_tokenizer(origin, trust_remote_code=trust_remote_code) if isinstance(texts[0], str) else None
+    in_words = len(texts) > 0 and isinstance(texts[0], str)
+    tokenizer = load_tokenizer(origin, trust_remote_code=trust_remote_code) if in_words else None
     for text in texts:
         tokens += text if tokenizer is None else tokenizer(text)["input_ids"]
         if len(tokens) >= TOKENS:
             break
     if not tokens:
-        raise ConfigError("calibration: there is no token in the texts")
+        raise ConfigError("there is no token in the texts of the calibration or check")
     length = min(LENGTH, len(tokens))
     count = min(len(tokens), TOKENS) // length * length
     return torch.tensor(tokens[:count]).view(-1, length)
@@ -106,7 +111,7 @@ def second_moments(
     totals = _Totals(file, rows)
     batches = torch.split(rows, ROWS)
     if totals.batches < len(batches):
-        model = _streamed(checkpoint, device, trust_remote_code)
+        model = streamed_model(checkpoint, device, trust_remote_code)
         logger.info("measuring activations on %d tokens", rows.numel())
         with totals.gathered(model, names):
             for batch in batches[totals.batches :]:
@@ -122,12 +127,14 @@ def second_moments(
     return totals.means(names)
 
 
-def _streamed(checkpoint: SourceCheckpoint, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
-    """Return the original model, whose modules have their weights only while they run."""
+def streamed_model(
+    checkpoint: SourceCheckpoint, device: torch.device, trust_remote_code: bool, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Return the original model, whose modules have their weights only while they run; by default in 16 bits."""
     plain = PlainModel(checkpoint.origin, trust_remote_code)
     config = load_config(checkpoint.origin, trust_remote_code=trust_remote_code)
-    dtype = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
-    config.dtype = dtype if device.type != "cpu" else fast_dtype(dtype)
+    stored = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
+    config.dtype = dtype or (stored if device.type != "cpu" else fast_dtype(stored))
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
     split_experts(model)

@@ -51,11 +51,13 @@ def _base(found: dict[str, Any]) -> list[str]:
 
 
 def _adapter(found: dict[str, Any]) -> list[str]:
+    trained = "s and o" if found["vectors"] == "both" else found["vectors"]
+    if found["update_rank"]:
+        trained += f", and an update of rank {found['update_rank']},"
     lines = [
         f"{found['folder']}: OSoRA adapter",
         f"  base           {found['base']}, fingerprint {found['base_fingerprint']}",
-        f"  trained        {'s and o' if found['vectors'] == 'both' else found['vectors']} of "
-        f"{found['adapted_layers']} layers: {found['adapter_parameters']:,} parameters",
+        f"  trained        {trained} of {found['adapted_layers']} layers: {found['adapter_parameters']:,} parameters",
         f"  size           {size(found['file_bytes'])}",
     ]
     if found["modules_to_save"]:

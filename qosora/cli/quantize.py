@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -52,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="where to decompose, e.g. cuda:1 (default: the GPU, if there is one)")
     add_shards(parser)
+    parser.add_argument(
+        "--check", metavar="FILE", help="compare the base with SRC on this text: divergence of the next token"
+    )
     parser.add_argument("--report", metavar="FILE", help="write the errors of all layers as JSON there")
     add_overwrite(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that SRC brings")
@@ -66,7 +70,7 @@ _STORAGE = ("rank", "svd", "svd_iterations", "seed", "scale", "quant_type", "blo
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from qosora.base import quantize
+    from qosora.base import divergence, quantize
     from qosora.checkpoints import Processes, Progress, expanded, write_atomically
     from qosora.config import QosoraConfig
     from qosora.dtypes import dtype_named
@@ -79,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     if args.calibration is not None:
         if args.scale is not None:
             raise ConfigError("--calibration is a scale of its own; leave out --scale")
-        storage |= {"scale": "calibrated", "calibration": _calibration(args)}
+        storage |= {"scale": "calibrated", "calibration": _token_lists(args, args.calibration)}
     config = QosoraConfig(
         rank_pattern=_ranks(args.rank_pattern),
         double_quant=not args.no_double_quant,
@@ -109,15 +113,26 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.report:
         write_atomically(expanded(args.report), json.dumps(report.to_dict(), indent=2) + "\n")
+    found = None
+    if args.check:
+        texts = _token_lists(args, args.check)
+        found = divergence(
+            args.source, args.output, texts, device=args.device, trust_remote_code=args.trust_remote_code
+        )
     if args.json:
-        print_json(report.to_dict())
+        print_json(report.to_dict() | ({"check": asdict(found)} if found else {}))
         return
     print(kinds_table(report.by_kind(), config.quant_type))
     print(f"\n{args.output}: {size(report.base_bytes)}, {len(report.layers)} layers, {report.seconds:.0f} s")
+    if found is not None:
+        print(
+            f"against {args.source}: KL divergence {found.kl:.4f} nats a token, the same likeliest token for "
+            f"{found.same_top:.1%} of {found.tokens:,}, loss {found.base_loss:.4f} (original {found.original_loss:.4f})"
+        )
     print(f"next: qosora train --model {args.output} --data DATA.jsonl --output-dir ADAPTER")
 
 
-def _calibration(args: argparse.Namespace) -> list[list[int]]:
+def _token_lists(args: argparse.Namespace, file: str) -> list[list[int]]:
     """Return the tokens of some data, rendered as in training."""
     from qosora.base import load_tokenizer
     from qosora.checkpoints import open_source
@@ -125,7 +140,7 @@ def _calibration(args: argparse.Namespace) -> list[list[int]]:
 
     with open_source(args.source, trust_remote_code=args.trust_remote_code) as checkpoint:
         tokenizer = load_tokenizer(checkpoint.origin, trust_remote_code=args.trust_remote_code)
-    records = load_records(args.calibration, limit=_CALIBRATION_RECORDS)
+    records = load_records(file, limit=_CALIBRATION_RECORDS)
     return [example.input_ids.tolist() for example in tokenize(records, tokenizer).examples]
 
 

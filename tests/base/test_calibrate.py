@@ -118,7 +118,7 @@ def test_only_one_modules_weights_are_there(tmp_path: Path, monkeypatch: pytest.
     source = make_checkpoint(tmp_path / "source", max_position_embeddings=512)
     models: list[PreTrainedModel] = []
     present: list[set[str]] = []
-    make = calibrate._streamed
+    make = calibrate.streamed_model
 
     def watched(*args: Any) -> PreTrainedModel:
         models.append(make(*args))
@@ -128,7 +128,7 @@ def test_only_one_modules_weights_are_there(tmp_path: Path, monkeypatch: pytest.
         )
         return models[0]
 
-    monkeypatch.setattr(calibrate, "_streamed", watched)
+    monkeypatch.setattr(calibrate, "streamed_model", watched)
     streamed(source, ["model.layers.0.mlp.down_proj"])
     assert present == [set()]
     assert all(p.is_meta for p in models[0].parameters())
@@ -191,7 +191,7 @@ def test_a_conversion_goes_on_with_what_was_measured(tmp_path: Path, monkeypatch
 
     begun(tmp_path / "base")
     with monkeypatch.context() as patched:
-        patched.setattr(calibrate, "_streamed", failing)
+        patched.setattr(calibrate, "streamed_model", failing)
         quantize(source, tmp_path / "base", calibrated())
     assert not (tmp_path / "base.partial").exists()
     for name in ("model.safetensors", "config.json", "qosora_manifest.json"):
