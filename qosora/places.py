@@ -15,8 +15,8 @@ from qosora.remembered import recall, remember
 __all__ = ["place_of", "published_name"]
 
 _SUBJECT = "places"
-#: Steps up at most to a folder that counts as near: from runs/a to bases/b there are two.
-_UP = 2
+#: Steps up and down at most to a folder that counts as near: from runs/a to bases/b there are two of each.
+_STEPS = 2
 
 
 def published_name(
@@ -36,8 +36,15 @@ def published_name(
     real = os.path.realpath(path)
     if key:
         remember(_SUBJECT, {key: real})
-    near = [] if folder is None else os.path.relpath(real, os.path.realpath(folder)).split(os.sep)
-    return "/".join(near if 1 <= near.count(os.pardir) <= _UP else [os.curdir, os.path.basename(real)])
+    return _from(real, os.path.realpath(folder)) if folder is not None else f"./{os.path.basename(real)}"
+
+
+def _from(place: str, folder: str) -> str:
+    """Return the way to a place from a folder that is near, else the last part of its name."""
+    shared = Path(os.path.commonpath([place, folder])) if Path(place).drive == Path(folder).drive else None
+    way = os.path.relpath(place, folder).split(os.sep) if shared and shared != Path(shared.anchor) else []
+    near = 1 <= way.count(os.pardir) <= _STEPS and len(way) - way.count(os.pardir) <= _STEPS
+    return "/".join(way) if near else f"./{os.path.basename(place)}"
 
 
 def place_of(name: str, folder: str | os.PathLike[str] | None = None, key: str | None = None) -> str:

@@ -1,6 +1,6 @@
 """What older versions of qosora stored is read, and what newer ones will store is refused in one line.
 
-`stored/` has a base and an adapter as each version of the formats wrote them, on a Llama of one layer, with the logits
+`stored/` has a base and adapters as each version of the formats wrote them, on a Llama of one layer, with the logits
 that they gave.
 """
 
@@ -52,6 +52,12 @@ def test_older_ones_are_read(version: int, tmp_path: Path):
         torch.testing.assert_close(logits(model), torch.tensor(expected[kind]), rtol=1e-4, atol=2e-6)
     assert not verify(base)["problems"]
     assert describe(base)["decomposed_layers"] == 7
+
+
+def test_an_adapter_with_an_update():
+    expected = json.loads((STORED / "logits-2.json").read_text())["adapter-2-update"]
+    model = load_model(STORED / "adapter-2-update", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), torch.tensor(expected), rtol=1e-4, atol=2e-6)
 
 
 def test_the_newest_is_among_them():

@@ -50,6 +50,12 @@ def test_a_hub_id_stays(tmp_path: Path, name: str) -> None:
     assert recall("places") == {}
 
 
+def test_the_root_is_near_nothing() -> None:
+    assert published_name("/home/user/base", "/tmp/adapter") == "./base"
+    assert published_name("/base", "/adapter") == "./base"
+    assert published_name("/home/user/models/large/base", "/home/user/run") == "./base"
+
+
 def test_what_is_gone_is_named_as_it_was(tmp_path: Path) -> None:
     assert published_name(tmp_path / "gone" / "base", tmp_path / "a" / "b" / "c") == "./base"
     for key in (None, "unknown"):
