@@ -24,6 +24,7 @@ from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError
 from qosora.layers import Tiling
 from qosora.training.config import TrainConfig
+from qosora.training.optimizer import UPDATE_RATE
 from qosora.training.run_folder import RunFolder
 from qosora.training.sft_options import choose_precision, sft_config
 
@@ -103,7 +104,7 @@ def resolve_run(config: TrainConfig, folder: RunFolder) -> Run:
         tiling=Tiling.of(tile_length, gradient_checkpointing=config.gradient_checkpointing),
         arguments=arguments,
         learning_rate=config.learning_rate,
-        update_learning_rate=config.update_learning_rate or config.learning_rate / 5,
+        update_learning_rate=config.update_learning_rate or UPDATE_RATE * config.learning_rate,
         modules_to_save_learning_rate=config.modules_to_save_learning_rate or config.learning_rate / 100,
         adapter=adapter,
         begun=begun,

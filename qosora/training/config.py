@@ -90,7 +90,7 @@ class TrainConfig:
     batch_size: int = _option(4, "examples on the device at once", least=1)
     gradient_accumulation: int = _option(1, "batches per optimizer step", least=1)
     learning_rate: float = _option(1e-2, "of the vectors: about 20 times what LoRA takes", above=0)
-    update_learning_rate: float | None = _option(None, "of an update's A and B [learning_rate / 5]", above=0)
+    update_learning_rate: float | None = _option(None, "of an update's A and B [0.4 learning_rate]", above=0)
     modules_to_save_learning_rate: float | None = _option(
         None, "of modules_to_save, whole matrices [learning_rate / 100]", above=0
     )

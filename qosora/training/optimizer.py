@@ -31,10 +31,12 @@ from qosora.training.flat_buffers import (
     why_unpaged,
 )
 
-__all__ = ["OPTIMIZERS", "MemoryUse", "PackedPagedOptimizer", "create_optimizer", "trainer_optimizer"]
+__all__ = ["OPTIMIZERS", "UPDATE_RATE", "MemoryUse", "PackedPagedOptimizer", "create_optimizer", "trainer_optimizer"]
 
 logger = logging.getLogger("qosora")
 
+#: The learning rate of an update's A and B, as a part of the vectors'. Of 0.2 and 0.4 on Gemma 3 270M and GSM8K.
+UPDATE_RATE = 0.4
 _TRAINER_BETAS = (0.9, 0.999)  # what TrainingArguments has where the user says nothing
 
 
@@ -185,7 +187,7 @@ def create_optimizer(
     Args:
         model: A model, or (name, parameter) pairs; frozen parameters are left out.
         lr: Learning rate of the vectors.
-        update_lr: Learning rate of A and B; `lr` by default.
+        update_lr: Learning rate of A and B; `UPDATE_RATE` times `lr` by default.
         modules_to_save_lr: Learning rate of all other parameters; `lr` by default.
         **options: Further options of `PackedPagedOptimizer`: optimizer, betas, eps, weight_decay.
 
@@ -199,7 +201,11 @@ def create_optimizer(
             is_vector = p.ndim == 1 and p.dtype == torch.float32 and ".modules_to_save." not in name
             is_update = any(f".osora_{matrix}." in name for matrix in "AB")
             groups[0 if is_vector else 1 if is_update else 2].append((name, p))
-    rates = (lr, *(lr if rate is None else rate for rate in (update_lr, modules_to_save_lr)))
+    rates = (
+        lr,
+        UPDATE_RATE * lr if update_lr is None else update_lr,
+        lr if modules_to_save_lr is None else modules_to_save_lr,
+    )
     chosen = [{"params": members, "lr": rate} for members, rate in zip(groups, rates, strict=True) if members]
     if not chosen:
         raise ConfigError("the model has no trainable parameters: attach an adapter (get_peft_model) first")
