@@ -132,6 +132,7 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
             trust_remote_code=config.trust_remote_code,
         )
         transformers.set_seed(config.seed)  # TRL draws an update's A before Trainer has set it
+        own_tokens = len(model.get_input_embeddings().weight)
         if run.begun is not None:
             model = load_adapter(model, run.begun, is_trainable=True)
         trainer = QosoraTrainer(
@@ -141,6 +142,7 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
             # for Trainer's eval_steps alone; `evaluate` measures the examples themselves
             eval_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}) if run.held_out else None,
             eval_examples=run.held_out.examples if run.held_out else [],
+            save_embeddings=len(model.get_input_embeddings().weight) != own_tokens,
             processing_class=run.tokenizer,
             peft_config=run.adapter if run.begun is None else None,
             optimizer_cls_and_kwargs=trainer_optimizer(
@@ -229,7 +231,7 @@ def _finish(
     )
 
     def write(target: Path) -> None:
-        model.save_pretrained(target, save_embedding_layers=False)
+        trainer.save_adapter(target)
         run.tokenizer.save_pretrained(target)
 
     run.folder.finish(result.to_dict(), write)

@@ -38,13 +38,14 @@ class QosoraTrainer(SFTTrainer):
 
     Args:
         eval_examples: What `evaluate` measures.
+        save_embeddings: Whether the embeddings are saved with the adapter, as where it brings more than the base has.
         **kwargs: Of `SFTTrainer`.
     """
 
     control: Any
 
-    def __init__(self, *, eval_examples: Sequence[Example], **kwargs: Any) -> None:
-        self.eval_examples = eval_examples
+    def __init__(self, *, eval_examples: Sequence[Example], save_embeddings: bool = False, **kwargs: Any) -> None:
+        self.eval_examples, self.save_embeddings = eval_examples, save_embeddings
         super().__init__(**kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +81,11 @@ class QosoraTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the adapter alone: not the tokenizer, which would be larger, and no pickle of the arguments."""
-        self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
+        self.save_adapter(output_dir or self.args.output_dir)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the adapter into a folder."""
+        self.model.save_pretrained(folder, save_embedding_layers=self.save_embeddings)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's would appear in the run's folder with the first checkpoint."""

@@ -9,12 +9,15 @@ import pytest
 import torch
 from exports import edit_tensors, refused
 from peft import PeftModel, get_peft_model
-from tiny import VOCAB, load, logits, make_checkpoint, train
+from safetensors.torch import load_file
+from tiny import VOCAB, load, logits, make_checkpoint, sums, train, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from qosora.base import load_model, quantize
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.export import export_lora, export_merged
+from qosora.training import train as train_run
+from qosora.training.config import TrainConfig
 
 NEW = torch.tensor([[1, 2, VOCAB, VOCAB + 4, 3]])
 SAVED: list[list[str] | None] = [None, ["embed_tokens"], ["embed_tokens", "lm_head"]]
@@ -79,6 +82,27 @@ def test_embeddings_without_the_output_layer(tmp_path: Path):
     edit_tensors(tmp_path / "adapter" / "adapter_model.safetensors", lambda t: t.pop("base_model.model.lm_head.weight"))
     said = rf"brings embeddings of {VOCAB + 5} tokens, and lm_head.weight has shape \({VOCAB}, .* save_embedding_layers"
     refused(tmp_path, said, tmp_path / "base", tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_is_trained_on_keeps_them(tmp_path: Path):
+    source = make_checkpoint(tmp_path / "original", "llama-text")
+    quantize(source, tmp_path / "base", QosoraConfig(rank=8))
+    model = load(tmp_path / "base")
+    tokens = len(model.get_input_embeddings().weight) + 3
+    model.resize_token_embeddings(tokens)
+    perturbed = get_peft_model(model, OsoraConfig())
+    perturbed.save_pretrained(tmp_path / "adapter")
+    data = write_jsonl(tmp_path / "train.jsonl", sums(8))
+    config = TrainConfig(
+        model=str(tmp_path / "adapter"), data=str(data), output_dir=str(tmp_path / "more"), max_steps=2, save_steps=1,
+        progress=False,
+    )  # fmt: skip
+    train_run(config)
+    for folder in ("more", "more/checkpoint-1"):
+        stored = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert len(stored["base_model.model.model.embed_tokens.weight"]) == tokens
+    assert len(load_model(tmp_path / "more").get_input_embeddings().weight) == tokens
 
 
 def test_a_vocabulary_that_stayed_is_loaded_as_ever(tmp_path: Path):
