@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import typing
-from dataclasses import MISSING, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, fields
+from itertools import groupby
 from typing import Any
 
 from qosora.cli.options import add_json
-from qosora.cli.output import print_json
+from qosora.cli.output import escaped, print_json
+from qosora.errors import ConfigError
 from qosora.training import TrainConfig
 
 NAME = "train"
@@ -18,7 +23,8 @@ EXAMPLES = """\
   qosora train --model ./my-base --data train.jsonl --eval-data test.jsonl --output-dir ./my-adapter \\
       --epochs 3 --batch-size 2 --gradient-accumulation 8 --max-length 2048
   qosora train --config run.yaml --learning-rate 1e-2
-  qosora train --config ./my-adapter/train_config.yaml --resume"""
+  qosora train --config ./my-adapter/train_config.yaml --resume
+  qosora train --config run.yaml --dry-run --gpu "RTX 4090\""""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             if choices := field.metadata.get("choices"):
                 options |= {"choices": choices, "metavar": None}
         parser.add_argument(flag, **options)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="train nothing: show examples as the model sees them, and the plan"
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="with --dry-run: the card to plan for [that of this machine]")
     add_json(parser)
 
 
@@ -70,6 +80,12 @@ def run(args: argparse.Namespace) -> None:
         given["progress"] = False
     config = TrainConfig.load(args.config, given)
 
+    if args.dry_run:
+        look(config, args.gpu, as_json=args.json)
+        return
+    if args.gpu:
+        raise ConfigError("--gpu names a card to plan for with --dry-run; CUDA_VISIBLE_DEVICES chooses where to train")
+
     from qosora.training import train
 
     result = train(config)
@@ -79,3 +95,73 @@ def run(args: argparse.Namespace) -> None:
     for line in result.summary():
         print(line)
     print(f"next: qosora generate {config.output_dir} --prompt ...; qosora export {config.output_dir} OUT")
+
+
+def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
+    """Print what a run would train on, and what a step would take."""
+    import torch
+
+    from qosora.cli.plan import usage_table
+    from qosora.memory.plan import plan
+    from qosora.training.preview import preview
+
+    found = preview(config)
+    planned = plan(
+        found.source,
+        batch_size=config.batch_size,
+        seq_len=config.max_length if config.packing else found.longest,
+        packing=config.packing,
+        vectors=config.vectors,
+        update_rank=config.update_rank,
+        gradient_checkpointing=config.gradient_checkpointing,
+        tile_length=config.tile_length,
+        activation_offloading=config.activation_offloading,
+        optimizer=config.optimizer,
+        precision="bf16" if gpu and config.precision == "auto" else found.precision,  # that of the card, not of here
+        gpu=gpu,
+        device="cuda" if gpu or torch.cuda.is_available() else "cpu",
+        compare=False,
+        grid=False,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if as_json:
+        print_json({"data": asdict(found), "plan": planned.to_dict()})
+        return
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for number, tokens in enumerate(found.shown, 1):
+        print(f"--- example {number} of {len(found.shown)}: {_LEGEND[colour]}")
+        print(_marked(tokens, colour))
+    print(
+        f"--- {found.examples:,} examples, {found.tokens:,} tokens, of which {found.supervised:,} are trained on; the "
+        f"longest has {found.longest:,}"
+    )
+    if found.cut or found.dropped:
+        print(
+            f"{found.cut:,} are cut to {config.max_length:,} tokens, which drops {found.lost:,} to be trained on; "
+            f"{found.dropped:,} have none of these and are left out"
+        )
+    steps = "as many steps as packing makes" if found.steps is None else f"{found.steps:,} steps"
+    print(f"{steps} of {config.batch_size} x {config.gradient_accumulation} examples, {found.precision}")
+    if found.evaluated:
+        print(f"evaluated on {found.evaluated:,} examples before and after")
+    print(f"\n{usage_table(planned.usage, None)}")
+    if planned.verdict is not None:
+        words = {"fits": "fits into", "tight": "fits tightly, if at all, into", "no": "does not fit into"}
+        print(f"\n{words[planned.verdict]} {planned.card.name}")
+    for advice in planned.advice:
+        print(f"  {advice.change}" + ("" if advice.fits else ", not enough by itself"))
+    print("nothing was trained: leave out --dry-run")
+
+
+_LEGEND = {
+    False: "tokens end at |, and those in [[ ]] are trained on",
+    True: "tokens end at |, and the coloured ones are trained on",
+}
+
+
+def _marked(tokens: Iterable[tuple[str, bool]], colour: bool) -> str:
+    """Return tokens in a line of text, those that are trained on marked."""
+    before, after = ("\x1b[1;32m", "\x1b[0m") if colour else ("[[", "]]")
+    runs = groupby(((escaped(text), trained) for text, trained in tokens), key=lambda token: token[1])
+    texts = (("|".join(text for text, _ in group), trained) for trained, group in runs)
+    return "|".join(f"{before}{text}{after}" if trained else text for text, trained in texts)

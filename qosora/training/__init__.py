@@ -4,10 +4,11 @@
 |---|---|
 | `config` | `TrainConfig`: what a user says |
 | `sft_options` | the same in TRL's words |
-| `run_folder` | the folder of a run |
-| `checks` | a run, checked and resolved before its model is loaded |
 | `flat_buffers` | vectors as windows of flat buffers |
 | `optimizer` | the packed paged optimizer |
+| `run_folder` | the folder of a run |
+| `checks` | a run, checked and resolved before its model is loaded |
+| `preview` | what a run would train on |
 | `trainer` | TRL's trainer with our evaluation, checkpoints and record |
 | `run` | `train` |
 """

@@ -1,0 +1,118 @@
+"""What a run would train on, before it begins: counts, steps, and examples as the model sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qosora.data import IGNORED, Example
+from qosora.training.checks import Run, resolve_run
+from qosora.training.config import TrainConfig
+from qosora.training.run_folder import RunFolder
+
+__all__ = ["Preview", "preview"]
+
+#: A token's text, and whether the loss is about it.
+Token = tuple[str, bool]
+#: Tokens of an example that are shown from its beginning, and from its end where it is longer.
+_SHOWN = 150
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run would do.
+
+    Attributes:
+        examples: To train on.
+        tokens: In them.
+        supervised: Those that the loss is about.
+        cut: Examples that are longer than `max_length`, whose end is dropped.
+        lost: Supervised tokens that are dropped with them.
+        dropped: Examples that are left out, as there is nothing to train on in them.
+        longest: Tokens of the longest example.
+        steps: Optimizer steps; None where packing decides.
+        evaluated: Examples to evaluate on.
+        precision: "bf16", "fp16" or "fp32".
+        source: The base.
+        shown: A few examples: the first, the longest, and one from the middle.
+    """
+
+    examples: int
+    tokens: int
+    supervised: int
+    cut: int
+    lost: int
+    dropped: int
+    longest: int
+    steps: int | None
+    evaluated: int
+    precision: str
+    source: str
+    shown: list[list[Token]]
+
+
+def preview(config: TrainConfig) -> Preview:
+    """Check a run as `train` does, and return what it would train on. Nothing is written.
+
+    Raises:
+        ConfigError: Options that cannot work, or an output folder that must not be used.
+        DataError: Data that cannot be used.
+        CheckpointError: The model is no qosora base.
+    """
+    run = resolve_run(config, RunFolder(config))
+    data = run.data
+    lengths = [len(example.input_ids) for example in data.examples]
+    places = [0, lengths.index(max(lengths)), len(data) // 2]
+    return Preview(
+        examples=len(data),
+        tokens=data.tokens,
+        supervised=data.supervised,
+        cut=data.cut,
+        lost=data.lost,
+        dropped=data.dropped,
+        longest=max(lengths),
+        steps=_steps(config, len(data)),
+        evaluated=len(run.held_out) if run.held_out else 0,
+        precision=run.precision,
+        source=run.source,
+        shown=[list(_shown(run, data.examples[place])) for place in dict.fromkeys(places)],
+    )
+
+
+def _steps(config: TrainConfig, examples: int) -> int | None:
+    if config.max_steps is not None:
+        return config.max_steps
+    if config.packing:
+        return None
+    batches = math.ceil(examples / config.batch_size)
+    return math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation))
+
+
+def _shown(run: Run, example: Example) -> Iterator[Token]:
+    tokens = list(tokens_of(run.tokenizer, example))
+    yield from tokens[:_SHOWN]
+    if len(tokens) > 2 * _SHOWN:
+        yield f" [... {len(tokens) - 2 * _SHOWN} tokens ...] ", False
+    yield from tokens[_SHOWN:][-_SHOWN:]
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> Iterator[Token]:
+    """Give each token's text, and whether the loss is about it; together the texts are that of the example.
+
+    A token that holds a part of a character has no text, and the one that ends the character has it.
+    """
+    ids: list[Any] = example.input_ids.tolist()
+    before, begin = "", 0
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[begin:end]))
+        unfinished = text.endswith("\ufffd") and end < len(ids)
+        trained = bool(end > 1 and example.labels[end - 1] != IGNORED)  # the first token is predicted from nothing
+        yield ("" if unfinished else text[len(before) :]), trained
+        if not unfinished:
+            before = text
+        if end - begin > 64 and not unfinished:  # so that long examples do not take quadratic time
+            begin, before = end - 1, str(tokenizer.decode(ids[end - 1 : end]))
