@@ -136,7 +136,7 @@ def split_source(source: str | Path, base: str | Path | None = None) -> tuple[st
     recorded = adapter_config(source).base_model_name_or_path
     if base is None and not recorded:
         raise CheckpointError(f"{source}/{ADAPTER_CONFIG} names no base; give it with --base")
-    if base is None and str(recorded).startswith(".") and not Path(str(recorded)).exists():
+    if base is None and str(recorded).startswith(".") and not (Path(str(recorded)) / CONFIG_NAME).is_file():
         raise CheckpointError(
             f"{source}/{ADAPTER_CONFIG} names the base {recorded}, and no such folder is there; give its place with "
             "--base"

@@ -201,9 +201,11 @@ def create_optimizer(
             is_vector = p.ndim == 1 and p.dtype == torch.float32 and ".modules_to_save." not in name
             is_update = any(f".osora_{matrix}." in name for matrix in "AB")
             groups[0 if is_vector else 1 if is_update else 2].append((name, p))
+    if update_lr is None:
+        update_lr = UPDATE_RATE * lr if isinstance(lr, int | float) else lr  # what is no number is refused below
     rates = (
         lr,
-        UPDATE_RATE * lr if update_lr is None else update_lr,
+        update_lr,
         lr if modules_to_save_lr is None else modules_to_save_lr,
     )
     chosen = [{"params": members, "lr": rate} for members, rate in zip(groups, rates, strict=True) if members]
