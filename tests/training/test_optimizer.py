@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from vectors_to_train import SIZES, Mixed, Vectors, assert_equal, train
 
+from qosora.compat.bitsandbytes import is_paged
 from qosora.errors import CheckpointError, ConfigError, QosoraError
 from qosora.training.optimizer import OPTIMIZERS, PackedPagedOptimizer, create_optimizer, trainer_optimizer
 
@@ -345,6 +346,7 @@ def test_loading_goes_through_the_buffers_that_bitsandbytes_pages(
         made[-1].is_paged = True  # type: ignore[attr-defined]
         return made[-1]
 
+    assert not is_paged(torch.zeros(1))  # its first call looks at what bitsandbytes has
     monkeypatch.setattr(bitsandbytes.optim.optimizer.Optimizer8bit, "get_state_buffer", paged_buffer)
     model, other = Vectors(), Vectors()
     optimizer, resumed = create_optimizer(model, lr=1e-2), create_optimizer(other, lr=1e-2)
