@@ -20,11 +20,11 @@ from accelerate import cpu_offload, init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qosora.base.layout import PlainModel
 from qosora.base.load import load_tokenizer
-from qosora.checkpoints import SourceCheckpoint, load_config
+from qosora.checkpoints import SourceCheckpoint, empty_model, load_config
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, first_line
 from qosora.layers import fast_dtype, split_experts
@@ -136,7 +136,7 @@ def streamed_model(
     stored = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
     config.dtype = dtype or (stored if device.type != "cpu" else fast_dtype(stored))
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+        model: PreTrainedModel = empty_model(config, trust_remote_code).eval()
     split_experts(model)
     weights = _Weights(checkpoint, plain)
     for name, buffer in model.named_buffers():

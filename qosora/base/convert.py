@@ -23,6 +23,7 @@ from qosora.base.calibrate import calibration_rows, rows_digest, second_moments
 from qosora.base.layout import PlainModel, natural_order
 from qosora.base.structure import decompose_structure
 from qosora.checkpoints import (
+    CONFIG_NAME,
     Processes,
     Progress,
     SourceCheckpoint,
@@ -37,6 +38,7 @@ from qosora.checkpoints import (
     require_finite,
     stream,
 )
+from qosora.compat.transformers import unexpected_tensors
 from qosora.config import QosoraConfig
 from qosora.decompose import factorize_with_report
 from qosora.errors import CheckpointError, ConfigError
@@ -271,14 +273,22 @@ class _Conversion:
             CheckpointError: If one is missing, or has another shape.
         """
         located: set[str] = set()
+        homeless = []
         for disk in natural_order(self.reader.names()):
             name, parts = self.plain.locate(disk)
             if not set(parts) & self.plain.shapes.keys():
-                continue  # from_pretrained leaves out what the model has no place for, too
+                homeless.append(disk)
+                continue
             located.update(parts)
             self.tensors[disk] = name
             if parts == [name]:
                 self._check_shape(name, self.reader.shape(disk))
+        if unexpected := natural_order(unexpected_tensors(self.plain.model, homeless)):
+            raise CheckpointError(
+                f"{self.source}: {len(unexpected)} tensors have no place in {self.plain.class_name}, among them "
+                f"{unexpected[0]!r}; the model would not be what was trained. Let architectures in {CONFIG_NAME} name "
+                "the class that it was made for, or take them out"
+            )
         if missing := self.plain.missing(located):
             raise CheckpointError(
                 f"{self.source}: {len(missing)} tensors that {self.plain.class_name} needs are not in the "

@@ -30,6 +30,7 @@ from qosora.checkpoints import (
     stored_fingerprint,
     verify_files,
 )
+from qosora.compat.transformers import unexpected_tensors
 from qosora.config import QosoraConfig
 from qosora.decompose import parts
 from qosora.errors import CheckpointError
@@ -154,6 +155,7 @@ def _refuse_what_does_not_fit(
     if plain is not None:
         others = set(reader.names()) - {name for names in stored.values() for name in names}
         missing += plain.missing(part for name in (*others, *stored) for part in plain.locate(name)[1])
+        _refuse_others(folder, reader, others, plain)
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} tensors are missing, among them {min(missing)}; get another copy"
@@ -177,6 +179,20 @@ def _refuse_what_does_not_fit(
                 raise CheckpointError(
                     f"{folder}: {module}.{key} must be {size}, {dtype}, got {got[0]}, {got[1]}; get another copy"
                 )
+
+
+def _refuse_others(folder: Path, reader: CheckpointReader, names: Iterable[str], plain: PlainModel) -> None:
+    """Raise CheckpointError where a tensor that is not decomposed has no place in the model, or another shape."""
+    places = {name: plain.locate(name) for name in names}
+    homeless = [name for name, (_, found) in places.items() if not set(found) & plain.shapes.keys()]
+    for name in sorted(unexpected_tensors(plain.model, homeless)):
+        raise CheckpointError(f"{folder}: {name} has no place in a {plain.class_name}; get another copy")
+    for name, (place, found) in places.items():
+        shape = plain.shapes.get(place)
+        if found == [place] and shape is not None and reader.shape(name) != shape:
+            raise CheckpointError(
+                f"{folder}: {name} must have shape {shape}, got {reader.shape(name)}; get another copy"
+            )
 
 
 def _refuse_impossible(folder: Path, reader: CheckpointReader, names: Iterable[str]) -> None:

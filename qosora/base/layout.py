@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qosora.checkpoints import CONFIG_NAME, load_config
+from qosora.checkpoints import CONFIG_NAME, empty_model, load_config
 from qosora.compat.transformers import (
     WeightConverter,
     WeightRenaming,
@@ -56,7 +56,7 @@ class PlainModel:
             if vocabulary is not None:
                 config.get_text_config().vocab_size = vocabulary
             with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+                model: PreTrainedModel = empty_model(config, trust_remote_code)
         except QosoraError:
             raise
         except Exception as error:  # a class of transformers may fail in any way on what it did not expect

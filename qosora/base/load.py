@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qosora.checkpoints import (
     ADAPTER_CONFIG,
@@ -21,6 +21,7 @@ from qosora.checkpoints import (
     adapter_config,
     expanded,
     load_config,
+    model_class_of,
     require_base,
     require_finite,
     require_intact,
@@ -60,7 +61,7 @@ def load_base(
         device_map: As in transformers; the current GPU, or the CPU without one, by default.
         attn_implementation: As in transformers, which chooses by default.
         trust_remote_code: Whether to run model code that the checkpoint brings.
-        **kwargs: Handed to `AutoModelForCausalLM.from_pretrained`.
+        **kwargs: Handed to `from_pretrained` of the class that its configuration names.
 
     Raises:
         CheckpointError: If `source` is no qosora base.
@@ -76,7 +77,7 @@ def load_base(
         kwargs["attn_implementation"] = attn_implementation
     try:
         model: PreTrainedModel
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class_of(read, trust_remote_code).from_pretrained(
             str(source),
             dtype=dtype,
             device_map=device_map,
@@ -114,7 +115,7 @@ def load_base(
         )
     _refuse_impossible(str(source), model.named_parameters())
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(model.generation_config, name, None)
+        value = getattr(getattr(model, "generation_config", None), name, None)
         if any(
             type(i) is not int or not -1 <= i < 2**31
             for i in (value if isinstance(value, list) else [] if value is None else [value])

@@ -7,11 +7,13 @@ projections of each expert of a mixture among them.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qosora.checkpoints import CONFIG_NAME
 from qosora.compat.transformers import modules_to_skip, should_convert_module
 from qosora.config import QosoraConfig
 from qosora.errors import ConfigError
@@ -97,7 +99,8 @@ def replace_linears(model: PreTrainedModel, config: QosoraConfig, skip: list[str
         replaced.append(name)
     if not replaced:
         raise ConfigError(
-            f"{type(model).__name__} has no linear layer left to decompose; modules_to_not_convert is {skip}"
+            f"{Path(model.name_or_path) / CONFIG_NAME}: {type(model).__name__} has no linear layer left to decompose; "
+            f"modules_to_not_convert is {skip}"
         )
     return replaced
 

@@ -8,6 +8,7 @@
 | `reader` | sharded safetensors, read lazily |
 | `shards` | the same, written tensor by tensor in any order |
 | `fingerprint` | the identity of a base |
+| `model_class` | which class of transformers a checkpoint is of |
 | `stored_config` | what a folder holds, from its configuration alone |
 | `pickled` | reader of `pytorch_model.bin` |
 | `gguf_file` | the GGUF container |
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     from qosora.checkpoints.intact import require_intact as require_intact
     from qosora.checkpoints.intact import tensor_hashes as tensor_hashes
     from qosora.checkpoints.intact import verify_files as verify_files
+    from qosora.checkpoints.model_class import empty_model as empty_model
+    from qosora.checkpoints.model_class import model_class_of as model_class_of
+    from qosora.checkpoints.model_class import require_language_model as require_language_model
     from qosora.checkpoints.names import ADAPTER_CONFIG as ADAPTER_CONFIG
     from qosora.checkpoints.names import ADAPTER_STEM as ADAPTER_STEM
     from qosora.checkpoints.names import CONFIG_NAME as CONFIG_NAME
@@ -95,6 +99,7 @@ __getattr__, __dir__ = door(
         "reader": ["CheckpointReader"],
         "shards": ["Shards", "StoredSpec", "require_finite"],
         "fingerprint": ["base_fingerprint", "group_modules", "stored_fingerprint"],
+        "model_class": ["empty_model", "model_class_of", "require_language_model"],
         "stored_config": [
             "adapter_config",
             "base_storage",

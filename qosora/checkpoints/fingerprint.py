@@ -21,9 +21,9 @@ _SUFFIXES = (*(name for part in parts.PARTS for name in parts.stored_names(part)
 
 def group_modules(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the stored tensors of each decomposed layer, by the layer's name, from all tensor names of a base."""
-    names = list(names)
-    modules = [name.removesuffix(".U_absmax") for name in names if name.endswith(".U_absmax")]
-    known = set(names)
+    known = dict.fromkeys(names)
+    of = [f".{part}_absmax" for part in parts.PARTS.values()]  # any, so that a layer that lacks one is known as such
+    modules = dict.fromkeys(n.removesuffix(end) for n in known for end in of if n.endswith(end))
     return {m: [f"{m}.{suffix}" for suffix in _SUFFIXES if f"{m}.{suffix}" in known] for m in modules}
 
 

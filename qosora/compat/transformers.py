@@ -117,6 +117,20 @@ def optional_tensors(model: Any) -> Sequence[str]:
     return model._keys_to_ignore_on_load_missing or ()
 
 
+@uses(f"{_MODEL}._adjust_missing_and_unexpected_keys(loading_info)")
+def unexpected_tensors(model: Any, names: Iterable[str]) -> set[str]:
+    """Return those of some tensors without a place in a model that are none of those known to be superfluous."""
+    info = SimpleNamespace(missing_keys=set(), unexpected_keys=set(names))
+    model._adjust_missing_and_unexpected_keys(info)
+    return info.unexpected_keys
+
+
+@uses(f"{_MODEL}._from_config(config)")
+def built_from(model_class: Any, config: Any, **options: Any) -> Any:
+    """Return a model without a checkpoint: what `from_config` does, which only the automatic classes have."""
+    return model_class._from_config(config, **options)
+
+
 @uses(f"{_MODEL}: all_tied_weights_keys")
 def tied_weights(model: Any) -> dict[str, str]:
     """Return the parameters that share the value of another: name -> name of the other."""

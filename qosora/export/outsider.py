@@ -57,19 +57,35 @@ def _widen_in_forward(module: nn.Module, parameters: list[nn.Parameter]) -> None
 
 
 @torch.no_grad()
-def logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return the logits of all tokens that are no padding, (tokens, vocabulary), float32."""
-    found = model.eval()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    chosen: torch.Tensor = found[attention_mask.bool()].float()
-    return chosen
+def logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    """Return what a model makes of some inputs, one after another, unpadded: (tokens or inputs, numbers), float32.
+
+    Args:
+        model: A language model, or one of another kind: of one without a head, the last hidden states are returned.
+        **inputs: What it is called with, each with a row for every input; `attention_mask` is 0 where one has ended.
+    """
+    model.eval().config.use_cache = False
+    found = []
+    for row in range(len(next(iter(inputs.values())))):
+        given = {name: values[row : row + 1] for name, values in inputs.items()}
+        if (mask := given.get("attention_mask")) is not None:
+            given |= {name: given[name][:, : int(mask.sum())] for name in ("input_ids", "attention_mask")}
+        output = model(**given)
+        numbers = output.logits if "logits" in output else output[0]
+        found.append(numbers.reshape(-1, numbers.shape[-1]).float())
+    return torch.cat(found)
 
 
 def _load(source: str, adapter: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     path = Path(source)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model_class = transformers.AutoModelForCausalLM
+    if not gguf and not trust_remote_code:
+        config = transformers.AutoConfig.from_pretrained(source)
+        model_class = getattr(transformers, (config.architectures or [""])[0], model_class)
+    model, info = model_class.from_pretrained(
         path.parent if gguf else source,
         dtype="auto",
         output_loading_info=True,

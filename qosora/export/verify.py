@@ -43,6 +43,8 @@ TEXTS = (
 )
 #: Tokens of a text that are used, and of a random one where there is no tokenizer.
 _LENGTH = 64
+#: Of sound, where a model takes that as it is.
+_SAMPLES = 8000
 #: Largest relative difference of logits, by the dtype of the export's weights. Rounding a weight to bfloat16 or float16
 #: changes it by at most its unit roundoff, 2^-8 or 2^-11, at random, and a layer's output by a third of that; the
 #: layers' changes add up like the square root of their number and grow on the way: together 1 to 4 roundoffs in the
@@ -92,7 +94,10 @@ class Reference:
         return f"{start} with the adapter" if self.adapted.adapters else start
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """Return tokens of the texts, or random ones without a tokenizer: (texts, length), padded on the right."""
+        """Return what the model is run on, a row for each text: its tokens, or random ones without a tokenizer.
+
+        They are padded on the right. A model that hears gets noise, and one that answers the first tokens of one.
+        """
         folders = [*(adapter.folder for adapter in self.adapted.adapters), self.adapted.base]
         if folders := list(filter(has_tokenizer, folders)):
             tokenizer = load_tokenizer(*folders, trust_remote_code=self.trust_remote_code)
@@ -104,7 +109,15 @@ class Reference:
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        return {"input_ids": ids, "attention_mask": mask}
+        model: Any = self.adapted.plain.model
+        given = {"input_ids": ids, "attention_mask": mask}
+        if (name := model.main_input_name) in ("input_features", "input_values"):
+            config, noise = model.config, torch.Generator().manual_seed(0)
+            bins = (config.num_mel_bins, 2 * config.max_source_positions) if name == "input_features" else (_SAMPLES,)
+            given = {name: torch.randn(len(rows), *bins, generator=noise)}
+        if model.config.is_encoder_decoder and model.can_generate():
+            given["decoder_input_ids"] = ids[:, : min(map(len, rows))].clone()
+        return given
 
     def logits(
         self, inputs: dict[str, torch.Tensor], dtype: torch.dtype, *, with_adapters: bool = True

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from qosora.checkpoints import require_language_model
 from qosora.data import (
     IGNORED,
     Columns,
@@ -110,9 +111,11 @@ def evaluate(
         samples: Answers to return.
 
     Raises:
+        CheckpointError: It is no causal language model.
         DataError: The data cannot be used.
         ConfigError: `answer_pattern` is no regular expression.
     """
+    require_language_model(model.config, model.name_or_path, "evaluation")
     pattern = _compiled(answer_pattern)
     if not isinstance(data, Records):
         hub_split = split or ("test" if isinstance(data, str) and not Path(data).expanduser().exists() else None)

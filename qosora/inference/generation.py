@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from qosora.checkpoints import require_language_model
 from qosora.data import (
     embedding_rows,
     encode,
@@ -20,7 +22,7 @@ from qosora.data import (
     refuse_too_long,
     render,
 )
-from qosora.errors import ConfigError, DataError
+from qosora.errors import CheckpointError, ConfigError, DataError, first_line
 
 __all__ = ["Prompt", "generate", "inference", "stop_token_ids"]
 
@@ -59,6 +61,7 @@ def generate(
         written: Called with the index of a prompt and what was written after it, as soon as that is known.
 
     Raises:
+        CheckpointError: It is no causal language model.
         ConfigError: An option is out of range.
         DataError: A prompt is empty or no text, cannot be rendered, or does not fit the model.
     """
@@ -67,6 +70,7 @@ def generate(
             "max_new_tokens and batch_size must be at least 1, temperature at least 0 and top_p in (0, 1]; got "
             f"{max_new_tokens}, {batch_size}, {temperature}, {top_p}"
         )
+    require_language_model(model.config, model.name_or_path, "generation")
     options = template_options or [{}] * len(prompts)
     encoded = [
         _encode(tokenizer, prompt, chat, number, given)
@@ -179,7 +183,22 @@ def _continue(model: Any, prompts: list[list[int]], config: GenerationConfig) ->
     device = model.get_input_embeddings().weight.device
     ids = padded(prompts, config.pad_token_id, left=True).to(device)
     mask = padded([[1] * len(p) for p in prompts], 0, left=True).to(device)
-    written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    try:
+        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        _blame_generation_config(model, error)
+        raise
     new = written[:, ids.shape[1] :].tolist()
     stops = set(config.eos_token_id or ())
     return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in new]
+
+
+def _blame_generation_config(model: Any, error: Exception) -> None:
+    """Raise a `CheckpointError` if the model's generation_config.json has options, which transformers takes unseen."""
+    expected = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
+    given = {key: value for key, value in model.generation_config.to_diff_dict().items() if key not in expected}
+    if given:
+        raise CheckpointError(
+            f"{Path(model.name_or_path) / 'generation_config.json'}: transformers cannot generate with its {given} "
+            f"({type(error).__name__}: {first_line(error)}); correct or remove them"
+        ) from error

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qosora.base import decompose_structure, skipped_modules
+from qosora.checkpoints import empty_model
 from qosora.compat.peft import load_bnb_layers, mark_as_4bit
 from qosora.compat.transformers import attention_of, should_convert_module
 from qosora.config import OsoraConfig, QosoraConfig
@@ -318,7 +319,7 @@ def meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:
     vars(config).pop("quantization_config", None)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            return empty_model(
                 config, dtype=dtype_named(options.precision), attn_implementation=options.attn_implementation
             )
     except (ValueError, KeyError, ImportError) as error:

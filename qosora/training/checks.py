@@ -17,7 +17,15 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from trl import SFTConfig
 
 from qosora.base import load_tokenizer
-from qosora.checkpoints import ADAPTER_STEM, file_digest, load_config, local_folder, require_base, split_source
+from qosora.checkpoints import (
+    ADAPTER_STEM,
+    file_digest,
+    load_config,
+    local_folder,
+    require_base,
+    require_language_model,
+    split_source,
+)
 from qosora.config import OsoraConfig
 from qosora.data import Columns, Tokenized, load_records, refuse_foreign_tokens, tokenize
 from qosora.dtypes import dtype_named
@@ -91,6 +99,7 @@ def resolve_run(config: TrainConfig, folder: RunFolder) -> Run:
     source = str(Path(model).resolve()) if Path(model).exists() else model
     model_config = load_config(source, trust_remote_code=config.trust_remote_code)
     require_base(source, model_config)
+    require_language_model(model_config, source, "qosora train")
     tokenizer = load_tokenizer(begun, source, trust_remote_code=config.trust_remote_code)
     data, held_out = _tokenized(config, source, tokenizer)
     _pad_within(tokenizer, model_config)

@@ -138,10 +138,12 @@ class RunFolder:
 
     def checkpoint(self) -> Path | None:
         """Return the newest whole checkpoint of the run to resume."""
-        if not self.resuming:
-            return None
+        return next(filter(_is_whole, self._checkpoints()), None) if self.resuming else None
+
+    def _checkpoints(self) -> list[Path]:
+        """Return the folders of checkpoints, the newest first."""
         steps = {p: int(p.name.removeprefix("checkpoint-")) for p in self.path.glob("checkpoint-[0-9]*") if p.is_dir()}
-        return next((p for p in sorted(steps, key=lambda p: -steps[p]) if _is_whole(p)), None)
+        return sorted(steps, key=lambda p: -steps[p])
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other processes from training in the folder."""
@@ -173,6 +175,21 @@ class RunFolder:
         replace(self.config, resume=False, overwrite=False).save(self.path / CONFIG)
         write_json(self.path / MADE_OF, {**made_of, "format_version": RUN})
         self.metrics.forget_after(step)
+        self._finish_rotation()
+
+    def _finish_rotation(self) -> None:
+        """Remove what was being written, or was to be removed, when the run was interrupted."""
+        whole = list(filter(_is_whole, self._checkpoints()))
+        state = json.loads((whole[0] / WHOLE[-1]).read_text(encoding="utf-8")) if whole else {}
+        kept = [
+            checkpoint
+            for number, checkpoint in enumerate(whole, 1)
+            if number <= (self.config.save_total_limit or number)
+            or checkpoint.name == Path(state.get("best_model_checkpoint") or "").name
+        ]
+        for checkpoint in self._checkpoints():
+            if checkpoint not in kept:
+                shutil.rmtree(checkpoint)
 
     def discard(self) -> None:
         """Remove what a run that did not get to its first step has left, and the folder, if it was not there before."""

@@ -11,7 +11,7 @@ import torch
 from tiny import make_checkpoint, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from qosora.errors import ConfigError, DataError
+from qosora.errors import CheckpointError, ConfigError, DataError
 from qosora.inference.generation import generate, inference, stop_token_ids
 
 PROMPTS = ["a", "hello world", "once upon a time", "x y"]
@@ -130,3 +130,12 @@ def test_a_prompt_that_the_template_cannot_render(model: Any):
     tokenizer.chat_template = "{{ messages[0].content + 1 }}"
     with pytest.raises(DataError, match=r"prompt 1: the chat template cannot render it \(TypeError"):
         generate(model, tokenizer, ["a"], chat=True)
+
+
+def test_options_that_transformers_takes_from_the_models_file_are_named_where_they_stop_it(model: Any):
+    model.generation_config.output_hidden_states = {"x": 1}
+    try:
+        with pytest.raises(CheckpointError, match=r"generation_config.json: .* 'output_hidden_states': {'x': 1}"):
+            generate(model, make_tokenizer(), ["a"], max_new_tokens=2)
+    finally:
+        model.generation_config.output_hidden_states = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,16 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(run: Path, name: str):
 def test_a_checkpoint_cut_off_in_its_last_file(run: Path):
     (run / "checkpoint-10" / "trainer_state.json").write_text('{"global')
     assert RunFolder(config(run, resume=True)).checkpoint() == run / "checkpoint-5"
+
+
+def test_going_on_removes_what_was_half_written_or_to_be_removed(run: Path):
+    for step in (15, 20, 25):
+        shutil.copytree(run / "checkpoint-10", run / f"checkpoint-{step}")
+    (run / "checkpoint-25" / "optimizer.pt").unlink()
+    state = {"global_step": 20, "best_model_checkpoint": "elsewhere/checkpoint-5"}
+    (run / "checkpoint-20" / "trainer_state.json").write_text(json.dumps(state))
+    RunFolder(config(run, resume=True)).begin(20, {})
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-20", "checkpoint-5"]
 
 
 def test_metrics_forget_what_will_be_done_again(tmp_path: Path):

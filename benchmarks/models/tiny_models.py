@@ -1,0 +1,155 @@
+"""Tiny random models of every architecture of transformers: the default configuration, made small by the names of keys.
+
+What a number means is told by its name, as all configurations have these in common. `TINY` has what cannot be told.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+__all__ = ["KINDS", "architectures", "inputs_of", "tiny_model"]
+
+#: Kinds of models: the table of transformers that lists them.
+KINDS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "classifier": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "tagger": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "speech": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "vision": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+}
+#: By the name of a key, the first that matches: its value in a tiny model.
+RULES: tuple[tuple[str, int], ...] = (
+    (r"unpadded_vocab_size", 120),
+    (r".*vocab_size.*|n_vocab|.*group_vocab", 128),
+    (r"(num_)?(hidden|encoder|decoder|conformer)?_?(n_)?layers?|(num_|n_)(hidden_|encoder_|decoder_)?layers?|depth|"
+     r"depths|num_hidden_blocks|num_blocks|encoder_num_layers|num_transformer_layers|num_layers_per_stack", 2),
+    (r"(moe_k|moe_topk|num_experts_per_tok(en)?|top_k_experts|n_experts_per_tok|num_selected_experts)", 2),
+    (r"(n|num)_(routed_|local_)?experts|moe_num_experts", 4),
+    (r"n_group|topk_group|num_expert_group|(moe_)?num_shared_experts|n_shared_experts|mamba_n_groups|n_groups", 1),
+    (r"(moe_|expert_|shared_expert_|moe_shared_expert_|shared_)?(ffn_)?(intermediate|expert)_size|expert_ffn_hidden_size",
+     48),
+    (r"(moe|shared_expert|moe_shared_expert|shared|dense)_intermediate_size", 48),
+    (r"intermediate_size.*|.*ffn_dim|d_ff|dff|dim_ff|n_inner|d_inner|ffn_hidden_size|mlp_hidden_size|.*ffn_hidden_dim",
+     96),
+    (r"(q|kv|o|gate)_lora_rank|.*lowrank|gated_norm_rank|router_hidden_size|laurel_rank|adapter_rank|d_rel", 16),
+    (r"qk_head_dim", 24),
+    (r"qk_rope_head_dim|rotary_dim", 8),
+    (r"qk_nope_head_dim|v_head_dim|.*head_dim|kv_channels|dim_head|d_kv|d_head|mamba_d_head|mamba_headdim|.*head_size",
+     16),
+    (r"index_n_heads|index_head_dim", 16),
+    (r"index_topk.*", 8),
+    (r".*num_key_value_heads|.*num_kv_heads|swa_num_key_value_heads|num_query_groups|multi_query_group_num", 2),
+    (r".*(attention_|attn_)heads|n_head|n_heads|num_heads|.*num_attention_heads|num_heads|linear_num_.*heads", 4),
+    (r"mamba_n_heads|mamba_num_heads", 8),
+    (r"n_mamba_heads", 2),
+    (r"mamba_d_state|state_size|ssm_state_size|mamba_dt_rank|time_step_rank", 8),
+    (r"mamba_d_ssm", 128),
+    (r".*chunk_size(?<!feed_forward)|block_size|mamba_chunk_size", 16),
+    (r"hidden_size_per_layer_input", 16),
+    (r".*hidden_size.*|d_model|n_embd|embed_dim|.*embed_proj_dim|dim|emb_dim|embedding_size|embedding_dim|hidden_dim|"
+     r"projection_dim|out_hidden_size|model_dim|attention_hidden_size|backbone_hidden_size|.*embed_dim", 64),
+    (r"max_(position_embeddings|target_positions|seq_len)|n_positions|n_ctx|context_length|model_max_length", 128),
+    (r"max_source_positions", 32),
+    (r"image_size|input_size", 32),
+    (r"num_mel_bins", 16),
+    (r"spatial_merge_size|num_buckets", 2),
+)  # fmt: skip
+#: What the rules do not tell, by model type (or by type of a part) and key.
+TINY: dict[str, dict[str, Any]] = {}
+
+
+def architectures(kind: str) -> Iterator[tuple[str, str]]:
+    """Give model types and names of classes of a kind."""
+    for model_type, names in getattr(modeling_auto, KINDS[kind]).items():
+        yield model_type, names if isinstance(names, str) else names[0]
+
+
+def tiny_model(model_type: str, class_name: str, seed: int = 0) -> PreTrainedModel:
+    """Return a model of random weights that are no multiples of what initialization gives."""
+    config = CONFIG_MAPPING[model_type]()
+    tiny = type(config).from_dict(_shrunk(config.to_dict()))
+    for part in (tiny, *(getattr(tiny, key, None) for key in getattr(tiny, "sub_configs", {}))):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if isinstance(part, PreTrainedConfig) and getattr(part, name, None) is not None:
+                setattr(part, name, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}[name])
+    tiny.use_cache = False
+    torch.manual_seed(seed)
+    model: PreTrainedModel = getattr(transformers, class_name)(tiny).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.08)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model
+
+
+def inputs_of(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return what a model can be run on: tokens, or what it has instead, and first tokens of the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 90, (2, 12), generator=generator)
+    config = model.config
+    if model.main_input_name == "input_ids" or model.config.model_type in ("git",):
+        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    elif model.main_input_name == "input_features":
+        length = 2 * getattr(config, "max_source_positions", 32)
+        found = {"input_features": torch.randn(2, getattr(config, "num_mel_bins", 16), length, generator=generator)}
+    else:
+        found = {model.main_input_name: torch.randn(2, 1600, generator=generator)}
+    if config.is_encoder_decoder and not type(model).__name__.endswith("Classification"):
+        found["decoder_input_ids"] = ids[:, :8]
+    return found
+
+
+def _shrunk(values: Mapping[str, Any], model_type: str = "") -> dict[str, Any]:
+    model_type = values.get("model_type", model_type)
+    values = {**copy.deepcopy(dict(values)), **TINY.get(model_type, {})}
+    fixed = set(TINY.get(model_type, {}))
+    layers = next((values[k] for k in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") if k in values), None)
+    kept, lists = _kept_layers(values, layers)
+    for key, value in list(values.items()):
+        if key in fixed:
+            continue
+        if isinstance(value, Mapping) and key not in ("id2label", "label2id"):
+            values[key] = _shrunk(value, f"{model_type}.{key}")
+        elif key in lists:
+            values[key] = [_small(key, value[i]) for i in kept]
+        elif isinstance(value, list) and value and type(value[0]) is int and re.search("hidden|depth|channels", key):
+            values[key] = [min(v, 64) for v in value]
+        else:
+            values[key] = _small(key, value)
+    if kept and len(kept) != 2:
+        for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
+            if key in values:
+                values[key] = len(kept)
+    return values
+
+
+def _kept_layers(values: Mapping[str, Any], layers: Any) -> tuple[list[int], set[str]]:
+    """Return which layers represent all kinds that there are, and the keys that list something for each."""
+    if not isinstance(layers, int):
+        return [], set()
+    lists = {k for k, v in values.items() if isinstance(v, list) and len(v) == layers and layers > 3}
+    kinds: dict[str, int] = {}
+    for i in range(layers):
+        kinds.setdefault(repr([values[k][i] for k in sorted(lists) if not isinstance(values[k][i], float)]), i)
+    kept = sorted(kinds.values())[:4]
+    kept += [layers - 1] * (2 - len(kept))
+    return (kept, lists) if lists else ([], set())
+
+
+def _small(key: str, value: Any) -> Any:
+    if type(value) is not int or value <= 1:
+        return value
+    if re.search(r"token_(id|index)$|_id$", key):
+        return value if value < 100 else 100 + value % 28
+    return next((min(value, small) for rule, small in RULES if re.fullmatch(rule, key)), value)

@@ -1,0 +1,73 @@
+"""Which class of transformers a checkpoint is of: the one that it names, and not the one for all language models.
+
+A text classifier, a translator or a model that sees has layers that a language model of the same configuration lacks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from qosora.compat.transformers import built_from
+from qosora.errors import CheckpointError
+
+__all__ = ["empty_model", "model_class_of", "require_language_model"]
+
+
+def model_class_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
+    """Return the class whose `from_pretrained` loads a checkpoint as what it was made for.
+
+    Args:
+        config: Of the checkpoint; `architectures` names the class.
+        trust_remote_code: Whether it may be one that the checkpoint brings.
+
+    Returns:
+        A class of models; or one of transformers' automatic ones, which may take a class from the checkpoint.
+        `AutoModelForCausalLM` where the configuration names none that transformers has for it.
+    """
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, (list, tuple)) and names else None
+    if not isinstance(name, str) or not name.isidentifier():
+        return AutoModelForCausalLM
+    brought = getattr(config, "auto_map", None) if trust_remote_code else None
+    for auto, reference in (brought if isinstance(brought, dict) else {}).items():
+        if auto.startswith("AutoModel") and str(reference).rpartition(".")[2] == name:
+            return getattr(transformers, auto)
+    found = getattr(transformers, name, None)
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    return found if is_model and type(config) is getattr(found, "config_class", None) else AutoModelForCausalLM
+
+
+def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """Return a model of a configuration, of the class that it names, on the device that is the default.
+
+    Args:
+        config: What to build.
+        trust_remote_code: Whether to run model code that the checkpoint brings.
+        **options: `dtype` and `attn_implementation`, as in `from_pretrained`.
+    """
+    found = model_class_of(config, trust_remote_code)
+    if issubclass(found, PreTrainedModel):
+        return built_from(found, config, **options)
+    model: PreTrainedModel = found.from_config(config, trust_remote_code=trust_remote_code, **options)
+    return model
+
+
+def require_language_model(config: PreTrainedConfig, source: str, what: str) -> None:
+    """Raise a `CheckpointError` if a model writes no text, or reads one text and writes another.
+
+    Args:
+        config: Of the model.
+        source: Where it is, for the message.
+        what: That needs a language model: `qosora train`.
+    """
+    found = model_class_of(config)
+    if not issubclass(found, PreTrainedModel):
+        return
+    if config.is_encoder_decoder or not found.can_generate():
+        raise CheckpointError(
+            f"{source} is a {found.__name__}, and {what} takes language models that write on; "
+            "use it from Python (docs/models.md)"
+        )
