@@ -1,0 +1,201 @@
+"""What can be made of every architecture of transformers: each as a tiny model, through all that qosora does.
+
+    python benchmarks/models/run_models.py --output models.json                     # all, about 25 minutes on two cores
+    python benchmarks/models/run_models.py --output models.json --kinds causal --only llama gpt_oss
+
+Stages, each a line of the result: build, quantize, load (equal to what `from_pretrained` makes of the same weights),
+train (gradients of all vectors, with checkpointing and without, equal), adapter (saved and loaded), export (compared
+with the model by a program without qosora), lora (the same). A stage that ends with a `QosoraError` is refused, with
+its line; anything else is a failure. `share` is the part of the entries of all matrices, but embeddings and head, that
+is decomposed. Each model has a process of its own; what the output has already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from tiny_models import KINDS, architectures, inputs_of, tiny_model
+from torch import nn
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common import commit, device, versions
+
+from qosora import OsoraConfig, QosoraConfig
+from qosora.adapter import OsoraLayer
+from qosora.base import load_base, load_model, quantize
+from qosora.errors import QosoraError, first_line
+from qosora.export import export_lora, export_merged
+from qosora.layers import QosoraLinear
+
+STORAGE = {"rank": 8}
+LIMIT_SECONDS, LIMIT_BYTES = 120, 12 << 30
+
+
+def stages(model_type: str, class_name: str, folder: Path, report: Any) -> None:
+    """Take one model through everything; `report` is called with each stage's name and values."""
+    model = tiny_model(model_type, class_name)
+    inputs = inputs_of(model)
+    expected = output(model, inputs)
+    if not torch.isfinite(expected).all():
+        raise ValueError("the tiny model's outputs are not finite")
+    model.save_pretrained(folder / "source")
+    report("build", parameters=sum(p.numel() for p in model.parameters()), shape=list(expected.shape))
+    quantize(folder / "source", folder / "base", QosoraConfig(**STORAGE))
+    report("quantize")
+    base = load_base(folder / "base")
+    whole = type(model).from_pretrained(folder / "source", quantization_config=QosoraConfig(**STORAGE))
+    difference = relative(output(base, inputs), output(whole, inputs))
+    if type(base) is not type(model) or difference > 1e-5:
+        raise AssertionError(f"{type(base).__name__} differs from what from_pretrained makes by {difference:.2g}")
+    report("load", share=share(base), error=relative(output(base, inputs), expected))
+    adapted = get_peft_model(base, OsoraConfig())
+    gradients = trained(adapted, inputs)
+    silent = [name for name, gradient in gradients.items() if gradient is None]
+    adapted.gradient_checkpointing_enable()
+    again = trained(adapted, inputs)
+    worst = max(
+        (
+            relative(again[name], gradient)
+            for name, gradient in gradients.items()
+            if gradient is not None and again[name] is not None
+        ),
+        default=1.0,
+    )
+    if worst > 1e-4:
+        raise AssertionError(f"with checkpointing gradients differ by {worst:.2g}")
+    report("train", silent=len(silent), vectors=len(gradients))
+    perturb(adapted)
+    adapted.save_pretrained(folder / "adapter")
+    difference = relative(output(load_model(folder / "adapter"), inputs), output(adapted, inputs))
+    if difference > 1e-5:
+        raise AssertionError(f"loaded again, the adapter's outputs differ by {difference:.2g}")
+    report("adapter")
+    export_merged(folder / "base", folder / "merged", folder / "adapter", dtype="float32", verify=True)
+    report("export")
+    export_lora(folder / "base", folder / "lora", folder / "adapter", dtype="float32", verify=True)
+    report("lora")
+
+
+@torch.no_grad()
+def output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return logits, or whatever a model has first."""
+    found = model.eval()(**inputs)
+    chosen: torch.Tensor = found.logits if "logits" in found else found[0]
+    return chosen.float()
+
+
+def trained(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    """Return the gradients of the vectors for a loss of random directions."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.zero_grad()
+    torch.manual_seed(0)
+    found = model(**inputs)
+    chosen = found.logits if "logits" in found else found[0]
+    (chosen.float() * torch.randn(chosen.shape)).mean().backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def perturb(model: nn.Module) -> None:
+    """Train vectors, as far as the outputs can tell."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "osora_" in name:
+            parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+
+
+def share(model: Any) -> float:
+    """Return the part of the entries of matrices, but embeddings and output layer, that is decomposed."""
+    outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    head = model.get_output_embeddings()
+    outside |= {id(p) for p in head.parameters()} if head is not None else set()
+    decomposed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QosoraLinear))
+    inside = {id(p) for m in model.modules() if isinstance(m, (QosoraLinear, OsoraLayer)) for p in m.parameters()}
+    other = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in inside | outside)
+    return round(decomposed / (decomposed + other), 4)
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of a difference over that of what is expected."""
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def one(model_type: str, class_name: str) -> dict[str, Any]:
+    """Run a model's stages in a process of its own, and return how far it came."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
+        signal.alarm(LIMIT_SECONDS)
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        found: dict[str, Any] = {"passed": []}
+
+        def report(stage: str, **values: Any) -> None:
+            found["passed"].append(stage)
+            found.update(values)
+            os.write(writer, (json.dumps(found) + "\n").encode())
+
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                stages(model_type, class_name, Path(folder), report)
+        except BaseException as error:  # noqa: BLE001
+            kind = "refused" if isinstance(error, QosoraError) else "failed"
+            found[kind] = f"{type(error).__name__}: {first_line(error)}"[:300]
+        os.write(writer, (json.dumps(found) + "\n").encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as lines:
+        last = ([line for line in lines if line.endswith("\n")] or ["{}"])[-1]
+    _, status = os.waitpid(child, 0)
+    result: dict[str, Any] = json.loads(last)
+    if os.WIFSIGNALED(status):
+        result["failed"] = f"ended by signal {os.WTERMSIG(status)} after {result.get('passed', [])[-1:]}"
+    return result
+
+
+def main() -> None:
+    """Run the models."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file, with what has been run before")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--only", nargs="+", metavar="TYPE", help="these model types alone, also if run before")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    before = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    models: dict[str, dict[str, Any]] = before.get("models", {})
+    for kind in args.kinds:
+        for model_type, class_name in architectures(kind):
+            key = f"{kind}/{model_type}"
+            if (key in models and not args.only) or (args.only and model_type not in args.only):
+                continue
+            start = time.monotonic()
+            models[key] = {"class": class_name, **one(model_type, class_name)}
+            models[key]["seconds"] = round(time.monotonic() - start, 1)
+            print(key, models[key].get("refused") or models[key].get("failed") or "ok", flush=True)
+            record = {"commit": commit(), "versions": versions(), "device": device(), "models": models}
+            args.output.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
