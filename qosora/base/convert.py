@@ -7,6 +7,7 @@ model itself is never built.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -160,7 +161,7 @@ def quantize(
             arguments.
     """
     start = time.perf_counter()
-    config = config or QosoraConfig()
+    config = copy.copy(config or QosoraConfig())  # what cannot be decomposed is added to it
     with Processes() as processes, open_source(source, trust_remote_code=trust_remote_code) as checkpoint:
         device = _usable(device or (f"cuda:{processes.local_index}" if torch.cuda.is_available() else "cpu"))
         local = Path(expanded(source))

@@ -8,6 +8,7 @@ no configuration and gives the same bytes.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from itertools import groupby
@@ -136,6 +137,8 @@ class QosoraHfQuantizer(HfQuantizer):
         return _Factorize(self.quantization_config, self._moments)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:  # the user's is left as it is
+            self.quantization_config = model.config.quantization_config = copy.copy(self.quantization_config)
         names = decompose_structure(model, self.quantization_config, stored=self.pre_quantized)
         self._moments: dict[str, torch.Tensor] = {}
         if not self.pre_quantized:

@@ -6,6 +6,7 @@ projections of each expert of a mixture among them.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from qosora.errors import ConfigError
 from qosora.layers import (
     LinearExperts,
     QosoraLinear,
+    linear_layers,
     qosora_modules,
+    read_directly,
     router_names,
     split_experts,
     stack_experts,
@@ -30,9 +33,14 @@ from qosora.patterns import matches_module
 
 __all__ = ["decompose_structure", "replace_linears", "skipped_modules"]
 
+logger = logging.getLogger("qosora")
+
 
 def decompose_structure(model: PreTrainedModel, config: QosoraConfig, *, stored: bool = False) -> list[str]:
     """Give a model the layers that it has as a base, all empty.
+
+    Layers that cannot be replaced are added to the config's `modules_to_not_convert`, so that it says of what was made
+    how it was.
 
     Args:
         model: The model, on the meta device.
@@ -46,15 +54,28 @@ def decompose_structure(model: PreTrainedModel, config: QosoraConfig, *, stored:
         ConfigError: If no layer is left, or the config names layers that the model has not.
     """
     split_experts(model)
-    skip = skipped_modules(model, config)
     if not stored:
         if problems := _unmatched_patterns(model, config):
             raise ConfigError(problems)
+        _leave_what_is_read_directly(model, config)
+    skip = skipped_modules(model, config)
+    if not stored:
         _warn_of_stacks(model, skip)
     replaced = replace_linears(model, config, skip)
     if not any(isinstance(module, LinearExperts) and qosora_modules(module) for module in model.modules()):
         stack_experts(model)
     return replaced
+
+
+def _leave_what_is_read_directly(model: PreTrainedModel, config: QosoraConfig) -> None:
+    left = [name for name in read_directly(model) if _converts(name, skipped_modules(model, config))]
+    if left:
+        patterns = list(dict.fromkeys(".".join(name.rsplit(".", 2)[-2:]) for name in left))
+        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *patterns]
+        logger.info(
+            "%d layers of %s stay in 16 bits, as it uses their weights without calling them: %s",
+            len(left), type(model).__name__, ", ".join(patterns),
+        )  # fmt: skip
 
 
 def skipped_modules(model: PreTrainedModel, config: QosoraConfig) -> list[str]:
@@ -78,7 +99,7 @@ def replace_linears(model: PreTrainedModel, config: QosoraConfig, skip: list[str
     """
     routers = router_names(model)
     replaced = []
-    for name, module in _linears(model).items():
+    for name, module in linear_layers(model).items():
         if name in routers or not _converts(name, skip):
             continue
         conv1d = isinstance(module, Conv1D)
@@ -105,10 +126,6 @@ def replace_linears(model: PreTrainedModel, config: QosoraConfig, skip: list[str
     return replaced
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
-
-
 def _converts(name: str, skip: list[str]) -> bool:
     """Say whether no pattern means a module, nor one that it is in."""
     parts = name.split(".")
@@ -117,7 +134,7 @@ def _converts(name: str, skip: list[str]) -> bool:
 
 def _unmatched_patterns(model: nn.Module, config: QosoraConfig) -> list[str]:
     """Return a sentence for every name in the config that means no layer: it is mistyped, or of another model."""
-    linears = _linears(model)
+    linears = linear_layers(model)
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
     return [
         f"rank_pattern[{pattern!r}] matches no linear layer of {type(model).__name__}, which has {kinds}"

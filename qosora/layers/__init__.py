@@ -9,6 +9,7 @@
 | `product` | the layer's product and its gradients |
 | `kept` | what a layer keeps while it generates on a CPU |
 | `linear` | `QosoraLinear` |
+| `found` | which modules are linear layers that can be replaced |
 | `experts` | experts as linear layers |
 | `tiling` | MLPs and norms in tiles along the sequence |
 | `decoder` | the decoder's layers of a model, found and compiled |
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from qosora.layers.experts import stack_experts as stack_experts
     from qosora.layers.experts import stacked_names as stacked_names
     from qosora.layers.experts import without_stacking as without_stacking
+    from qosora.layers.found import linear_layers as linear_layers
+    from qosora.layers.found import read_directly as read_directly
     from qosora.layers.linear import QosoraLinear as QosoraLinear
     from qosora.layers.linear import float32_kept as float32_kept
     from qosora.layers.linear import qosora_modules as qosora_modules
@@ -48,6 +51,7 @@ __getattr__, __dir__ = door(
         "precision": ["fast_dtype", "slowdown"],
         "ops": ["dequantize", "fused", "why_unfused"],
         "linear": ["QosoraLinear", "float32_kept", "qosora_modules"],
+        "found": ["linear_layers", "read_directly"],
         "experts": [
             "LinearExperts",
             "router_names",

@@ -330,7 +330,7 @@ def meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:
 def quantize_linears(model: Any, storage: QosoraConfig, options: StepOptions) -> None:
     """Replace linear layers by those of the method, on the meta device."""
     if options.method == "qosora":
-        decompose_structure(model, storage)
+        decompose_structure(model, copy.copy(storage))
         return
     skip = skipped_modules(model, storage)
     for name, module in list(model.named_modules()):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ def start(argv: list[str], place: Path, before: Callable[[], object] | None = No
         out, err = (os.open(f".{kind}{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for kind in ("out", "err"))
         os.dup2(out, 1)
         os.dup2(err, 2)
+        tqdm.set_lock(threading.RLock())  # its own is shared with all children, and one that is killed may hold it
         faulthandler.register(signal.SIGUSR1)  # so that one that hangs shows where
         # Streams of their own: those of the parent may be captured.
         with os.fdopen(1, "w", closefd=False) as sys.stdout, os.fdopen(2, "w", closefd=False) as sys.stderr:

@@ -1,0 +1,92 @@
+"""Which modules are linear layers that can be replaced: told by what they compute, and by who else uses their weight.
+
+A class of transformers may derive from `nn.Linear` and compute the same, or something else. And a module may hand the
+weight of a child to a fused operation, without calling the child: then nothing can take the child's place.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["linear_layers", "read_directly"]
+
+#: Methods that fill or tie weights.
+_SETUP = ("__init__", "_init_weights", "reset_parameters", "tie_weights")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """Return the modules that compute x Wᵀ + b and nothing else, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        or type(module) is Conv1D
+        or (isinstance(module, nn.Linear) and _computes_as_linear(type(module), module.bias is not None))  # type: ignore[arg-type]
+    }
+
+
+@cache
+def _computes_as_linear(subclass: type[nn.Linear], bias: bool) -> bool:
+    """Say whether a class computes what it derives from, by trying it on random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"):
+        probe = copy.copy(nn.Linear(6, 5, bias=bias))
+        probe.__class__ = subclass
+        for parameter in probe.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        x = torch.randn(2, 3, 6, generator=generator)
+        try:
+            found = probe(x)
+        except Exception:  # it needs what only its own constructor gives it, so it is something else
+            return False
+        return isinstance(found, torch.Tensor) and torch.allclose(found, F.linear(x, probe.weight, probe.bias))
+
+
+def read_directly(model: nn.Module) -> list[str]:
+    """Return the linear layers whose weight another module reads in its code, without calling them."""
+    linears = linear_layers(model)
+    found = {
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        for ancestor in type(module).__mro__
+        if ancestor not in (nn.Module, PreTrainedModel) and issubclass(ancestor, nn.Module)
+        for child in _weights_read(ancestor)  # type: ignore[arg-type]  # mypy takes a class for an instance
+    }
+    return [name for name in linears if name in found]
+
+
+@cache
+def _weights_read(module_class: type[nn.Module]) -> frozenset[str]:
+    """Return the children, with dots between them, whose weight a class of modules reads."""
+    if module_class.__module__.startswith("torch."):
+        return frozenset()
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(module_class))).body
+    except (OSError, TypeError, SyntaxError, ValueError):  # without source, as in an interactive session
+        return frozenset()
+    methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name not in _SETUP]
+    return frozenset(child for method in methods for child in _reads(method))
+
+
+def _reads(method: ast.AST) -> Iterator[str]:
+    if isinstance(method, (ast.If, ast.While)) and "uint8" in ast.unparse(method.test):
+        return  # a cast to the weight's dtype, unless that is one of 4-bit weights
+    if isinstance(method, ast.Attribute) and method.attr == "device":
+        return
+    if isinstance(method, ast.Attribute) and method.attr == "weight":
+        path = ast.unparse(method.value)
+        if path.startswith("self.") and path.replace(".", "").isidentifier():
+            yield path.removeprefix("self.")
+    for node in ast.iter_child_nodes(method):
+        yield from _reads(node)
