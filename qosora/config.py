@@ -87,7 +87,8 @@ class QosoraConfig(QuantizationConfigMixin):
         compute_dtype: str | torch.dtype | None = None,
         **unknown: Any,
     ) -> None:
-        formats.require_known("quantization_config", unknown.pop("format_version", None), formats.BASE)
+        version = unknown.pop("format_version", None)
+        formats.require_known("quantization_config", version, formats.BASE)
         problems = []
         method = unknown.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
@@ -107,6 +108,8 @@ class QosoraConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.compute_dtype = None if compute_dtype is None else dtype_name(compute_dtype)
         known = ", ".join(k for k in self.__dict__ if k != "quant_method")
+        #: Whether experts that the model holds in one tensor are layers of their own; found out when a base is made.
+        self.stacks_apart = version is not None and version > formats.BASE_WITHOUT_STACKS
         problems += [f"unknown option {key!r}; the options are {known}" for key in unknown]
         problems += self._problems()
         if problems:
@@ -182,8 +185,10 @@ class QosoraConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain data, without the text of the calibration."""
-        options = {key: value for key, value in super().to_dict().items() if key != "calibration"}
-        return {**options, "format_version": formats.BASE}
+        options = super().to_dict()
+        apart = options.pop("stacks_apart")
+        options.pop("calibration")
+        return {**options, "format_version": formats.BASE if apart else formats.BASE_WITHOUT_STACKS}
 
     def storage_options(self) -> dict[str, Any]:
         """Return the options of the 4-bit format: those that `nf4.quantize` takes."""

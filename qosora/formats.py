@@ -1,7 +1,8 @@
 """The versions of what qosora stores. A newer one than known is refused; every older one is read for good.
 
     base        `format_version` in config.json's quantization_config
-                1, which has none: decomposed as it is.  2: `scale`, and c of each layer
+                1, which has none: decomposed as it is.  2: `scale`, and c of each layer.
+                3: experts that the model holds in one tensor are layers of their own
     adapter     `format_version` in adapter_config.json
                 1, or none: vectors.  2: `update_rank`, and A and B of each layer
     manifest    `format_version` in qosora_manifest.json; 1, or none: bases', adapters' and exports'
@@ -18,9 +19,11 @@ from typing import Final
 
 from qosora.errors import CheckpointError
 
-__all__ = ["ADAPTER", "BASE", "MANIFEST", "RUN", "UNFINISHED", "require_known"]
+__all__ = ["ADAPTER", "BASE", "BASE_WITHOUT_STACKS", "MANIFEST", "RUN", "UNFINISHED", "require_known"]
 
-BASE: Final = 2
+BASE: Final = 3
+#: Of bases without such experts, which an older qosora can read.
+BASE_WITHOUT_STACKS: Final = 2
 ADAPTER: Final = 2
 MANIFEST: Final = 1
 UNFINISHED: Final = 1

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from qosora.base.layout import PlainModel
+from qosora.base.layout import PlainModel, take_stacks_apart
 from qosora.base.load import load_tokenizer
 from qosora.checkpoints import SourceCheckpoint, empty_model, load_config
 from qosora.config import QosoraConfig
@@ -131,13 +131,14 @@ def streamed_model(
     checkpoint: SourceCheckpoint, device: torch.device, trust_remote_code: bool, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """Return the original model, whose modules have their weights only while they run; by default in 16 bits."""
-    plain = PlainModel(checkpoint.origin, trust_remote_code)
+    plain = PlainModel(checkpoint.origin, trust_remote_code, stacks=True)
     config = load_config(checkpoint.origin, trust_remote_code=trust_remote_code)
     stored = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
     config.dtype = dtype or (stored if device.type != "cpu" else fast_dtype(stored))
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = empty_model(config, trust_remote_code).eval()
     split_experts(model)
+    take_stacks_apart(model)
     weights = _Weights(checkpoint, plain)
     for name, buffer in model.named_buffers():
         if name in weights:
@@ -149,9 +150,9 @@ class _Weights(Mapping[str, torch.Tensor]):
     """The tensors of a checkpoint, by their names in the model, read when asked for."""
 
     def __init__(self, checkpoint: SourceCheckpoint, plain: PlainModel) -> None:
-        self._reader = checkpoint.reader
+        self._reader = plain.apart(checkpoint.reader)
         self._disk: dict[str, str] = {}
-        for disk in checkpoint.reader.names():
+        for disk in self._reader.names():
             name, parts = plain.locate(disk)
             if parts == [name]:
                 self._disk[name] = disk

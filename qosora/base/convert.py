@@ -250,14 +250,15 @@ class _Conversion:
         dtype: torch.dtype | None,
         trust_remote_code: bool,
     ) -> None:
-        self.source, self.reader, self.storage = source, checkpoint.reader, storage
-        self.plain = PlainModel(checkpoint.origin, trust_remote_code)
+        self.source, self.storage = source, storage
+        self.plain = PlainModel(checkpoint.origin, trust_remote_code, stacks=True)
+        self.reader = self.plain.apart(checkpoint.reader)
         self.config: PreTrainedConfig = load_config(checkpoint.origin, trust_remote_code=trust_remote_code)
         self.dtype = self.config.dtype = dtype or self.config.dtype or self._stored_dtype()
         self.config.architectures = [self.plain.class_name]
         self.config.quantization_config = storage
         model = self.plain.model
-        decompose_structure(model, storage)
+        decompose_structure(model, storage, stacks=True)
         self.layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, QosoraLinear)}
         self.tensors: dict[str, str] = {}
         self.moments: dict[str, torch.Tensor] = {}

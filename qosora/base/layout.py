@@ -7,20 +7,21 @@ has the latter: `PlainModel` translates as transformers' own loader does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qosora.checkpoints import CONFIG_NAME, empty_model, load_config
+from qosora.checkpoints import CONFIG_NAME, CheckpointReader, TensorReader, empty_model, load_config
 from qosora.compat.transformers import (
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     float32_patterns,
     get_model_conversion_mapping,
+    makes,
     optional_tensors,
     rename_source_key,
     revert_weight_conversion,
@@ -28,9 +29,10 @@ from qosora.compat.transformers import (
     tied_weights,
 )
 from qosora.errors import CheckpointError, QosoraError, first_line
-from qosora.layers import split_experts, without_stacking
+from qosora.formats import BASE_WITHOUT_STACKS
+from qosora.layers import layer_of_stack, split_experts, take_apart, without_stacking
 
-__all__ = ["PlainModel", "natural_order"]
+__all__ = ["PlainModel", "natural_order", "take_stacks_apart"]
 
 
 class PlainModel:
@@ -40,6 +42,8 @@ class PlainModel:
         folder: With a `config.json`; a quantization config in it is ignored.
         trust_remote_code: Whether to run model code that is in the folder.
         vocabulary: Rows of the embeddings, where they are not as config.json has them.
+        stacks: Whether experts that the model holds in one tensor are layers of their own; as a base in the folder
+            has them, by default, and not where there is no base.
 
     Attributes:
         model: The model on the meta device, its experts taken apart as `qosora.layers.experts` does where it can.
@@ -47,12 +51,16 @@ class PlainModel:
         shapes: Of all tensors in the model's state, by name.
         transposed: Layers that store their weight as (in_features, out_features): GPT-2's `Conv1D`.
         tied: Parameters that share the value of another: name -> name of the other.
+        stacks: Parameters that are taken apart into layers, and into how many.
+        stacks_on_disk: Their names in a plain checkpoint.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool, vocabulary: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, trust_remote_code: bool, vocabulary: int | None = None, *, stacks: bool | None = None
+    ) -> None:
         try:
             config = load_config(folder, trust_remote_code=trust_remote_code)
-            vars(config).pop("quantization_config", None)
+            storage = vars(config).pop("quantization_config", None)
             if vocabulary is not None:
                 config.get_text_config().vocab_size = vocabulary
             with torch.device("meta"):
@@ -65,6 +73,12 @@ class PlainModel:
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
         split_experts(model)
+        if stacks is None:
+            version = dict(storage).get("format_version") if isinstance(storage, Mapping) else None
+            stacks = isinstance(version, int) and version > BASE_WITHOUT_STACKS
+        whole = model.state_dict()
+        self.stacks = take_stacks_apart(model) if stacks else {}
+        self.stacks_on_disk = {n: next(iter(revert_weight_conversion(model, {n: whole[n]}))) for n in self.stacks}
         self.model = model
         self._state: dict[str, torch.Tensor] = model.state_dict()
         self.class_name = type(model).__name__
@@ -74,6 +88,10 @@ class PlainModel:
         transforms = without_stacking(get_model_conversion_mapping(model), model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    def apart(self, reader: TensorReader) -> TensorReader:
+        """Return a reader of a plain checkpoint, as if it held the layers that stacks are taken apart into."""
+        return _Apart(reader, self) if self.stacks else reader
 
     @property
     def embedding(self) -> str:
@@ -116,6 +134,50 @@ class PlainModel:
         located |= {name for pair in self.tied.items() for name in pair if located & set(pair)}
         optional = optional_tensors(self.model)
         return [n for n in self.shapes if n not in located and not any(re.search(p, n) for p in optional)]
+
+
+class _Apart:
+    """The tensors of a reader, with those of experts one by one."""
+
+    def __init__(self, reader: TensorReader, plain: PlainModel) -> None:
+        self._reader = reader
+        self._place: dict[str, tuple[str, int | None]] = {}
+        for disk in reader.names():
+            _, (first, *more) = plain.locate(disk)
+            if more or first not in plain.stacks:
+                self._place[disk] = disk, None
+                continue
+            for i in range(plain.stacks[first]):
+                self._place[f"{layer_of_stack(first, i)}.weight"] = disk, i
+
+    def names(self) -> list[str]:
+        return list(self._place)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        disk, index = self._place.get(name, (name, None))
+        return self._reader.shape(disk)[0 if index is None else 1 :]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._reader.dtype(self._place.get(name, (name, None))[0])
+
+    def file(self, name: str) -> Path:
+        return self._reader.file(self._place.get(name, (name, None))[0])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        disk, index = self._place.get(name, (name, None))
+        if index is None:
+            return self._reader.tensor(disk)
+        return (
+            self._reader.slice(disk)[index]
+            if isinstance(self._reader, CheckpointReader)
+            else (self._reader.tensor(disk)[index])
+        )
+
+
+def take_stacks_apart(model: PreTrainedModel) -> dict[str, int]:
+    """Do as `layers.take_apart` with the parameters of a model that are on disk as they are in the model."""
+    makers = [c for c in get_model_conversion_mapping(model, add_legacy=False) if isinstance(c, WeightConverter)]
+    return take_apart(model, lambda name: any(makes(maker, name) for maker in makers))
 
 
 def natural_order(names: Iterable[str]) -> list[str]:

@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qosora import register
 from qosora.base.calibrate import calibration_rows, second_moments
+from qosora.base.layout import take_stacks_apart
 from qosora.base.structure import decompose_structure
 from qosora.checkpoints import open_source, tensor_hashes
 from qosora.compat.torch import own_parameters
@@ -31,6 +32,7 @@ from qosora.compat.transformers import (
     Deferred,
     WeightConverter,
     WeightTransform,
+    forget_conversions,
     get_model_conversion_mapping,
     get_module_from_name,
     no_longer_in_float32,
@@ -41,7 +43,15 @@ from qosora.config import QosoraConfig
 from qosora.decompose.factorize import factorize
 from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, ConfigError
-from qosora.layers import LinearExperts, QosoraLinear, qosora_modules, stack_experts, without_stacking
+from qosora.layers import (
+    LinearExperts,
+    QosoraLinear,
+    layer_of_stack,
+    put_together,
+    qosora_modules,
+    stack_experts,
+    without_stacking,
+)
 
 __all__ = ["QosoraHfQuantizer"]
 
@@ -100,6 +110,31 @@ class _Factorize(ConversionOps):
         return module.state_of(factorize(weight, module.rank, **options, **self.config.factorize_options()))
 
 
+class _TakeApart(ConversionOps):
+    """Gives each expert's matrix of one tensor to a layer of its own."""
+
+    def convert(
+        self, input_dict: dict[str, Any], target_patterns: list[str] | None = None, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        """Return the matrices by the names of the layers' weights."""
+        (value,) = input_dict.values()
+        stack = value[0] if isinstance(value, list) else value
+        if len(stack) != len(names := target_patterns or []):
+            raise CheckpointError(f"{names[:1]}: config.json makes it one of {len(names)}, the checkpoint {len(stack)}")
+        return dict(zip(names, stack, strict=True))
+
+
+def _taking_apart(stacks: Mapping[str, int]) -> list[WeightConverter]:
+    """Return the loader's conversions that take parameters apart: one for all layers of the model."""
+    found = {}
+    for name, count in stacks.items():
+        end = re.split(r"\.\d+\.", name)[-1]
+        found[end] = [f"{layer_of_stack(end, i)}.weight" for i in range(count)]
+    return [
+        WeightConverter(rf"{re.escape(end)}$", targets, operations=[_TakeApart()]) for end, targets in found.items()
+    ]
+
+
 class QosoraHfQuantizer(HfQuantizer):
     """Plugs `QosoraConfig` into `from_pretrained` and `save_pretrained`."""
 
@@ -139,6 +174,7 @@ class QosoraHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:  # the user's is left as it is
             self.quantization_config = model.config.quantization_config = copy.copy(self.quantization_config)
+        self._stacks = {} if self.pre_quantized else take_stacks_apart(model)
         names = decompose_structure(model, self.quantization_config, stored=self.pre_quantized)
         self._moments: dict[str, torch.Tensor] = {}
         if not self.pre_quantized:
@@ -154,10 +190,13 @@ class QosoraHfQuantizer(HfQuantizer):
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
     ) -> list[WeightTransform]:
         """Leave experts as they are on disk, where their matrices are layers of the model."""
-        return without_stacking(super().update_weight_conversions(weight_conversions, model), model)
+        self._taking_apart = _taking_apart(self._stacks)
+        found = without_stacking(super().update_weight_conversions(weight_conversions, model), model)
+        return [*found, *self._taking_apart]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_missing(model)
+        forget_conversions(model, self._taking_apart)
         if not self.pre_quantized:
             no_longer_in_float32(model, self._read_in_float32)
         for module in qosora_modules(model).values():
@@ -187,6 +226,7 @@ class QosoraHfQuantizer(HfQuantizer):
         for name, module in qosora_modules(model).items():
             model.set_submodule(name, _plain_linear(module, dtype))
         stack_experts(model)
+        put_together(model)
         if dtype not in (None, loaded_dtype):  # the user's choice: embeddings and norms must follow
             model.to(dtype)
             model.config.dtype = dtype

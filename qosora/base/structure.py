@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qosora.base.layout import take_stacks_apart
 from qosora.checkpoints import CONFIG_NAME
 from qosora.compat.transformers import modules_to_skip, should_convert_module
 from qosora.config import QosoraConfig
@@ -21,6 +22,7 @@ from qosora.errors import ConfigError
 from qosora.layers import (
     LinearExperts,
     QosoraLinear,
+    is_taken_apart,
     linear_layers,
     qosora_modules,
     read_directly,
@@ -36,7 +38,9 @@ __all__ = ["decompose_structure", "replace_linears", "skipped_modules"]
 logger = logging.getLogger("qosora")
 
 
-def decompose_structure(model: PreTrainedModel, config: QosoraConfig, *, stored: bool = False) -> list[str]:
+def decompose_structure(
+    model: PreTrainedModel, config: QosoraConfig, *, stored: bool = False, stacks: bool = False
+) -> list[str]:
     """Give a model the layers that it has as a base, all empty.
 
     Layers that cannot be replaced are added to the config's `modules_to_not_convert`, so that it says of what was made
@@ -46,6 +50,7 @@ def decompose_structure(model: PreTrainedModel, config: QosoraConfig, *, stored:
         model: The model, on the meta device.
         config: Ranks and storage, and what to leave as it is.
         stored: Whether a base is loaded, whose config was checked when the base was made.
+        stacks: Whether to take experts apart that the model holds in one tensor; of a base, what its config says.
 
     Returns:
         The names of the decomposed layers.
@@ -54,6 +59,10 @@ def decompose_structure(model: PreTrainedModel, config: QosoraConfig, *, stored:
         ConfigError: If no layer is left, or the config names layers that the model has not.
     """
     split_experts(model)
+    if stacks or config.stacks_apart:
+        take_stacks_apart(model)
+    if not stored:
+        config.stacks_apart = any(map(is_taken_apart, model.modules()))
     if not stored:
         if problems := _unmatched_patterns(model, config):
             raise ConfigError(problems)

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from qosora.checkpoints.shards import StoredSpec as StoredSpec
     from qosora.checkpoints.shards import require_finite as require_finite
     from qosora.checkpoints.source import SourceCheckpoint as SourceCheckpoint
+    from qosora.checkpoints.source import TensorReader as TensorReader
     from qosora.checkpoints.source import open_source as open_source
     from qosora.checkpoints.stored_config import adapter_config as adapter_config
     from qosora.checkpoints.stored_config import base_storage as base_storage
@@ -108,7 +109,7 @@ __getattr__, __dir__ = door(
             "require_base",
             "split_source",
         ],
-        "source": ["SourceCheckpoint", "open_source"],
+        "source": ["SourceCheckpoint", "TensorReader", "open_source"],
         "work": ["Processes", "Progress", "Unit", "stream"],
     },
 )

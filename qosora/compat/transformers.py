@@ -220,6 +220,14 @@ def add_conversions(model: Any, more: Iterable[Any]) -> None:
         model._weight_conversions = [*loaded_by, *more]
 
 
+@uses(f"{_LOADING}.convert_and_load_state_dict_in_model: _weight_conversions")
+def forget_conversions(model: Any, done: Iterable[Any]) -> None:
+    """Have `save_pretrained` not revert some conversions that a model was loaded by."""
+    done = list(done)
+    if (loaded_by := getattr(model, "_weight_conversions", None)) is not None:
+        model._weight_conversions = [conversion for conversion in loaded_by if conversion not in done]
+
+
 # ---- other conversions ---------------------------------------------------------------------------------------------
 
 

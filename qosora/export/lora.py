@@ -34,7 +34,7 @@ from qosora.export.original import original_of
 from qosora.export.run import Export, Reports
 from qosora.export.stored import AdaptedBase, Layer
 from qosora.export.verify import Verification, verify_export
-from qosora.layers import LinearExperts
+from qosora.layers import LinearExperts, stacked_place
 from qosora.places import published_name
 
 __all__ = ["LoraReport", "export_lora", "reduced"]
@@ -260,6 +260,11 @@ def _ranks(adapted: AdaptedBase, target: int | None) -> dict[str, int]:
 def _config(adapted: AdaptedBase, ranks: Mapping[str, int], original: str) -> LoraConfig:
     """Return the config that makes PEFT adapt just these layers, all with scaling 1."""
     experts = {module for module in ranks if _is_expert(adapted, adapted.layers[module])}
+    if stacked := [m for m in ranks if (place := stacked_place(m)) is not None and place[0] in adapted.plain.stacks]:
+        raise CheckpointError(
+            f"{adapted.base}: a {adapted.plain.class_name} holds experts such as {stacked[0]} in one tensor, so a LoRA "
+            "cannot hold this adapter; export merged weights"
+        )
     rank = next((ranks[module] for module in experts), max(ranks.values()))
     kinds: dict[str, list[str]] = {}
     for module in ranks:

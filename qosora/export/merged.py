@@ -41,6 +41,7 @@ from qosora.export.original import Original
 from qosora.export.run import Export, Reports
 from qosora.export.stored import AdaptedBase, Layer, Stored
 from qosora.export.verify import Verification, verify_export
+from qosora.layers import stacked_place
 
 __all__ = ["ONTO", "ExportReport", "checked_dtype", "export_merged"]
 
@@ -199,6 +200,12 @@ def _units(adapted: AdaptedBase, original: Original | None, target: torch.dtype 
         units[disk] = _copied(disk, stored, None if stored.trained else original, dtype)
     for layer in adapted.layers.values():
         units[f"{layer.disk}.weight"] = _merged(adapted, original, layer, target or adapted.dtype)
+    stacks: dict[str, list[Unit]] = {}
+    for disk in natural_order(units) if adapted.plain.stacks else ():
+        name = adapted.plain.locate(disk)[0].removesuffix(".weight")
+        if (place := stacked_place(name)) is not None and place[0] in adapted.plain.stacks:
+            stacks.setdefault(adapted.plain.stacks_on_disk[place[0]], []).append(units.pop(disk))
+    units |= {disk: _stacked(disk, matrices) for disk, matrices in stacks.items()}
     return [units[name] for name in natural_order(units)]
 
 
@@ -238,6 +245,28 @@ def _merged(adapted: AdaptedBase, original: Original | None, layer: Layer, dtype
         return {name: weight.T if layer.transposed else weight}, report
 
     return Unit(name, {name: spec}, cost, files, read, make)
+
+
+def _stacked(disk: str, matrices: list[Unit]) -> Unit:
+    """Return the unit that puts experts together again, which a plain checkpoint holds in one tensor."""
+    (spec,) = matrices[0].specs.values()
+    whole = StoredSpec(spec.dtype, (len(matrices), *spec.shape))
+
+    def read() -> list[Any]:
+        return [unit.read() for unit in matrices]
+
+    def make(given: list[Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensor = torch.empty(whole.shape, dtype=whole.dtype)
+        errors: list[float] = []
+        for i, unit in enumerate(matrices):
+            made, report = unit.make(given[i])
+            (tensor[i],) = made.values()
+            given[i] = None
+            errors += [report["quantization_error"]] if report else []
+        return {disk: tensor}, {"quantization_error": sum(errors) / len(errors)} if errors else {}
+
+    files = tuple(dict.fromkeys(file for unit in matrices for file in unit.files))
+    return Unit(disk, {disk: whole}, sum(unit.cost for unit in matrices), files, read, make)
 
 
 def checked_dtype(dtype: str | torch.dtype | None, problems: list[str]) -> torch.dtype | None:
@@ -285,7 +314,7 @@ def _write_config(folder: Path, adapted: AdaptedBase, dtype: torch.dtype, with_c
                 config[key] = {**value, "tie_word_embeddings": False}
     write_json(folder / CONFIG_NAME, config)
     if adapted.untied:
-        plain = PlainModel(folder, with_code)
+        plain = PlainModel(folder, with_code, stacks=bool(adapted.plain.stacks))
         names = {stored.name for stored in adapted.tensors.values()} | {f"{module}.weight" for module in adapted.layers}
         tied = [adapted.tensors[disk].name for disk in adapted.untied if plain.tied_to(adapted.tensors[disk].name)]
         if tied or plain.missing(names):

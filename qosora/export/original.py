@@ -45,7 +45,7 @@ class Original:
 
     def __init__(self, name: str, checkpoint: SourceCheckpoint, adapted: AdaptedBase) -> None:
         self.name = name
-        self._reader = checkpoint.reader
+        self._reader = adapted.plain.apart(checkpoint.reader)
         self._adapted = adapted
         self._disk: dict[str, str] = {}  # names in the model -> names on its disk
         for disk in self._reader.names():

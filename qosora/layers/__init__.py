@@ -10,7 +10,8 @@
 | `kept` | what a layer keeps while it generates on a CPU |
 | `linear` | `QosoraLinear` |
 | `found` | which modules are linear layers that can be replaced |
-| `experts` | experts as linear layers |
+| `stacks` | experts that are one tensor on disk as linear layers |
+| `experts` | experts that the loader stacks as linear layers |
 | `tiling` | MLPs and norms in tiles along the sequence |
 | `decoder` | the decoder's layers of a model, found and compiled |
 """
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
     from qosora.layers.ops import why_unfused as why_unfused
     from qosora.layers.precision import fast_dtype as fast_dtype
     from qosora.layers.precision import slowdown as slowdown
+    from qosora.layers.stacks import is_taken_apart as is_taken_apart
+    from qosora.layers.stacks import layer_of_stack as layer_of_stack
+    from qosora.layers.stacks import put_together as put_together
+    from qosora.layers.stacks import stacked_place as stacked_place
+    from qosora.layers.stacks import take_apart as take_apart
     from qosora.layers.tiling import Tiling as Tiling
     from qosora.layers.tiling import apply_tiling as apply_tiling
 
@@ -60,6 +66,7 @@ __getattr__, __dir__ = door(
             "stacked_names",
             "without_stacking",
         ],
+        "stacks": ["is_taken_apart", "layer_of_stack", "put_together", "stacked_place", "take_apart"],
         "tiling": ["Tiling", "apply_tiling"],
         "decoder": ["compile_layers", "decoder_layers"],
     },

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qosora.compat.transformers import (
     WeightConverter,
@@ -32,6 +33,7 @@ from qosora.compat.transformers import (
     own_gate,
     stacks_experts,
 )
+from qosora.layers.stacks import is_taken_apart
 
 __all__ = ["LinearExperts", "router_names", "split_experts", "stack_experts", "stacked_names", "without_stacking"]
 
@@ -173,7 +175,7 @@ def stacked_names(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if not type(module).__module__.startswith("torch.")
+        if not (type(module).__module__.startswith("torch.") or isinstance(module, Conv1D) or is_taken_apart(module))
         and any(p.ndim >= (2 if "experts" in name.split(".") else 3) and len(p) > 1 for p in module.parameters(False))
     ]
 

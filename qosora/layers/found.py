@@ -31,7 +31,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear
-        or type(module) is Conv1D
+        or isinstance(module, Conv1D)
         or (isinstance(module, nn.Linear) and _computes_as_linear(type(module), module.bias is not None))  # type: ignore[arg-type]
     }
 

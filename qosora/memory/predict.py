@@ -29,7 +29,7 @@ from qosora.compat.transformers import attention_of, should_convert_module
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.dtypes import PRECISIONS, dtype_named
 from qosora.errors import CheckpointError, QosoraError
-from qosora.layers import Tiling, decoder_layers, stacked_names
+from qosora.layers import Tiling, decoder_layers, is_taken_apart, stacked_names
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
 from qosora.memory.standins import (
     STASH,
@@ -310,7 +310,8 @@ def has_experts(config: PreTrainedConfig) -> bool:
 
 def stacked_experts(model: PreTrainedModel) -> list[str]:
     """Return the modules of a mixture that hold all of a layer's experts in one parameter, not as linear layers."""
-    return stacked_names(model) if has_experts(model.config) else []
+    apart = [name for name, module in model.named_modules() if is_taken_apart(module)]
+    return [*apart, *stacked_names(model)] if has_experts(model.config) else []
 
 
 def meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:
@@ -330,7 +331,7 @@ def meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:
 def quantize_linears(model: Any, storage: QosoraConfig, options: StepOptions) -> None:
     """Replace linear layers by those of the method, on the meta device."""
     if options.method == "qosora":
-        decompose_structure(model, copy.copy(storage))
+        decompose_structure(model, copy.copy(storage), stacks=True)
         return
     skip = skipped_modules(model, storage)
     for name, module in list(model.named_modules()):
