@@ -197,6 +197,10 @@ _HOW_TO_RELOAD = (
 )
 
 
+#: What PEFT trains in full, by task.
+_HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
 class OsoraModel(BaseTuner):
     """The tuner that `get_peft_model(model, OsoraConfig())` makes."""
 
@@ -206,7 +210,9 @@ class OsoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter by its config, of which a copy is filled in, so that the user's serves another model, too."""
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        if config.modules_to_save is None:  # of these tasks, PEFT adds them later, and to the user's
+            config.modules_to_save = _HEADS.get(str(config.task_type).rpartition(".")[2])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_new_adapter_config(self, config: OsoraConfig) -> None:

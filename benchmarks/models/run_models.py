@@ -1,13 +1,14 @@
 """What can be made of every architecture of transformers: each as a tiny model, through all that qosora does.
 
-    python benchmarks/models/run_models.py --output models.json                     # all, about 25 minutes on two cores
+    python benchmarks/models/run_models.py --output models.json                     # all, about 15 minutes on a core
     python benchmarks/models/run_models.py --output models.json --kinds causal --only llama gpt_oss
 
 Stages, each a line of the result: build, quantize, load (equal to what `from_pretrained` makes of the same weights),
-train (gradients of all vectors, with checkpointing and without, equal), adapter (saved and loaded), export (compared
-with the model by a program without qosora), lora (the same). A stage that ends with a `QosoraError` is refused, with
-its line; anything else is a failure. `share` is the part of the entries of all matrices, but embeddings and head, that
-is decomposed. Each model has a process of its own; what the output has already is not run again.
+train (gradients of all vectors, with checkpointing and without), adapter (saved and loaded), export (merged, in
+transformers' own class, onto the base and onto the original), lora (in PEFT, equal to the latter). A stage that ends
+with a `QosoraError` is refused, with its line; anything else is a failure. `share` is the part of the entries of all
+matrices, but embeddings and head, that is decomposed. Each model has a process of its own; what the output has already
+is not run again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny_models import KINDS, architectures, inputs_of, tiny_model
 from torch import nn
 from transformers.utils import logging
@@ -41,10 +42,19 @@ from qosora.errors import QosoraError, first_line
 from qosora.export import export_lora, export_merged
 from qosora.layers import QosoraLinear
 
+#: Of PEFT, by kind of model.
+TASKS = {
+    "causal": "CAUSAL_LM",
+    "classifier": "SEQ_CLS",
+    "tagger": "TOKEN_CLS",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "speech": None,
+    "vision": None,
+}
 LIMIT_SECONDS, LIMIT_BYTES = 120, 12 << 30
 
 
-def stages(model_type: str, class_name: str, folder: Path, report: Any) -> None:
+def stages(kind: str, model_type: str, class_name: str, folder: Path, report: Any) -> None:
     """Take one model through everything; `report` is called with each stage's name and values."""
     model = tiny_model(model_type, class_name)
     inputs = inputs_of(model)
@@ -61,10 +71,11 @@ def stages(model_type: str, class_name: str, folder: Path, report: Any) -> None:
     if type(base) is not type(model) or difference > 1e-5:
         raise AssertionError(f"{type(base).__name__} differs from what from_pretrained makes by {difference:.2g}")
     report("load", share=share(base), error=relative(output(base, inputs), expected))
-    adapted = get_peft_model(base, OsoraConfig())
+    adapted = get_peft_model(base, OsoraConfig(task_type=TASKS[kind]))
     gradients = trained(adapted, inputs)
     silent = [name for name, gradient in gradients.items() if gradient is None]
-    adapted.gradient_checkpointing_enable()
+    if model.supports_gradient_checkpointing:
+        adapted.gradient_checkpointing_enable()
     again = trained(adapted, inputs)
     worst = max(
         (
@@ -83,10 +94,22 @@ def stages(model_type: str, class_name: str, folder: Path, report: Any) -> None:
     if difference > 1e-5:
         raise AssertionError(f"loaded again, the adapter's outputs differ by {difference:.2g}")
     report("adapter")
-    export_merged(folder / "base", folder / "merged", folder / "adapter", dtype="float32", verify=True)
+    adapter, plain_class = folder / "adapter", type(model)
+    export_merged(folder / "base", folder / "merged", adapter, dtype="float32")
+    require_near(output(plain_class.from_pretrained(folder / "merged"), inputs), output(adapted, inputs))
+    export_merged(folder / "base", folder / "onto", adapter, dtype="float32", onto="original")
+    onto = output(plain_class.from_pretrained(folder / "onto"), inputs)
     report("export")
-    export_lora(folder / "base", folder / "lora", folder / "adapter", dtype="float32", verify=True)
+    export_lora(folder / "base", folder / "lora", adapter, dtype="float32")
+    lora = PeftModel.from_pretrained(plain_class.from_pretrained(folder / "source"), folder / "lora")
+    require_near(output(lora, inputs), onto)
     report("lora")
+
+
+def require_near(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse outputs that differ by more than sums in another order."""
+    if (difference := relative(got, expected)) > 1e-3:
+        raise AssertionError(f"the export's outputs differ by {difference:.2g}")
 
 
 @torch.no_grad()
@@ -136,7 +159,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
-def one(model_type: str, class_name: str) -> dict[str, Any]:
+def one(kind: str, model_type: str, class_name: str) -> dict[str, Any]:
     """Run a model's stages in a process of its own, and return how far it came."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -153,10 +176,10 @@ def one(model_type: str, class_name: str) -> dict[str, Any]:
 
         try:
             with tempfile.TemporaryDirectory() as folder:
-                stages(model_type, class_name, Path(folder), report)
+                stages(kind, model_type, class_name, Path(folder), report)
         except BaseException as error:
-            kind = "refused" if isinstance(error, QosoraError) else "failed"
-            found[kind] = f"{type(error).__name__}: {first_line(error)}"[:300]
+            end = "refused" if isinstance(error, QosoraError) else "failed"
+            found[end] = f"{type(error).__name__}: {first_line(error)}"[:300]
         os.write(writer, (json.dumps(found) + "\n").encode())
         os._exit(0)
     os.close(writer)
@@ -189,7 +212,7 @@ def main() -> None:
             if (key in models and not args.only) or (args.only and model_type not in args.only):
                 continue
             start = time.monotonic()
-            models[key] = {"class": class_name, **one(model_type, class_name)}
+            models[key] = {"class": class_name, **one(kind, model_type, class_name)}
             models[key]["seconds"] = round(time.monotonic() - start, 1)
             print(key, models[key].get("refused") or models[key].get("failed") or "ok", flush=True)
             record = {"commit": commit(), "versions": versions(), "device": device(), "models": models}

@@ -41,9 +41,9 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"intermediate_size.*|.*ffn_dim|d_ff|dff|dim_ff|n_inner|d_inner|ffn_hidden_size|mlp_hidden_size|.*ffn_hidden_dim",
      96),
     (r"(q|kv|o|gate)_lora_rank|.*lowrank|gated_norm_rank|router_hidden_size|laurel_rank|adapter_rank|d_rel", 16),
-    (r"qk_head_dim", 24),
-    (r"qk_rope_head_dim|rotary_dim", 8),
-    (r"qk_nope_head_dim|v_head_dim|.*head_dim|kv_channels|dim_head|d_kv|d_head|mamba_d_head|mamba_headdim|.*head_size",
+    (r"qk_head_dim", 32),
+    (r"rotary_dim", 8),
+    (r"qk_rope_head_dim|qk_nope_head_dim|v_head_dim|.*head_dim|kv_channels|dim_head|d_kv|d_head|mamba_d_head|mamba_headdim|.*head_size",
      16),
     (r"index_n_heads|index_head_dim", 16),
     (r"index_topk.*", 8),
@@ -64,7 +64,49 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"spatial_merge_size|num_buckets", 2),
 )  # fmt: skip
 #: What the rules do not tell, by model type (or by type of a part) and key.
-TINY: dict[str, dict[str, Any]] = {}
+TINY: dict[str, dict[str, Any]] = {
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_hidden_layers": 2,
+        "intermediate_size": [96, 96],
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+    "gemma4_text": {"per_layer_config": {}},
+    "gemma4_unified_text": {"per_layer_config": {}},
+    "dots3_note_text": {"per_layer_config": {}},
+    "hunyuan_v1_dense": {"head_dim": 16, "num_attention_heads": 4},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_attention_heads": 4, "num_experts": 4, "moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "zamba2": {"attention_head_dim": 32, "kv_channels": 32, "mamba_headdim": 16, "n_mamba_heads": 8},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "hidden_size": 64},
+    },
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": [4, 3],
+        "axial_pos_embds_dim": [16, 48],
+        "attn_layers": ["local", "lsh"],
+        "lsh_attn_chunk_length": 4,
+        "local_attn_chunk_length": 4,
+        "feed_forward_size": 96,
+    },
+    "recurrent_gemma": {"lru_width": 64, "intermediate_size": 192, "block_types": ["recurrent", "attention"]},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "qwen4_exp_text": {"ple_embed_dim": 16, "ple_vocab_size": 128},
+}
 
 
 def architectures(kind: str) -> Iterator[tuple[str, str]]:
@@ -76,14 +118,19 @@ def architectures(kind: str) -> Iterator[tuple[str, str]]:
 def tiny_model(model_type: str, class_name: str, seed: int = 0) -> PreTrainedModel:
     """Return a model of random weights that are no multiples of what initialization gives."""
     config = CONFIG_MAPPING[model_type]()
+    cls = getattr(transformers, class_name)
+    if type(config) is not cls.config_class and cls.config_class is not None:  # a part of it is what is built
+        parts = (getattr(config, key, None) for key in config.sub_configs)
+        config = next((part for part in parts if type(part) is cls.config_class), config)
     tiny = type(config).from_dict(_shrunk(config.to_dict()))
     for part in (tiny, *(getattr(tiny, key, None) for key in getattr(tiny, "sub_configs", {}))):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if isinstance(part, PreTrainedConfig) and getattr(part, name, None) is not None:
+            wanted = name == "pad_token_id" or getattr(part, name, None) is not None
+            if isinstance(part, PreTrainedConfig) and wanted and hasattr(part, "vocab_size"):
                 setattr(part, name, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}[name])
     tiny.use_cache = False
     torch.manual_seed(seed)
-    model: PreTrainedModel = getattr(transformers, class_name)(tiny).float().eval()
+    model: PreTrainedModel = cls(tiny).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -97,6 +144,7 @@ def inputs_of(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor]:
     """Return what a model can be run on: tokens, or what it has instead, and first tokens of the answer."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 90, (2, 12), generator=generator)
+    ids[:, -1] = 2  # of some classifiers, the state of the last token of a text
     config = model.config
     if model.main_input_name == "input_ids" or model.config.model_type in ("git",):
         found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -118,15 +166,20 @@ def _shrunk(values: Mapping[str, Any], model_type: str = "") -> dict[str, Any]:
     kept, lists = _kept_layers(values, layers)
     for key, value in list(values.items()):
         if key in fixed:
+            values[key] = TINY[model_type][key]
             continue
         if isinstance(value, Mapping) and key not in ("id2label", "label2id"):
             values[key] = _shrunk(value, f"{model_type}.{key}")
         elif key in lists:
             values[key] = [_small(key, value[i]) for i in kept]
+        elif key == "mrope_section":
+            values[key] = [2, 3, 3]  # of half a head's size
         elif isinstance(value, list) and value and type(value[0]) is int and re.search("hidden|depth|channels", key):
             values[key] = [min(v, 64) for v in value]
         else:
             values[key] = _small(key, value)
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:  # one for each, after the low rank
+        values["num_key_value_heads"] = values["num_attention_heads"]
     if kept and len(kept) != 2:
         for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
             if key in values:

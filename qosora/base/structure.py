@@ -66,7 +66,7 @@ def decompose_structure(
     if not stored:
         if problems := _unmatched_patterns(model, config):
             raise ConfigError(problems)
-        _leave_what_is_read_directly(model, config)
+        _leave_what_cannot_be_replaced(model, config)
     skip = skipped_modules(model, config)
     if not stored:
         _warn_of_stacks(model, skip)
@@ -76,15 +76,26 @@ def decompose_structure(
     return replaced
 
 
-def _leave_what_is_read_directly(model: PreTrainedModel, config: QosoraConfig) -> None:
-    left = [name for name in read_directly(model) if _converts(name, skipped_modules(model, config))]
-    if left:
-        patterns = list(dict.fromkeys(".".join(name.rsplit(".", 2)[-2:]) for name in left))
-        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *patterns]
-        logger.info(
-            "%d layers of %s stay in 16 bits, as it uses their weights without calling them: %s",
-            len(left), type(model).__name__, ", ".join(patterns),
-        )  # fmt: skip
+def _leave_what_cannot_be_replaced(model: PreTrainedModel, config: QosoraConfig) -> None:
+    for names, why in (
+        (read_directly(model), "it uses their weights without calling them"),
+        (_head(model), "they are its head, which is trained in full"),
+    ):
+        left = [name for name in names if _converts(name, skipped_modules(model, config))]
+        if left:
+            patterns = list(dict.fromkeys(".".join(name.rsplit(".", 2)[-2:]) for name in left))
+            config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *patterns]
+            logger.info(
+                "%d layers of %s stay in 16 bits, as %s: %s", len(left), type(model).__name__, why, ", ".join(patterns)
+            )
+
+
+def _head(model: PreTrainedModel) -> list[str]:
+    """Return the linear layers outside the base model of one that is no language model: of a classifier, its head."""
+    base = model.base_model_prefix
+    if model.get_output_embeddings() is not None or model.can_generate() or not hasattr(model, base or "."):
+        return []
+    return [name for name in linear_layers(model) if not name.startswith(f"{base}.")]
 
 
 def skipped_modules(model: PreTrainedModel, config: QosoraConfig) -> list[str]:

@@ -277,7 +277,7 @@ def _config(adapted: AdaptedBase, ranks: Mapping[str, int], original: str) -> Lo
             pattern |= {kind: found.pop()} if len(found) == 1 else {module: ranks[module] for module in modules}
         targets += [kind] if _matched(adapted, kind) == set(modules) else modules
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=adapted.adapters[0].config.task_type,
         inference_mode=True,
         base_model_name_or_path=original,
         r=rank,
