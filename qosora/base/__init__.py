@@ -2,8 +2,8 @@
 
 | module | one line |
 |---|---|
-| `structure` | which layers are decomposed |
 | `layout` | names, shapes and ties of the plain model |
+| `structure` | which layers are decomposed |
 | `load` | loads a base, with or without an adapter |
 | `calibrate` | how large a model's activations are, on some text |
 | `quantizer` | the transformers side: from_pretrained, save_pretrained |

@@ -107,7 +107,9 @@ class Reference:
             generator = torch.Generator().manual_seed(0)
             rows = [torch.randint(vocabulary, (_LENGTH,), generator=generator).tolist() for _ in TEXTS]
             end = self.adapted.plain.model.config.eos_token_id
-            rows = [[*row[:-1], end if isinstance(end, int) else row[-1]] for row in rows]  # classifiers may need it
+            rows = [
+                [*row[:-1], end if isinstance(end, int) and 0 <= end < vocabulary else row[-1]] for row in rows
+            ]  # classifiers may need it
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])

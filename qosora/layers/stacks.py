@@ -73,7 +73,7 @@ def take_apart(model: nn.Module, is_made: Callable[[str], bool] = lambda name: F
             columns = _uses(type(module)).get(key)  # type: ignore[arg-type]
             if columns is None or parameter.ndim != 3 or is_made(f"{name}.{key}"):
                 continue
-            if not any(child.isdigit() for child in module._modules):
+            if not any(child.isdigit() for child, _ in module.named_children()):
                 found[key] = Stack(tuple(parameter.shape), parameter.dtype, columns)
         for key, stack in found.items():
             delattr(module, key)
@@ -96,7 +96,7 @@ def _add_layers(module: nn.Module, key: str, stack: Stack) -> None:
         if key == "weight":
             module.add_module(str(i), layer)
             continue
-        if str(i) not in module._modules:
+        if str(i) not in dict(module.named_children()):
             module.add_module(str(i), nn.ModuleDict())
         module.get_submodule(str(i)).add_module(key, layer)
 
