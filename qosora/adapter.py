@@ -29,7 +29,7 @@ from qosora.checkpoints import base_fingerprint, require_finite
 from qosora.compat.peft import check_adapters_to_merge, check_target_module_exists
 from qosora.config import OsoraConfig
 from qosora.errors import ConfigError, FingerprintError
-from qosora.layers import QosoraLinear, float32_kept, qosora_modules
+from qosora.layers import QosoraEmbedding, QosoraHead, QosoraLinear, VocabularyMatrix, float32_kept, qosora_modules
 from qosora.patterns import matches_module
 
 __all__ = ["OsoraLayer", "OsoraModel", "model_fingerprint"]
@@ -248,7 +248,8 @@ class OsoraModel(BaseTuner):
         yield
 
     def _decomposed(self) -> list[str]:
-        return [name.removesuffix(".base_layer") for name in qosora_modules(self.model)]
+        found = qosora_modules(self.model).items()
+        return [n.removesuffix(".base_layer") for n, module in found if not isinstance(module, VocabularyMatrix)]
 
     def _prepare_adapter_config(self, peft_config: OsoraConfig, model_config: dict[str, Any]) -> OsoraConfig:
         targets = peft_config.target_modules
@@ -272,14 +273,24 @@ class OsoraModel(BaseTuner):
         for name, module in self.model.named_modules():
             if inside and name.startswith(inside):
                 continue
-            if isinstance(module, (OsoraLayer, QosoraLinear)):
+            if isinstance(module, (OsoraLayer, QosoraLinear)) and not isinstance(module, VocabularyMatrix):
                 inside = f"{name}."
             elif name and check_target_module_exists(config, name):
                 others.append(f"{name} ({type(module).__name__})")
         return others
 
     def _refuse_other_targets(self, config: OsoraConfig) -> None:
-        """Raise ConfigError, before the model is changed, if something else than decomposed layers is targeted."""
+        """Raise ConfigError, before the model is changed, if something else than decomposed layers is targeted.
+
+        Embeddings and output layer in 4 bits have no vectors, and cannot be trained in full.
+        """
+        of_vocabulary = (n for n, m in self.model.named_modules() if isinstance(m, (QosoraEmbedding, QosoraHead)))
+        for name in of_vocabulary:
+            if any(name == saved or name.endswith(f".{saved}") for saved in config.modules_to_save or ()):
+                raise ConfigError(
+                    f"modules_to_save={config.modules_to_save!r}: {name} is stored in 4 bits and cannot be trained in "
+                    "full; make the base without embeddings in 4 bits"
+                )
         if others := self._other_targets(config):
             raise ConfigError(
                 f"target_modules matches {len(others)} modules that are not decomposed, among them {others[0]}. Leave "

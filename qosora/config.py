@@ -28,10 +28,12 @@ from qosora.errors import ConfigError
 from qosora.patterns import matches_module, pattern_problem
 from qosora.places import place_of, published_name
 
-__all__ = ["OSORA", "OsoraConfig", "QosoraConfig"]
+__all__ = ["EMBEDDINGS", "OSORA", "OsoraConfig", "QosoraConfig"]
 
 QUANT_METHOD = "qosora"
 VECTORS = ("both", "s", "o")
+#: How embeddings and output layer may be stored, other than in 16 bits.
+EMBEDDINGS = ("4bit",)
 
 
 class QosoraConfig(QuantizationConfigMixin):
@@ -55,8 +57,10 @@ class QosoraConfig(QuantizationConfigMixin):
         quant_type: "nf4" or "fp4".
         blocksize: Values per quantization block.
         double_quant: Whether the blocks' absmax values are quantized, too.
+        embeddings: "4bit": input embeddings and output layer are decomposed, too, of a rank as any layer; a model that
+            ties them stores them once. None: they stay in 16 bits.
         modules_to_not_convert: Names, or ends or regular expressions of names, of linear layers, or of modules with
-            all that is in them, to leave as they are, besides the output embedding and routers, which always stay.
+            all that is in them, to leave as they are. Routers always stay, and without `embeddings` the output layer.
         compute_dtype: Dtype of the products outside autocast ("bfloat16", "float16", "float32" or the torch dtype);
             by default that of the layer's input.
 
@@ -83,6 +87,7 @@ class QosoraConfig(QuantizationConfigMixin):
         quant_type: str = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
+        embeddings: str | None = None,
         modules_to_not_convert: list[str] | None = None,
         compute_dtype: str | torch.dtype | None = None,
         **unknown: Any,
@@ -105,6 +110,7 @@ class QosoraConfig(QuantizationConfigMixin):
         self.quant_type = quant_type
         self.blocksize = blocksize
         self.double_quant = double_quant
+        self.embeddings = embeddings
         self.modules_to_not_convert = modules_to_not_convert
         self.compute_dtype = None if compute_dtype is None else dtype_name(compute_dtype)
         known = ", ".join(k for k in self.__dict__ if k != "quant_method")
@@ -137,6 +143,7 @@ class QosoraConfig(QuantizationConfigMixin):
                 ("quant_type", self.quant_type, QUANT_TYPES),
                 ("blocksize", self.blocksize, BLOCKSIZES),
                 ("double_quant", self.double_quant, (True, False)),
+                ("embeddings", self.embeddings, (None, *EMBEDDINGS)),
                 ("compute_dtype", self.compute_dtype, (None, *COMPUTE_DTYPES)),
             ]
             if (type(value), value) not in [(type(choice), choice) for choice in allowed]  # 64.0 == 64, 1 == True
@@ -188,7 +195,13 @@ class QosoraConfig(QuantizationConfigMixin):
         options = super().to_dict()
         apart = options.pop("stacks_apart")
         options.pop("calibration")
-        return {**options, "format_version": formats.BASE if apart else formats.BASE_WITHOUT_STACKS}
+        version = formats.BASE_WITHOUT_STACKS
+        if self.embeddings is None:
+            options.pop("embeddings")
+            version = formats.BASE_WITHOUT_EMBEDDINGS if apart else version
+        else:
+            version = formats.BASE
+        return {**options, "format_version": version}
 
     def storage_options(self) -> dict[str, Any]:
         """Return the options of the 4-bit format: those that `nf4.quantize` takes."""

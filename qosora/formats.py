@@ -3,6 +3,7 @@
     base        `format_version` in config.json's quantization_config
                 1, which has none: decomposed as it is.  2: `scale`, and c of each layer.
                 3: experts that the model holds in one tensor are layers of their own
+                4: `embeddings`: embeddings and output layer are decomposed, too
     adapter     `format_version` in adapter_config.json
                 1, or none: vectors.  2: `update_rank`, and A and B of each layer
     manifest    `format_version` in qosora_manifest.json; 1, or none: bases', adapters' and exports'
@@ -19,10 +20,20 @@ from typing import Final
 
 from qosora.errors import CheckpointError
 
-__all__ = ["ADAPTER", "BASE", "BASE_WITHOUT_STACKS", "MANIFEST", "RUN", "UNFINISHED", "require_known"]
+__all__ = [
+    "ADAPTER",
+    "BASE",
+    "BASE_WITHOUT_EMBEDDINGS",
+    "BASE_WITHOUT_STACKS",
+    "MANIFEST",
+    "RUN",
+    "UNFINISHED",
+    "require_known",
+]
 
-BASE: Final = 3
-#: Of bases without such experts, which an older qosora can read.
+BASE: Final = 4
+#: Of bases whose embeddings are in 16 bits, and of those that have no such experts either: an older qosora reads them.
+BASE_WITHOUT_EMBEDDINGS: Final = 3
 BASE_WITHOUT_STACKS: Final = 2
 ADAPTER: Final = 2
 MANIFEST: Final = 1

@@ -39,11 +39,11 @@ from qosora.checkpoints import (
     require_finite,
     stream,
 )
-from qosora.compat.transformers import unexpected_tensors
+from qosora.compat.transformers import forget_tie, unexpected_tensors
 from qosora.config import QosoraConfig
 from qosora.decompose import factorize_with_report
 from qosora.errors import CheckpointError, ConfigError
-from qosora.layers import QosoraLinear
+from qosora.layers import QosoraLinear, VocabularyMatrix, layers_on_disk
 from qosora.places import published_name
 
 __all__ = ["ConversionReport", "LayerReport", "by_kind", "quantize"]
@@ -177,7 +177,11 @@ def quantize(
             calibration = {"calibration": {"tokens": rows.numel(), "sha256": rows_digest(rows)}}
 
             def before(file: Path) -> None:
-                names = [name.removesuffix(".weight") for name in conversion.layers]
+                names = [
+                    name.removesuffix(".weight")
+                    for name, module in conversion.layers.items()
+                    if not isinstance(module, VocabularyMatrix)
+                ]
                 conversion.moments = second_moments(
                     checkpoint, rows, names, device=device, file=file, trust_remote_code=trust_remote_code
                 )
@@ -257,9 +261,7 @@ class _Conversion:
         self.dtype = self.config.dtype = dtype or self.config.dtype or self._stored_dtype()
         self.config.architectures = [self.plain.class_name]
         self.config.quantization_config = storage
-        model = self.plain.model
-        decompose_structure(model, storage, stacks=True)
-        self.layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, QosoraLinear)}
+        self.layers: dict[str, QosoraLinear] = {}
         self.tensors: dict[str, str] = {}
         self.moments: dict[str, torch.Tensor] = {}
 
@@ -269,10 +271,11 @@ class _Conversion:
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
     def match(self) -> None:
-        """Find the model's tensors in the checkpoint.
+        """Find the model's tensors in the checkpoint, and which of them are decomposed.
 
         Raises:
             CheckpointError: If one is missing, or has another shape.
+            ConfigError: If the config does not fit the model.
         """
         located: set[str] = set()
         homeless = []
@@ -305,6 +308,9 @@ class _Conversion:
                         "%s: %s is not the copy of %s that config.json makes it: kept", self.source, name, partner
                     )
                     self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
+                    forget_tie(self.plain.model, name)
+        decompose_structure(self.plain.model, self.storage, stacks=True)
+        self.layers = {f"{name}.weight": module for name, module in layers_on_disk(self.plain.model).items()}
 
     def _is_copy(self, disk: str, partner: str) -> bool:
         """Say whether a tensor on disk equals the one that the model ties it to."""
@@ -331,7 +337,8 @@ class _Conversion:
             start = time.perf_counter()
             oriented = weight.T if module.fan_in_fan_out else weight
             options: dict[str, Any] = {"name": name, "moments": self.moments.get(name.removesuffix(".weight"))}
-            factors, error = factorize_with_report(oriented, module.rank, **options, **self.storage.factorize_options())
+            options |= self.storage.factorize_options() | module.factorize_options
+            factors, error = factorize_with_report(oriented, module.rank, **options)
             state = {prefix + key: tensor.cpu() for key, tensor in module.state_of(factors).items()}
             shape = (module.out_features, module.in_features)
             seconds = time.perf_counter() - start

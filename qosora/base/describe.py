@@ -99,14 +99,17 @@ def _describe_base(folder: Path) -> dict[str, Any]:
     with CheckpointReader(folder) as reader:
         modules = group_modules(reader.names())
         part_of = {name: _part(name, module) for module, names in modules.items() for name in names}
+        plain = None if any(folder.glob("*.py")) else PlainModel(folder, trust_remote_code=False)
+        adapted = {name for name in modules if not _is_of_vocabulary(name, reader, config, plain)}
         adapter_entries = 0
         for name in reader.names():
             entries = math.prod(reader.shape(name))
             sizes[part_of.get(name, "other_bytes")] += entries * reader.dtype(name).itemsize
-            if name in part_of and name.rpartition(".")[2] in ("s", "o"):
+            module, _, key = name.rpartition(".")
+            if module in adapted and key in ("s", "o"):
                 adapter_entries += entries
         fingerprint = stored_fingerprint(reader)
-        _refuse_what_does_not_fit(folder, reader, modules, QosoraConfig.from_dict(storage))
+        _refuse_what_does_not_fit(folder, reader, modules, QosoraConfig.from_dict(storage), plain)
         _refuse_impossible(folder, reader, part_of)
     manifest = read_manifest(folder)
     return {
@@ -115,6 +118,7 @@ def _describe_base(folder: Path) -> dict[str, Any]:
         "architecture": next(iter(_texts(config.get("architectures"))), "unknown"),
         "quantization": {k: v for k, v in storage.items() if k != "quant_method"},
         "decomposed_layers": len(modules),
+        "adapted_layers": len(adapted),
         "fingerprint": fingerprint,
         **sizes,
         "total_bytes": sum(sizes.values()),
@@ -122,6 +126,15 @@ def _describe_base(folder: Path) -> dict[str, Any]:
         "adapter_bytes": 4 * adapter_entries,
         "by_kind": _errors_by_kind(folder, manifest),
     }
+
+
+def _is_of_vocabulary(
+    module: str, reader: CheckpointReader, config: Mapping[str, Any], plain: PlainModel | None
+) -> bool:
+    """Say whether a decomposed layer is the embeddings or the output layer, which have no vectors to train."""
+    if plain is None:  # with code of its own, which is not run for a look
+        return f"{module}.o" in reader and reader.shape(f"{module}.o") == (config.get("vocab_size"),)
+    return plain.locate(f"{module}.weight")[0] in plain.vocabulary
 
 
 def _texts(value: Any) -> list[str]:
@@ -143,7 +156,11 @@ def _part(name: str, module: str) -> str:
 
 
 def _refuse_what_does_not_fit(
-    folder: Path, reader: CheckpointReader, modules: Mapping[str, Iterable[str]], storage: QosoraConfig
+    folder: Path,
+    reader: CheckpointReader,
+    modules: Mapping[str, Iterable[str]],
+    storage: QosoraConfig,
+    plain: PlainModel | None,
 ) -> None:
     """Raise CheckpointError where a tensor of the model or of a decomposed layer is not there, or of another shape."""
     stored = {f"{module}.weight": set(names) for module, names in modules.items()}
@@ -151,7 +168,6 @@ def _refuse_what_does_not_fit(
     fields |= {"s", "o", *(["c"] if storage.scale else [])}
     missing = [f"{weight.removesuffix('weight')}{key}" for weight, names in stored.items() for key in fields
                if f"{weight.removesuffix('weight')}{key}" not in names]  # fmt: skip
-    plain = PlainModel(folder, trust_remote_code=False) if not any(folder.glob("*.py")) else None
     if plain is not None:
         others = set(reader.names()) - {name for names in stored.values() for name in names}
         missing += plain.missing(part for name in (*others, *stored) for part in plain.locate(name)[1])

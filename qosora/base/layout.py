@@ -99,6 +99,12 @@ class PlainModel:
         wanted = self.model.get_input_embeddings()
         return next(f"{name}.weight" for name, module in self.model.named_modules() if module is wanted)
 
+    @property
+    def vocabulary(self) -> list[str]:
+        """Names of the weights of input embeddings and output layer."""
+        ends = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        return [f"{name}.weight" for name, module in self.model.named_modules() if any(module is end for end in ends)]
+
     def locate(self, disk_name: str) -> tuple[str, list[str]]:
         """Return where the loader puts a tensor of a plain checkpoint.
 

@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qosora import register
 from qosora.base.calibrate import calibration_rows, second_moments
-from qosora.base.layout import take_stacks_apart
+from qosora.base.layout import PlainModel, take_stacks_apart
 from qosora.base.structure import decompose_structure
 from qosora.checkpoints import open_source, tensor_hashes
 from qosora.compat.torch import own_parameters
@@ -33,10 +33,14 @@ from qosora.compat.transformers import (
     WeightConverter,
     WeightTransform,
     forget_conversions,
+    forget_tie,
     get_model_conversion_mapping,
     get_module_from_name,
+    ignore_in_checkpoint,
+    moved_into,
     no_longer_in_float32,
     read_in_float32,
+    tied_weights,
     was_loaded,
 )
 from qosora.config import QosoraConfig
@@ -46,7 +50,9 @@ from qosora.errors import CheckpointError, ConfigError
 from qosora.layers import (
     LinearExperts,
     QosoraLinear,
+    VocabularyMatrix,
     layer_of_stack,
+    plain_vocabulary,
     put_together,
     qosora_modules,
     stack_experts,
@@ -107,7 +113,8 @@ class _Factorize(ConversionOps):
                 "config and weights belong to different models"
             )
         options: dict[str, Any] = {"name": name, "moments": self.moments.get(name.removesuffix(".weight"))}
-        return module.state_of(factorize(weight, module.rank, **options, **self.config.factorize_options()))
+        options |= self.config.factorize_options() | module.factorize_options
+        return module.state_of(factorize(weight, module.rank, **options))
 
 
 class _TakeApart(ConversionOps):
@@ -174,6 +181,8 @@ class QosoraHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:  # the user's is left as it is
             self.quantization_config = model.config.quantization_config = copy.copy(self.quantization_config)
+        if not self.pre_quantized and self.quantization_config.embeddings is not None:
+            _untie_what_differs(model)
         self._stacks = {} if self.pre_quantized else take_stacks_apart(model)
         names = decompose_structure(model, self.quantization_config, stored=self.pre_quantized)
         self._moments: dict[str, torch.Tensor] = {}
@@ -183,7 +192,7 @@ class QosoraHfQuantizer(HfQuantizer):
             # Else the loader would round float32 weights to the model's dtype before they are decomposed.
             kept = ((n, m) for n, m in model.named_modules() if not isinstance(m, QosoraLinear))
             others = {f"{name}.{key}" for name, module in kept for key in own_parameters(module)}
-            self._read_in_float32 = _few_patterns({f"{name}.weight" for name in names}, others)
+            self._read_in_float32 = _few_patterns({f"{name}.weight" for name in qosora_modules(model)}, others)
             read_in_float32(model, self._read_in_float32)
 
     def update_weight_conversions(
@@ -192,7 +201,9 @@ class QosoraHfQuantizer(HfQuantizer):
         """Leave experts as they are on disk, where their matrices are layers of the model."""
         self._taking_apart = _taking_apart(self._stacks)
         found = without_stacking(super().update_weight_conversions(weight_conversions, model), model)
-        return [*found, *self._taking_apart]
+        of_vocabulary = (n for n, m in qosora_modules(model).items() if isinstance(m, VocabularyMatrix))
+        moved = [moved_into(model, *name.rsplit(".", 1)) for name in of_vocabulary]
+        return [*found, *self._taking_apart, *moved]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _refuse_missing(model)
@@ -223,14 +234,37 @@ class QosoraHfQuantizer(HfQuantizer):
             raise ConfigError("the model has adapters: dequantize what merge_and_unload() or unload() returns")
         # `save_pretrained` leaves a str in the model's config
         dtype, loaded_dtype = (None if d is None else dtype_named(d) for d in (dtype, model.config.dtype))
-        for name, module in qosora_modules(model).items():
-            model.set_submodule(name, _plain_linear(module, dtype))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QosoraLinear) and not isinstance(module, VocabularyMatrix):
+                model.set_submodule(name, _plain_linear(module, dtype))
+        plain_vocabulary(model, dtype)
         stack_experts(model)
         put_together(model)
         if dtype not in (None, loaded_dtype):  # the user's choice: embeddings and norms must follow
             model.to(dtype)
             model.config.dtype = dtype
         return model
+
+
+def _untie_what_differs(model: PreTrainedModel) -> None:
+    """Untie the output layer where the checkpoint has another than the embeddings it is tied to, as the loader does."""
+    names = {id(module): name for name, module in model.named_modules()}
+    head = f"{names.get(id(model.get_output_embeddings()))}.weight"
+    partner = tied_weights(model).get(head)
+    if partner is None:
+        return
+    ignore_in_checkpoint(model, head)
+    if not model.config.name_or_path:  # made of tensors that the caller has
+        return
+    with torch.device("cpu"), open_source(model.config.name_or_path) as checkpoint:
+        own_code = not type(model).__module__.startswith("transformers.")
+        plain = PlainModel(checkpoint.origin, trust_remote_code=own_code)
+        on_disk = {plain.locate(name)[0]: name for name in checkpoint.reader.names()}
+        if head in on_disk and partner in on_disk:
+            mine, other = (checkpoint.reader.tensor(on_disk[name]) for name in (head, partner))
+            if not torch.equal(mine, other):
+                forget_tie(model, head)
+                model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _measured(model: PreTrainedModel, config: QosoraConfig, names: list[str]) -> dict[str, torch.Tensor]:

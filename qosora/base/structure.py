@@ -1,7 +1,7 @@
 """Which layers of a model are decomposed, decided by its class alone: for the loader, the converter and the planner.
 
-Every linear layer but the output embedding, routers and what the user names becomes an empty `QosoraLinear`, the
-projections of each expert of a mixture among them.
+Every linear layer but the output layer, routers and what the user names becomes an empty `QosoraLinear`, the
+projections of each expert of a mixture among them; embeddings and output layer only where the config says so.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from transformers.pytorch_utils import Conv1D
 
 from qosora.base.layout import take_stacks_apart
 from qosora.checkpoints import CONFIG_NAME
-from qosora.compat.transformers import modules_to_skip, should_convert_module
+from qosora.compat.transformers import forget_tie, modules_to_skip, should_convert_module, tied_weights
 from qosora.config import QosoraConfig
 from qosora.errors import ConfigError
 from qosora.layers import (
     LinearExperts,
+    QosoraEmbedding,
+    QosoraHead,
     QosoraLinear,
+    VocabularyMatrix,
     is_taken_apart,
     linear_layers,
     qosora_modules,
@@ -71,6 +74,8 @@ def decompose_structure(
     if not stored:
         _warn_of_stacks(model, skip)
     replaced = replace_linears(model, config, skip)
+    if config.embeddings is not None:
+        _replace_embeddings(model, config)
     if not any(isinstance(module, LinearExperts) and qosora_modules(module) for module in model.modules()):
         stack_experts(model)
     return replaced
@@ -146,6 +151,52 @@ def replace_linears(model: PreTrainedModel, config: QosoraConfig, skip: list[str
     return replaced
 
 
+def _replace_embeddings(model: PreTrainedModel, config: QosoraConfig) -> None:
+    """Replace input embeddings and output layer by those whose matrix is decomposed, empty, tied where the model is."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    name = names.get(id(embedding), "")
+    ties = tied_weights(model)
+    others = sorted({*ties, *ties.values()} - {f"{name}.weight", f"{names.get(id(head))}.weight"})
+    plain = head is None or (isinstance(head, nn.Linear) and names[id(head)] in linear_layers(model))
+    if not isinstance(embedding, nn.Embedding) or not plain or any(end.endswith(".weight") for end in others):
+        raise ConfigError(
+            f"embeddings={config.embeddings!r}: {type(model).__name__} has no input embeddings of its own that nothing "
+            "but its output layer shares; leave them in 16 bits: embeddings=None"
+        )
+    if embedding.embedding_dim % config.blocksize:
+        raise ConfigError(
+            f"embeddings={config.embeddings!r} needs a hidden size that is a multiple of blocksize, got "
+            f"{embedding.embedding_dim} and {config.blocksize}"
+        )
+
+    def stored(name: str, tokens: int) -> VocabularyMatrix:
+        return VocabularyMatrix(
+            embedding.embedding_dim,
+            tokens,
+            bias=False,
+            rank=config.rank_of(name),
+            compute_dtype=config.torch_compute_dtype,
+            has_scale=config.scale is not None,
+            device="meta",
+            **config.storage_options(),
+        )
+
+    kept = config.modules_to_not_convert or []
+    tied = head is not None and f"{names[id(head)]}.weight" in ties
+    if tied and not (_converts(name, kept) and _converts(names[id(head)], kept)):
+        return
+    shared = None
+    if _converts(name, kept):
+        converted = QosoraEmbedding.of(embedding, stored(name, embedding.num_embeddings))
+        shared = converted if tied else None
+    if isinstance(head, nn.Linear) and _converts(names[id(head)], kept):
+        if tied:
+            forget_tie(model, f"{names[id(head)]}.weight")
+        own = None if tied else stored(names[id(head)], head.out_features)
+        model.set_submodule(names[id(head)], QosoraHead(head, own, shared))
+
+
 def _converts(name: str, skip: list[str]) -> bool:
     """Say whether no pattern means a module, nor one that it is in."""
     parts = name.split(".")
@@ -154,7 +205,10 @@ def _converts(name: str, skip: list[str]) -> bool:
 
 def _unmatched_patterns(model: nn.Module, config: QosoraConfig) -> list[str]:
     """Return a sentence for every name in the config that means no layer: it is mistyped, or of another model."""
-    linears = linear_layers(model)
+    linears = {*linear_layers(model)}
+    if config.embeddings is not None and isinstance(model, PreTrainedModel):
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        linears |= {name for name, module in model.named_modules() if any(module is end for end in ends)}
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
     return [
         f"rank_pattern[{pattern!r}] matches no linear layer of {type(model).__name__}, which has {kinds}"

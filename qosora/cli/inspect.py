@@ -39,10 +39,11 @@ def _base(found: dict[str, Any]) -> list[str]:
         f"{found['folder']}: qosora base, {found['architecture']}",
         f"  fingerprint    {found['fingerprint']}",
         f"  storage        rank {storage['rank']}, {storage['quant_type']}, blocks of {storage['blocksize']}, "
-        f"double quantization {'on' if storage['double_quant'] else 'off'}",
+        f"double quantization {'on' if storage['double_quant'] else 'off'}"
+        + (f", embeddings in {storage['embeddings']}" if storage.get("embeddings") else ""),
         f"  size           {size(found['total_bytes'])}: residuals {size(found['residual_bytes'])}, "
         f"factors {size(found['factors_bytes'])}, not decomposed {size(found['other_bytes'])}",
-        f"  an adapter     {found['adapter_parameters']:,} parameters in {found['decomposed_layers']} layers, "
+        f"  an adapter     {found['adapter_parameters']:,} parameters in {found['adapted_layers']} layers, "
         f"{size(found['adapter_bytes'])}",
     ]
     if found["by_kind"]:

@@ -48,6 +48,11 @@ def add_step(parser: argparse.ArgumentParser, precision: str | None = "bf16") ->
     batch_size, length = defaults["batch_size"], defaults["max_length"]
     parser.add_argument("--rank", type=at_least_one, metavar="N", help="of the decomposition (default: a base's, 128)")
     parser.add_argument(
+        "--embeddings",
+        choices=("4bit",),
+        help="how embeddings and output layer are stored (default: a base's, 16 bits)",
+    )
+    parser.add_argument(
         "--batch-size", type=at_least_one, default=batch_size, metavar="N", help=f"examples at once [{batch_size}]"
     )
     parser.add_argument(
@@ -80,9 +85,9 @@ def add_step(parser: argparse.ArgumentParser, precision: str | None = "bf16") ->
 
 
 _STEP = (
-    "rank", "batch_size", "seq_len", "padding", "packing", "vectors", "update_rank", "gradient_checkpointing",
-    "chunked_loss", "tile_length", "activation_offloading", "attn_implementation", "optimizer", "precision",
-    "trust_remote_code",
+    "rank", "embeddings", "batch_size", "seq_len", "padding", "packing", "vectors", "update_rank",
+    "gradient_checkpointing", "chunked_loss", "tile_length", "activation_offloading", "attn_implementation",
+    "optimizer", "precision", "trust_remote_code",
 )  # fmt: skip
 
 

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="4-bit format (default: nf4)")
     parser.add_argument("--blocksize", type=int, help="values per quantization block (default: 64)")
     parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
+    parser.add_argument(
+        "--embeddings", choices=("4bit",), help="decompose embeddings and output layer, too (default: leave in 16 bits)"
+    )
     parser.add_argument("--skip", nargs="+", metavar="NAME", help="linear layers to leave as they are")
     parser.add_argument(
         "--compute-dtype", choices=("bfloat16", "float16", "float32"), help="dtype of the products outside autocast"
@@ -65,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 #: Of a calibration's data; there are more tokens in them than are used.
 _CALIBRATION_RECORDS = 2000
 #: Options of `QosoraConfig` that are called the same here.
-_STORAGE = ("rank", "svd", "svd_iterations", "seed", "scale", "quant_type", "blocksize", "compute_dtype")
+_STORAGE = ("rank", "svd", "svd_iterations", "seed", "scale", "quant_type", "blocksize", "embeddings", "compute_dtype")
 
 
 def run(args: argparse.Namespace) -> None:

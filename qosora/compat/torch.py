@@ -20,6 +20,7 @@ _FOUND = found(
         "TorchDispatchMode": "torch.utils._python_dispatch.TorchDispatchMode",
         # The tensors in whatever a module returns, of classes that register themselves there.
         "tree_iter": "torch.utils._pytree.tree_iter(tree)",
+        "tree_map": "torch.utils._pytree.tree_map(func, tree)",
         # One kernel for a list of tensors: the packs hold some hundred.
         "foreach_copy_": "torch._foreach_copy_",
         "foreach_zero_": "torch._foreach_zero_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, ItemsView, Iterable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,36 @@ def tied_weights(model: Any) -> dict[str, str]:
     return dict(model.all_tied_weights_keys)
 
 
+@uses(f"{_MODEL}: all_tied_weights_keys", f"{_MODEL}: _tied_weights_keys")
+def forget_tie(model: Any, parameter: str) -> None:
+    """Have nobody tie a parameter of a model to another, whatever its config says."""
+    from transformers import PreTrainedModel
+
+    ties = {**model.all_tied_weights_keys}
+    ties.pop(parameter, None)
+    model.all_tied_weights_keys = ties
+    for name, module in model.named_modules():
+        keys = getattr(module, "_tied_weights_keys", None)
+        if isinstance(module, PreTrainedModel) and isinstance(keys, dict):
+            own = parameter.removeprefix(f"{name}.") if name else parameter
+            module._tied_weights_keys = {key: other for key, other in keys.items() if not re.fullmatch(key, own)}
+
+
+@uses(f"{_MODEL}.get_expanded_tied_weights_keys(all_submodels)")
+def remember_ties(model: Any) -> None:
+    """Undo `forget_tie`."""
+    for module in model.modules():
+        vars(module).pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+@uses(f"{_MODEL}: _keys_to_ignore_on_load_unexpected")
+def ignore_in_checkpoint(model: Any, parameter: str) -> None:
+    """Have the loader not tell of a tensor in a checkpoint that has no place in the model."""
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*known, rf"^{re.escape(parameter)}$"}
+
+
 @uses("transformers.utils.loading_report.log_state_dict_report: ignore_mismatched_sizes")
 def says_other_shapes(error: RuntimeError) -> bool:
     """Say whether the loader's error is that tensors have other shapes than the config makes them."""
@@ -226,6 +257,22 @@ def forget_conversions(model: Any, done: Iterable[Any]) -> None:
     done = list(done)
     if (loaded_by := getattr(model, "_weight_conversions", None)) is not None:
         model._weight_conversions = [conversion for conversion in loaded_by if conversion not in done]
+
+
+@uses(
+    f"{_LOADING}.PrefixChange(prefix_to_add)",
+    f"{_LOADING}.WeightTransform: scope_prefix",
+    f"{_LOADING}.WeightTransform: base_model_prefix",
+)
+def moved_into(model: Any, module: str, child: str) -> Any:
+    """Return the loader's conversion for a module whose tensors, on disk its own, are in memory those of a child."""
+    from transformers.core_model_loading import PrefixChange
+
+    conversion = PrefixChange(prefix_to_add=child)
+    base, prefix = model.base_model_prefix, f"{model.base_model_prefix}."
+    conversion.base_model_prefix = base if base and module.startswith(prefix) else ""
+    conversion.scope_prefix = module.removeprefix(prefix) if conversion.base_model_prefix else module
+    return conversion
 
 
 # ---- other conversions ---------------------------------------------------------------------------------------------

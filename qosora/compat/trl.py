@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -68,6 +68,18 @@ def fused_loss_on_meta() -> Iterator[None]:
         # Of triton, which is imported only where there is one, the loss asks for one function.
         cdiv = SimpleNamespace(cdiv=lambda a, b: -(-a // b))
         stack.enter_context(patch.object(loss, "triton", cdiv, create=not hasattr(loss, "triton")))
+        yield
+
+
+@uses("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE")
+@contextmanager
+def loss_chunks(size: int | None) -> Iterator[None]:
+    """Have the loss take so many tokens of the vocabulary at a time, not its own number of them; None changes nothing.
+
+    It is read where the loss is computed; backward takes as many.
+    """
+    module = check("trl.trainer.utils")
+    with nullcontext() if size is None else patch.object(module, "_CHUNKED_LOGPROB_CHUNK_SIZE", size):
         yield
 
 

@@ -42,9 +42,11 @@ __all__ = [
     "FourBitTensor",
     "absmax_code",
     "code_table",
+    "columns",
     "dequantize",
     "matmul",
     "quantize",
+    "rows",
     "squared_error",
     "squared_norm",
     "stored_shapes",
@@ -278,6 +280,46 @@ def dequantize(q: FourBitTensor, dtype: torch.dtype = torch.float32) -> torch.Te
         shape = (numel + numel % 2,)
     out: torch.Tensor = dequantize_4bit(q.packed, _absmax(q), q.blocksize, q.quant_type, shape, dtype)
     return out.view(-1)[:numel].view(q.shape)  # the kernel returns a vector as a matrix of one row
+
+
+def rows(q: FourBitTensor, index: slice | torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return some rows of a matrix whose rows are whole blocks: (rows, q.shape[1]), bit for bit those of `dequantize`.
+
+    Args:
+        q: Of two dimensions.
+        index: A slice without a step, or int64 numbers, (rows,).
+        dtype: float32, float16 or bfloat16.
+    """
+    height, width = q.shape
+    if width % q.blocksize:
+        raise ValueError(f"rows of {width} values are no whole blocks of {q.blocksize}")
+    packed, absmax = q.packed.view(height, -1)[index], q.absmax.view(height, -1)[index]
+    part = replace(
+        q, packed=packed.reshape(-1), absmax=absmax.reshape(-1), absmax_scale=None, absmax_offset=None,
+        shape=(len(packed), width),
+    )  # fmt: skip
+    if q.absmax_scale is not None and q.absmax_offset is not None:
+        blocks = torch.arange(len(q.absmax), device=absmax.device).view(height, -1)[index].reshape(-1)
+        decoded = absmax_code(absmax.device)[part.absmax.int()]
+        scale = q.absmax_scale[blocks.div(ABSMAX_BLOCKSIZE, rounding_mode="floor")]
+        part = replace(part, absmax=decoded.mul_(scale).add_(q.absmax_offset))
+    return dequantize(part, dtype)
+
+
+def columns(q: FourBitTensor, index: slice | torch.Tensor) -> torch.Tensor:
+    """Return some columns of a matrix: (q.shape[0], columns), float32, bit for bit those of `dequantize`.
+
+    Args:
+        q: Of two dimensions.
+        index: A slice without a step, or int64 numbers, (columns,).
+    """
+    height, width = q.shape
+    device = q.packed.device
+    chosen = torch.arange(width, device=device)[index]
+    places = torch.arange(0, height * width, width, device=device)[:, None] + chosen
+    both = q.packed[places >> 1].int()
+    codes = torch.where(places & 1 == 0, both >> 4, both & 15)
+    return code_table(q.quant_type, device)[codes].mul_(_absmax(q)[places // q.blocksize])
 
 
 def matmul(x: torch.Tensor, q: FourBitTensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ from qosora.errors import CheckpointError
 from qosora.export import outsider
 from qosora.export.original import Original
 from qosora.export.stored import AdaptedBase, Layer
-from qosora.layers import QosoraLinear
+from qosora.layers import QosoraLinear, VocabularyMatrix, layers_on_disk, plain_vocabulary
 
 __all__ = ["Reference", "Verification", "verify_export"]
 
@@ -159,7 +159,11 @@ class Reference:
         return plain
 
     def _add_what_quantization_lost(self, model: nn.Module, original: Original) -> None:
-        causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        names = [name for name, module in layers_on_disk(causal).items() if isinstance(module, VocabularyMatrix)]
+        plain_vocabulary(causal, causal.dtype)
+        for name in names:
+            causal.get_parameter(f"{name}.weight").data.copy_(original.weight(self.adapted.layers[name]))
         for name, module in causal.named_modules():
             if isinstance(module, (OsoraLayer, QosoraLinear)) and name in self.adapted.layers:
                 base = module.base_layer if isinstance(module, OsoraLayer) else module

@@ -9,6 +9,7 @@
 | `product` | the layer's product and its gradients |
 | `kept` | what a layer keeps while it generates on a CPU |
 | `linear` | `QosoraLinear` |
+| `vocabulary` | embeddings and output layer in 4 bits |
 | `found` | which modules are linear layers that can be replaced |
 | `stacks` | experts that are one tensor on disk as linear layers |
 | `experts` | experts that the loader stacks as linear layers |
@@ -49,6 +50,13 @@ if TYPE_CHECKING:
     from qosora.layers.stacks import take_apart as take_apart
     from qosora.layers.tiling import Tiling as Tiling
     from qosora.layers.tiling import apply_tiling as apply_tiling
+    from qosora.layers.vocabulary import STORE as STORE
+    from qosora.layers.vocabulary import QosoraEmbedding as QosoraEmbedding
+    from qosora.layers.vocabulary import QosoraHead as QosoraHead
+    from qosora.layers.vocabulary import VocabularyMatrix as VocabularyMatrix
+    from qosora.layers.vocabulary import layers_on_disk as layers_on_disk
+    from qosora.layers.vocabulary import panel_of as panel_of
+    from qosora.layers.vocabulary import plain_vocabulary as plain_vocabulary
 
 __getattr__, __dir__ = door(
     __name__,
@@ -57,6 +65,15 @@ __getattr__, __dir__ = door(
         "precision": ["fast_dtype", "slowdown"],
         "ops": ["dequantize", "fused", "why_unfused"],
         "linear": ["QosoraLinear", "float32_kept", "qosora_modules"],
+        "vocabulary": [
+            "STORE",
+            "QosoraEmbedding",
+            "QosoraHead",
+            "VocabularyMatrix",
+            "layers_on_disk",
+            "panel_of",
+            "plain_vocabulary",
+        ],
         "found": ["linear_layers", "read_directly"],
         "experts": [
             "LinearExperts",

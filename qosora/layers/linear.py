@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -53,6 +54,8 @@ class QosoraLinear(nn.Module):
     o: nn.Parameter
     c: nn.Parameter | None
     bias: nn.Parameter | None
+    #: Options of `factorize` that are the layer's own, whatever the base's.
+    factorize_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -96,8 +99,7 @@ class QosoraLinear(nn.Module):
         shapes = parts.shapes(self.out_features, self.in_features, self.rank)
         return parts.factors(self._parameters, shapes, self.s, self.quant_type, self.blocksize)
 
-    @staticmethod
-    def state_of(factors: Factors) -> dict[str, torch.Tensor]:
+    def state_of(self, factors: Factors) -> dict[str, torch.Tensor]:
         """Return the parameters that hold a decomposition, by name: all but the bias."""
         ones = torch.ones(factors.U.shape[1], dtype=torch.float32, device=factors.sigma.device)
         c = {} if factors.scale is None else {"c": factors.scale}

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from qosora.checkpoints import base_storage
 from qosora.compat.trl import TOKEN_CHUNK_SIZE
-from qosora.config import QosoraConfig
+from qosora.config import EMBEDDINGS, QosoraConfig
 from qosora.errors import ConfigError
 from qosora.memory.cards import ASSUMPTIONS, OF_EXPERTS, OF_FP16, OVERHEAD, Card, the_card
 from qosora.memory.predict import Prediction, StepOptions, TracedModel, has_experts
@@ -103,6 +103,7 @@ class Plan:
     Attributes:
         model: As given.
         rank: Of the decomposition.
+        embeddings: How embeddings and output layer are stored; None for 16 bits.
         trained_parameters: In the vectors.
         batch: Its shape.
         options: Of the step.
@@ -118,6 +119,7 @@ class Plan:
 
     model: str
     rank: int
+    embeddings: str | None
     trained_parameters: int
     batch: Batch
     options: StepOptions
@@ -146,6 +148,7 @@ def plan(
     batch_size: int = 4,
     seq_len: int = 1024,
     rank: int | None = None,
+    embeddings: str | None = None,
     storage: QosoraConfig | None = None,
     padding: bool | None = None,
     packing: bool = False,
@@ -163,7 +166,8 @@ def plan(
         batch_size: Examples on the device at once.
         seq_len: Tokens of each.
         rank: Singular triplets per layer; a base's own, else 128, by default.
-        storage: All of how the model is decomposed, in place of `rank`.
+        embeddings: How embeddings and output layer are stored, as `QosoraConfig` has it; a base's own by default.
+        storage: All of how the model is decomposed, in place of both.
         padding: Whether examples differ in length; by default where there are several.
         packing: Whether several examples are packed into each sequence.
         gpu: Name of a card, such as "RTX 4090".
@@ -183,7 +187,7 @@ def plan(
         'backward'
     """
     config = model if isinstance(model, PreTrainedConfig) else model_config(model, trust_remote_code=trust_remote_code)
-    storage = storage or storage_of(config, rank)
+    storage = storage or storage_of(config, rank, embeddings)
     step = StepOptions(**options)
     problems = shape_problems(config, batch_size, seq_len) + step.problems()
     if step.device == "cpu" and (gpu, gpu_memory) != (None, None):
@@ -209,6 +213,7 @@ def plan(
     return Plan(
         model=str(model) if isinstance(model, (str, Path)) else config.name_or_path or config.model_type,
         rank=storage.rank,
+        embeddings=storage.embeddings,
         trained_parameters=planner.traced.trained_parameters,
         batch=batch,
         options=step,
@@ -226,18 +231,23 @@ def plan(
 def events(model: str | Path | PreTrainedConfig, found: Plan, *, trust_remote_code: bool = False) -> list[Event]:
     """Return the allocations of the step that was planned, all layers traced, for pictures."""
     config = model if isinstance(model, PreTrainedConfig) else model_config(model, trust_remote_code=trust_remote_code)
-    traced = TracedModel(config, storage_of(config, found.rank), found.options, full_depth=True)
+    traced = TracedModel(config, storage_of(config, found.rank, found.embeddings), found.options, full_depth=True)
     return traced.events(found.batch)
 
 
-def storage_of(config: PreTrainedConfig, rank: int | None) -> QosoraConfig:
-    """Return how a base is decomposed, or how a model would be at a rank."""
+def storage_of(config: PreTrainedConfig, rank: int | None, embeddings: str | None = None) -> QosoraConfig:
+    """Return how a base is decomposed, or how a model would be with these options."""
+    asked: dict[str, Any] = {
+        name: value for name, value in (("rank", rank), ("embeddings", embeddings)) if value is not None
+    }
     stored = base_storage(config)
     if stored is None:
-        return QosoraConfig() if rank is None else QosoraConfig(rank=rank)
-    if rank not in (None, stored["rank"]):
-        raise ConfigError(f"the base is decomposed at rank {stored['rank']}, so rank {rank} cannot be planned for it")
-    return QosoraConfig.from_dict(stored)
+        return QosoraConfig(**asked)
+    storage = QosoraConfig.from_dict(stored)
+    for name, value in asked.items():
+        if value != (own := getattr(storage, name)):
+            raise ConfigError(f"the base is decomposed with {name} {own}, so {name} {value} cannot be planned for it")
+    return storage
 
 
 def shape_problems(config: PreTrainedConfig, batch_size: int, seq_len: int) -> list[str]:
@@ -377,10 +387,16 @@ class _Planner:
         if batch.length >= 256:
             half = batch.length // 2
             yield f"--seq-len {half}", step, storage, self.batch(batch.size, half)
-        if storage.rank > 32 and not getattr(self.config, "quantization_config", None):
+        if base_storage(self.config) is not None:
+            return
+        if storage.rank > 32:
             changed = copy.copy(storage)
             changed.rank = storage.rank // 2
             yield f"--rank {changed.rank}", step, changed, batch
+        if storage.embeddings is None:
+            changed = copy.copy(storage)
+            changed.embeddings = EMBEDDINGS[0]
+            yield f"--embeddings {EMBEDDINGS[0]}", step, changed, batch
 
 
 _CHEAPER = (

@@ -105,6 +105,7 @@ def profile(
     batch_size: int = 4,
     seq_len: int = 1024,
     rank: int | None = None,
+    embeddings: str | None = None,
     steps: int = 3,
     data: str | None = None,
     columns: Columns | None = None,
@@ -122,6 +123,7 @@ def profile(
         batch_size: Examples on the device at once.
         seq_len: Tokens of each random example; examples of `data` are cut to it.
         rank: Singular triplets per layer of random weights; 128 by default.
+        embeddings: How those store embeddings and output layer, as `QosoraConfig` has it.
         steps: Steps to time.
         data: Training data as for `qosora train`, whose longest examples make the batch; random tokens by default.
         columns: Of `data`.
@@ -147,7 +149,7 @@ def profile(
         problems.append("packing leaves nothing to pad: leave out one of the two")
     if problems:
         raise ConfigError(problems)
-    loaded, storage = _load(model, step, rank, trust_remote_code)
+    loaded, storage = _load(model, step, {"rank": rank, "embeddings": embeddings}, trust_remote_code)
     batch = Batch(batch_size, seq_len, not packing and (batch_size > 1 if padding is None else padding), packing)
     inputs = batch.tensors(loaded.config.get_text_config().vocab_size, "cpu")
     if data is not None:
@@ -170,13 +172,13 @@ def profile(
 
 
 def _load(
-    model: str | Path | PreTrainedModel, step: StepOptions, rank: int | None, trust_remote_code: bool
+    model: str | Path | PreTrainedModel, step: StepOptions, asked: dict[str, Any], trust_remote_code: bool
 ) -> tuple[PreTrainedModel, QosoraConfig]:
     """Return a base, or random weights of a shape, and how it is decomposed."""
     if isinstance(model, PreTrainedModel):
-        return model, storage_of(model.config, rank)
+        return model, storage_of(model.config, **asked)
     config = model_config(model, trust_remote_code=trust_remote_code)
-    storage = storage_of(config, rank)
+    storage = storage_of(config, **asked)
     if quantization_in(config) is None:
         return random_model(config, storage, step), storage
     loaded = load_base(

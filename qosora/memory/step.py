@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qosora.compat.bitsandbytes import is_paged, quant_tensors
-from qosora.compat.trl import add_fused_lm_head
+from qosora.compat.trl import add_fused_lm_head, loss_chunks
 from qosora.decompose import nf4
-from qosora.layers import Tiling, apply_tiling, qosora_modules
+from qosora.layers import Tiling, VocabularyMatrix, apply_tiling, panel_of, qosora_modules
 from qosora.memory.tracer import Tracer
 from qosora.training import PackedPagedOptimizer
 
@@ -90,9 +90,11 @@ def register_model(tracer: Tracer, model: Any) -> None:
     tracer.register((p for module in ends for p in module.parameters()), "embeddings and head")
     for layer in qosora_modules(model).values():
         for name, p in layer.named_parameters(recurse=False):
-            if name != "bias":
+            if name != "bias" and not isinstance(layer, VocabularyMatrix):
                 tracer.register([p], "base residual" if name.startswith("weight") else "factors")
         tracer.register([nf4.absmax_code(layer.s.device)], "base residual")
+        if isinstance(layer, VocabularyMatrix):
+            tracer.register([nf4.code_table(layer.quant_type, layer.s.device)], "embeddings and head")
     for p in model.parameters():
         if stored := quant_tensors(p):
             tracer.register([p, *stored], "base residual")
@@ -162,7 +164,8 @@ def _loss(model: Any, batch: dict[str, torch.Tensor], fused_head: bool) -> torch
     if not fused_head:
         loss: torch.Tensor = model(**batch, use_cache=False, num_items_in_batch=items).loss
         return loss
-    outputs = model(**batch, use_cache=False, fused_lm_head=True)
+    with loss_chunks(panel_of(model)):
+        outputs = model(**batch, use_cache=False, fused_lm_head=True)
     per_token_loss = -outputs.log_probs
     return per_token_loss.sum() / torch.as_tensor(items).clamp(min=1)
 

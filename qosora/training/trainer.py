@@ -22,10 +22,11 @@ from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from qosora.checkpoints import ADAPTER_STEM
-from qosora.compat.trl import know_parameters_again
+from qosora.compat.trl import know_parameters_again, loss_chunks
 from qosora.data import Example
 from qosora.errors import QosoraError
 from qosora.inference import mean_loss, perplexity
+from qosora.layers import panel_of
 from qosora.training.run_folder import MetricsLog
 
 __all__ = ["QosoraTrainer", "Recorder", "peak_memory_bytes"]
@@ -47,6 +48,7 @@ class QosoraTrainer(SFTTrainer):
     def __init__(self, *, eval_examples: Sequence[Example], save_embeddings: bool = False, **kwargs: Any) -> None:
         self.eval_examples, self.save_embeddings = eval_examples, save_embeddings
         super().__init__(**kwargs)
+        self._panel = panel_of(self.model)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Build the optimizer, which moves the vectors: what is offloaded must not take them for activations."""
@@ -63,6 +65,11 @@ class QosoraTrainer(SFTTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return SFTTrainer's loss, of smaller parts of the vocabulary where the head decodes each."""
+        with loss_chunks(self._panel):
+            return super().compute_loss(*args, **kwargs)
 
     def take_up_finished(self, checkpoint: Path) -> bool:
         """Take the vectors and the state of a checkpoint after the run's last step; return False where it is earlier.

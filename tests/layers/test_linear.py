@@ -95,7 +95,7 @@ class TestStorage:
         layer = build(70, 50, 8, bias=bias, double_quant=double_quant)
         other = QosoraLinear(70, 50, bias, rank=8, double_quant=double_quant)
         state = layer.state_dict()
-        assert set(state) == set(QosoraLinear.state_of(layer.factors)) | ({"bias"} if bias else set())
+        assert set(state) == set(layer.state_of(layer.factors)) | ({"bias"} if bias else set())
         for assign in (False, True):
             other.load_state_dict(copy.deepcopy(state), assign=assign)
             loaded = other.state_dict()

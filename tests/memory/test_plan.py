@@ -159,7 +159,7 @@ def test_a_base_brings_its_rank(tmp_path: Path):
     base = make_base(tmp_path / "base", config=QosoraConfig(rank=4))
     found = plan(base, seq_len=32, grid=False, compare=False)
     assert found.rank == 4
-    with pytest.raises(ConfigError, match="decomposed at rank 4, so rank 8"):
+    with pytest.raises(ConfigError, match="decomposed with rank 4, so rank 8"):
         plan(base, rank=8, seq_len=32)
 
 
