@@ -31,7 +31,7 @@ from vocabulary import cut_model, cut_tokenizer
 from qosora.config import QosoraConfig
 from qosora.decompose import SCALES, nf4
 from qosora.decompose.scales import column_scale
-from qosora.layers import qosora_modules
+from qosora.layers import VocabularyMatrix, qosora_modules
 
 QUESTION = "How far is an untrained base from the unquantized model?"
 
@@ -128,14 +128,27 @@ class Start:
                 stored, numel = stored + nbytes, numel + module.weight.numel()
         return model, 8 * stored / numel
 
-    def base(self, draw: int, rank: int, scale: str | None) -> tuple[PreTrainedModel, float]:
+    def base(
+        self, draw: int, rank: int, scale: str | None, embeddings: str | None = None
+    ) -> tuple[PreTrainedModel, float]:
         """Decompose the weights."""
         calibration = self.calibration if scale == "calibrated" else None
-        config = QosoraConfig(rank=rank, scale=scale, calibration=calibration, seed=draw)
+        config = QosoraConfig(rank=rank, scale=scale, calibration=calibration, seed=draw, embeddings=embeddings)
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, quantization_config=config)
-        layers = qosora_modules(model).values()
+        layers = [layer for layer in qosora_modules(model).values() if not isinstance(layer, VocabularyMatrix)]
         stored = sum(layer.factors.nbytes for layer in layers)
         return model, 8 * stored / sum(layer.in_features * layer.out_features for layer in layers)
+
+    def quantized_embeddings(self, draw: int, rank: int, kind: str) -> tuple[PreTrainedModel, float]:
+        """Decompose the weights, and quantize the embeddings as they are: to NF4, or to int8 with a scale a row."""
+        model, bits = self.base(draw, rank, "columns")
+        weight = model.get_input_embeddings().weight.data
+        if kind == "nf4":
+            weight.copy_(nf4.dequantize(nf4.quantize(weight.roll(16 * draw, 1))).roll(-16 * draw, 1))
+        else:
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            weight.copy_((weight / scale).round() * scale)
+        return model, bits
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Start:
@@ -171,7 +184,14 @@ def stages(args: argparse.Namespace, start: Start) -> Mapping[str, Callable[[], 
         for rank in args.ranks
         for scale in (None, *SCALES)
     }
-    return {name: partial(start.over_draws, made) for name, made in rivals.items()}
+    rank = max(args.ranks)
+    rivals[f"qosora_r{rank}_columns_embeddings_4bit"] = partial(
+        start.base, rank=rank, scale="columns", embeddings="4bit"
+    )
+    for kind in ("nf4", "int8"):
+        made = partial(start.quantized_embeddings, rank=rank, kind=kind)
+        rivals[f"qosora_r{rank}_columns_embeddings_plain_{kind}"] = made
+    return {name: partial(start.over_draws, made) for name, made in rivals.items() if name in (args.only or rivals)}
 
 
 def parse() -> argparse.Namespace:
@@ -182,6 +202,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data-dir", required=True, help="folder with gsm8k/ and openbookqa/")
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument("--resume", action="store_true", help="keep the stages that the output holds")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="stages to run (default: all)")
     parser.add_argument("--texts", type=int, default=24, help="of each kind")
     parser.add_argument("--tokens", type=int, default=96, help="of each text, at most")
     parser.add_argument("--draws", type=int, default=3, help="of rounding errors")
@@ -192,7 +213,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run the benchmark."""
     args = parse()
-    hidden = ("model", "model_name", "data_dir", "output", "resume")
+    hidden = ("model", "model_name", "data_dir", "output", "resume", "only")
     config: dict[str, Any] = {"model": args.model_name or Path(args.model).name, "data": "GSM8K, OpenBookQA"}
     config |= {name: value for name, value in vars(args).items() if name not in hidden}
     record = Record(args.output, "start", QUESTION, config, args.resume)
