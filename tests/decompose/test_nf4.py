@@ -362,3 +362,23 @@ def test_cuda(dtype: torch.dtype, double_quant: bool):
             exact, magnitude = x.double() @ W.T, x.double().abs() @ W.abs().T
             # W rounded to the dtype, and one more rounding of the result; a kernel may round partial sums, too.
             assert ((nf4.matmul(x, q).double() - exact).abs() <= 2 * torch.finfo(dtype).eps * magnitude + 1e-6).all()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_rows_and_columns_are_those_of_the_whole(quant_type: str, double_quant: bool, seed: int):
+    """Over more blocks than share a scale of absmax values, 256."""
+    q = quantize(random((300, 64), seed), quant_type=quant_type, blocksize=32, double_quant=double_quant)
+    whole = dequantize(q)
+    ids = torch.randint(300, (50,), generator=torch.Generator().manual_seed(seed))
+    for index in (ids, slice(None), slice(7, 100), slice(299, 300), ids[:0]):
+        for dtype in DTYPES:
+            got = nf4.rows(q, index, dtype)
+            assert torch.equal(got, dequantize(q, dtype)[index])
+            assert got.dtype == dtype
+    odd = quantize(random((7, 45), seed), quant_type=quant_type, blocksize=32, double_quant=double_quant)
+    for index in (torch.tensor([44, 0, 3, 3]), slice(None), slice(1, 30)):
+        assert torch.equal(nf4.columns(odd, index), dequantize(odd)[:, index])
+    with pytest.raises(ValueError, match="rows of 45 values are no whole blocks of 32"):
+        nf4.rows(odd, slice(None))
+    assert whole.shape == (300, 64)

@@ -17,6 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from qosora.cli import main
 from qosora.config import QosoraConfig
 from qosora.errors import ConfigError, DataError
+from qosora.layers import vocabulary
 from qosora.memory import step
 from qosora.memory.predict import StepOptions
 from qosora.memory.profile import profile, random_model
@@ -61,6 +62,21 @@ def test_planned_equals_measured_with_options(bases: dict[str, Path], options: d
     found = profile(bases["llama"], **{"batch_size": 2, "seq_len": 48, "steps": 1, **options})
     assert found.planned is not None
     assert found.planned.phases == pytest.approx(found.live.phases, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the CPU")
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": False}, {"chunked_loss": False}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
+def test_planned_equals_measured_with_embeddings_in_4_bits(
+    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vocabulary, "PANEL", 200)
+    monkeypatch.setattr(vocabulary, "MERGED", 64)
+    base = make_base(tmp_path, name, QosoraConfig(rank=8, blocksize=32, embeddings="4bit"), vocab_size=700)
+    found = profile(base, batch_size=2, seq_len=32, steps=1, precision="fp32", **options)
+    assert found.planned is not None
+    assert found.planned.rows == found.live.rows
+    assert found.live.phases == found.planned.phases
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the CPU")
