@@ -23,7 +23,7 @@ from qosora.cli import main as qosora
 __all__ = ["Child", "start", "warm"]
 
 #: Seconds after which a command hangs.
-PATIENCE = 30
+PATIENCE = 150
 
 
 @dataclass(frozen=True)
