@@ -84,6 +84,25 @@ def _spread(values: list[float]) -> str:
     return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
+def embeddings(found: dict[str, Any], file: str) -> str:
+    """Return the table of what quantized embeddings do, with its conditions."""
+    results, config = found["results"], found["config"]
+    prefix = f"qosora_r{config['ranks'][0]}_columns"
+    names = {
+        prefix: "16 bits",
+        f"{prefix}_embeddings_4bit": "`--embeddings 4bit`",
+        f"{prefix}_embeddings_plain_nf4": "NF4 as they are",
+        f"{prefix}_embeddings_plain_int8": "int8, a scale a row",
+    }
+    kinds = ("gsm8k", "openbookqa")
+    rows = [[text, *(_spread(results[name][kind]["kl_divergence"]) for kind in kinds)] for name, text in names.items()]
+    note = (
+        f"The same divergences of bases at r = {config['ranks'][0]} whose embeddings, which are the output layer, too, "
+        f"are stored in different ways. {conditions(found, file, 'torch', 'transformers', 'bitsandbytes')}"
+    )
+    return table(["embeddings", "GSM8K", "OpenBookQA"], rows, note)
+
+
 def export(found: dict[str, Any], file: str) -> str:
     """Return the table of losses of one adapter as it leaves in different ways."""
     stage, config = found["results"]["gsm8k"], found["config"]
@@ -152,6 +171,28 @@ def memory(found: dict[str, Any], file: str) -> str:
     return table(["", "qosora", "QLoRA", "ratio"], rows, note)
 
 
+def plans(found: dict[str, Any], file: str) -> str:
+    """Return the table of planned totals, with its conditions."""
+    cards, offloading = (8, 12, 16, 24, 48, 80), ("qlora_offloading", "embeddings_4bit_offloading")
+    rows = []
+    for name, result in found["results"].items():
+        model, _, tokens = name.rpartition("_")
+        peaks = [result[way]["tensors"] for way in ("qlora", "qosora", "embeddings_4bit")]
+        fits = [next((c for c in cards if result[way]["in_all"] <= c * 2**30), None) for way in offloading]
+        words = ["more than 80 GB" if card is None else f"{card} GB" for card in fits]
+        rows.append([f"{model}, {tokens} tokens", *map(gib, peaks), f"{peaks[2] / peaks[0]:.2f}", *words])
+    head = ["", "QLoRA", "qosora", "`--embeddings 4bit`", "its ratio", "card for QLoRA", "for qosora"]
+    config = found["config"]
+    note = (
+        "Tensors at the peak of a step as planned, batch size 1, checkpointed, "
+        f"qosora at r = {config['rank']} and PEFT's LoRA at r = {config['lora_rank']} on NF4. "
+        f"The cards are the smallest of {', '.join(map(str, cards))} GB that hold such a step in all, "
+        "both with activation offloading, qosora with embeddings in 4 bits. "
+        f"{conditions(found, file, *QLORA)}"
+    )
+    return table(head, rows, note)
+
+
 def _worst_plan(results: dict[str, Any]) -> float:
     """Return the largest relative difference of plan and measurement."""
     measured = [result for name, result in results.items() if name.startswith("measured")]
@@ -181,9 +222,11 @@ def _last(losses: dict[str, float]) -> float:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any], str], str]]] = {
     "gsm8k": ("gsm8k_gemma3_270m.json", gsm8k),
     "start": ("start_gemma3_270m.json", start),
+    "embeddings": ("start_embeddings_gemma3_270m.json", embeddings),
     "export": ("export_gemma3_270m.json", export),
     "convert": ("convert_llama2_7b.json", convert),
     "memory": ("memory_cpu.json", memory),
+    "plans": ("plans.json", plans),
     "layer_step": ("layer_step_cpu.json", layer_step),
     "train_step": ("train_step_cpu.json", train_step),
     "optimizer_step": ("optimizer_step_cpu.json", optimizer_step),

@@ -367,7 +367,10 @@ class _Planner:
         memory = self.card.memory_bytes or 0
         found = []
         for change, step, storage, other in self._changes(batch):
-            planner = self if step == self.step and storage is self.storage else self._other(step, storage)
+            try:
+                planner = self if step == self.step and storage is self.storage else self._other(step, storage)
+            except ConfigError:  # as of embeddings that cannot be decomposed
+                continue
             total = planner.usage(other).total_bytes
             if total < usage.total_bytes:
                 found.append(Advice(change, usage.total_bytes - total, total, total <= memory))

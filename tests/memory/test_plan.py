@@ -149,6 +149,7 @@ def test_advice_says_what_each_change_saves(tiny: Path):
     assert found.verdict == "no"
     changes = {advice.change.split()[0]: advice for advice in found.advice}
     assert {"--gradient-checkpointing", "--batch-size", "--seq-len", "--activation-offloading"} <= changes.keys()
+    assert "--embeddings" in changes
     for advice in found.advice:
         assert advice.total_bytes + advice.saved_bytes == found.usage.total_bytes
         assert advice.fits == (advice.total_bytes <= 540 * 2**20)
