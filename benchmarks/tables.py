@@ -98,7 +98,8 @@ def embeddings(found: dict[str, Any], file: str) -> str:
     rows = [[text, *(_spread(results[name][kind]["kl_divergence"]) for kind in kinds)] for name, text in names.items()]
     note = (
         f"The same divergences of bases at r = {config['ranks'][0]} whose embeddings, which are the output layer, too, "
-        f"are stored in different ways. {conditions(found, file, 'torch', 'transformers', 'bitsandbytes')}"
+        f"are stored in different ways, cut to these texts' tokens. "
+        f"{conditions(found, file, 'torch', 'transformers', 'bitsandbytes')}"
     )
     return table(["embeddings", "GSM8K", "OpenBookQA"], rows, note)
 

@@ -183,6 +183,8 @@ def _run(trainer: QosoraTrainer, run: Run) -> tuple[tuple[float | None, ...], in
     if trainer.eval_examples:
         before = evaluations[0]["eval_loss"] if evaluations else trainer.evaluate()["eval_loss"]
     if checkpoint is None or not trainer.take_up_finished(checkpoint):
+        if torch.cuda.is_available() and not run.config.packing:  # packed ones are of one length
+            trainer.try_longest_batch(run.data.examples)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_examples:
         last = [line for line in folder.metrics.read() if "eval_loss" in line][-1]

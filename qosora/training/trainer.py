@@ -23,7 +23,7 @@ from trl import SFTTrainer
 
 from qosora.checkpoints import ADAPTER_STEM
 from qosora.compat.trl import know_parameters_again, loss_chunks
-from qosora.data import Example
+from qosora.data import Example, padded_batch
 from qosora.errors import QosoraError
 from qosora.inference import mean_loss, perplexity
 from qosora.layers import panel_of
@@ -70,6 +70,24 @@ class QosoraTrainer(SFTTrainer):
         """Return SFTTrainer's loss, of smaller parts of the vocabulary where the head decodes each."""
         with loss_chunks(self._panel):
             return super().compute_loss(*args, **kwargs)
+
+    def try_longest_batch(self, examples: Sequence[Example]) -> None:
+        """Compute the gradients of the longest examples, and drop them: if memory is to run out, it does so here.
+
+        Neither the vectors nor random numbers change, so the run is as without it.
+        """
+        args = self.args
+        longest = sorted(examples, key=lambda e: -len(e.input_ids))[: args.per_device_train_batch_size]
+        batch = {name: tensor.to(args.device) for name, tensor in padded_batch(longest).items()}
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        mixed = torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16)
+        self.model.train()
+        on_gpu = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(on_gpu), self.maybe_activation_offload_context:
+            with mixed, loss_chunks(self._panel):
+                outputs = self.model(**batch, use_cache=False, fused_lm_head=True)
+            outputs.log_probs.sum().backward()
+        self.model.zero_grad()
 
     def take_up_finished(self, checkpoint: Path) -> bool:
         """Take the vectors and the state of a checkpoint after the run's last step; return False where it is earlier.

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import sums
-from training_runs import config, metrics, names_in
+from tiny import assert_same_tensors, make_tokenizer, sums
+from training_runs import RUN, config, metrics, names_in
 
+from qosora.data import load_records, tokenize
 from qosora.errors import QosoraError
 from qosora.training.run import TrainResult, train
 from qosora.training.run_folder import MetricsLog
-from qosora.training.trainer import Recorder, peak_memory_bytes
+from qosora.training.trainer import QosoraTrainer, Recorder, peak_memory_bytes
 
 
 def test_a_checkpoint_is_vectors_and_states_alone(place: Path, run: TrainResult):
@@ -50,6 +51,30 @@ def test_a_run_says_little(place: Path, tmp_path: Path, capfd: pytest.CaptureFix
     assert "loss 5." in lines[-1]
     assert "tokens/s" in lines[-1]
     assert "GiB" in lines[-1]
+
+
+def test_trying_the_longest_batch_changes_nothing(
+    place: Path, run: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    own, lengths = QosoraTrainer.train, []
+
+    def tried_first(self: QosoraTrainer, **options: Any) -> Any:
+        examples = tokenize(load_records(place / "train.jsonl"), make_tokenizer(), max_length=1024).examples
+        self.model.get_base_model().get_input_embeddings().register_forward_pre_hook(
+            lambda _, args: lengths.append(args[0].shape)
+        )
+        self.try_longest_batch(examples)
+        assert lengths == [(self.args.per_device_train_batch_size, max(len(e.input_ids) for e in examples))]
+        assert all(p.grad is None for p in self.model.parameters())
+        return own(self, **options)
+
+    monkeypatch.setattr(QosoraTrainer, "train", tried_first)
+    again = train(config(place, tmp_path / "run", **RUN, eval_data=str(place / "test.jsonl")))
+    assert again.train_loss == run.train_loss
+    assert_same_tensors(*(load_file(f / "adapter_model.safetensors") for f in (tmp_path / "run", place / "run")))
+    kept = ("step", "loss", "grad_norm", "mean_token_accuracy", "entropy", "tokens")
+    mine, other = ([{k: line.get(k) for k in kept} for line in metrics(f)] for f in (tmp_path / "run", place / "run"))
+    assert mine == other
 
 
 def test_a_run_that_diverges_stops(place: Path, tmp_path: Path):
