@@ -289,21 +289,29 @@ def rows(q: FourBitTensor, index: slice | torch.Tensor, dtype: torch.dtype = tor
         q: Of two dimensions.
         index: A slice without a step, or int64 numbers, (rows,).
         dtype: float32, float16 or bfloat16.
+
+    Raises:
+        IndexError: On a CPU: a number is none of a row's. On a GPU an assertion of the device fails.
     """
     height, width = q.shape
     if width % q.blocksize:
         raise ValueError(f"rows of {width} values are no whole blocks of {q.blocksize}")
-    packed, absmax = q.packed.view(height, -1)[index], q.absmax.view(height, -1)[index]
+    packed, absmax = _taken(q.packed.view(height, -1), index), _taken(q.absmax.view(height, -1), index)
     part = replace(
         q, packed=packed.reshape(-1), absmax=absmax.reshape(-1), absmax_scale=None, absmax_offset=None,
         shape=(len(packed), width),
     )  # fmt: skip
     if q.absmax_scale is not None and q.absmax_offset is not None:
-        blocks = torch.arange(len(q.absmax), device=absmax.device).view(height, -1)[index].reshape(-1)
+        blocks = _taken(torch.arange(len(q.absmax), device=absmax.device).view(height, -1), index).reshape(-1)
         decoded = absmax_code(absmax.device)[part.absmax.int()]
         scale = q.absmax_scale[blocks.div(ABSMAX_BLOCKSIZE, rounding_mode="floor")]
         part = replace(part, absmax=decoded.mul_(scale).add_(q.absmax_offset))
     return dequantize(part, dtype)
+
+
+def _taken(matrix: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
+    """Return some rows; unlike `matrix[index]`, negative numbers are refused as an embedding refuses them."""
+    return matrix[index] if isinstance(index, slice) else matrix.index_select(0, index)
 
 
 def columns(q: FourBitTensor, index: slice | torch.Tensor) -> torch.Tensor:

@@ -75,8 +75,8 @@ class VocabularyMatrix(QosoraLinear):
         return matrix
 
     def _merged(self, factors: Factors, V: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
-        U = nf4.columns(factors.U, index).mul_(self.s[:, None]).mul_(self.o[index])
-        matrix = nf4.rows(factors.residual, index).addmm_(U.T, V)
+        matrix = nf4.rows(factors.residual, index)  # first: it refuses numbers of no row
+        matrix.addmm_(nf4.columns(factors.U, index).mul_(self.s[:, None]).mul_(self.o[index]).T, V)
         return matrix if self.c is None else matrix.mul_(self.c)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -208,9 +208,9 @@ class QosoraEmbedding(_OfVocabulary, nn.Embedding):  # type: ignore[misc]
         return self.get_submodule(STORE)  # type: ignore[return-value]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the tokens' embeddings, (..., hidden_size). input: token ids, (...)."""
+        """Return the tokens' embeddings, (..., hidden_size), of ids (...); others are refused as by any embedding."""
         matrix = self.matrix
-        return matrix.rows(input.reshape(-1), self.like.dtype).view(*input.shape, matrix.in_features)
+        return matrix.rows(input.reshape(-1).long(), self.like.dtype).view(*input.shape, matrix.in_features)
 
 
 @cache

@@ -87,6 +87,16 @@ def test_rows_are_those_of_the_whole_matrix(double_quant: bool, has_scale: bool)
             torch.testing.assert_close(got, made.rows(index, torch.float32).to(dtype), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("token", [-1, TOKENS, -100])
+def test_ids_of_no_token_are_refused(token: int):
+    embedding, _ = pair()
+    ids = torch.tensor([[3, token]])
+    for module in (nn.Embedding(TOKENS, HIDDEN), embedding):
+        with pytest.raises(IndexError):
+            module(ids)
+    assert torch.equal(embedding(torch.tensor([3], dtype=torch.int32)), embedding(torch.tensor([3])))
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 30), (70,)], ids=str)
 def test_logits_and_their_gradient(shape: tuple[int, ...]):
     made = matrix()
