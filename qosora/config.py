@@ -195,13 +195,10 @@ class QosoraConfig(QuantizationConfigMixin):
         options = super().to_dict()
         apart = options.pop("stacks_apart")
         options.pop("calibration")
-        version = formats.BASE_WITHOUT_STACKS
-        if self.embeddings is None:
-            options.pop("embeddings")
-            version = formats.BASE_WITHOUT_EMBEDDINGS if apart else version
-        else:
-            version = formats.BASE
-        return {**options, "format_version": version}
+        if self.embeddings is not None:
+            return {**options, "format_version": formats.BASE}
+        options.pop("embeddings")
+        return {**options, "format_version": formats.BASE_WITHOUT_EMBEDDINGS if apart else formats.BASE_WITHOUT_STACKS}
 
     def storage_options(self) -> dict[str, Any]:
         """Return the options of the 4-bit format: those that `nf4.quantize` takes."""

@@ -43,7 +43,7 @@ from qosora.compat.transformers import forget_tie, unexpected_tensors
 from qosora.config import QosoraConfig
 from qosora.decompose import factorize_with_report
 from qosora.errors import CheckpointError, ConfigError
-from qosora.layers import QosoraLinear, VocabularyMatrix, layers_on_disk
+from qosora.layers import QosoraLinear, layers_on_disk
 from qosora.places import published_name
 
 __all__ = ["ConversionReport", "LayerReport", "by_kind", "quantize"]
@@ -177,13 +177,8 @@ def quantize(
             calibration = {"calibration": {"tokens": rows.numel(), "sha256": rows_digest(rows)}}
 
             def before(file: Path) -> None:
-                names = [
-                    name.removesuffix(".weight")
-                    for name, module in conversion.layers.items()
-                    if not isinstance(module, VocabularyMatrix)
-                ]
                 conversion.moments = second_moments(
-                    checkpoint, rows, names, device=device, file=file, trust_remote_code=trust_remote_code
+                    checkpoint, rows, conversion.linears, device=device, file=file, trust_remote_code=trust_remote_code
                 )
 
         def finish(folder: Path, reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -242,6 +237,7 @@ class _Conversion:
     Attributes:
         config: Of the base that is made.
         layers: The decomposed layers, by the name of their weight in the model.
+        linears: Names of those of them that are no embeddings or output layer.
         moments: With a calibrated scale, of their inputs, by their names.
         tensors: What to read, in order: name on disk -> name in the model. Names on disk stay.
     """
@@ -262,6 +258,7 @@ class _Conversion:
         self.config.architectures = [self.plain.class_name]
         self.config.quantization_config = storage
         self.layers: dict[str, QosoraLinear] = {}
+        self.linears: list[str] = []
         self.tensors: dict[str, str] = {}
         self.moments: dict[str, torch.Tensor] = {}
 
@@ -309,7 +306,7 @@ class _Conversion:
                     )
                     self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
                     forget_tie(self.plain.model, name)
-        decompose_structure(self.plain.model, self.storage, stacks=True)
+        self.linears = decompose_structure(self.plain.model, self.storage, stacks=True)
         self.layers = {f"{name}.weight": module for name, module in layers_on_disk(self.plain.model).items()}
 
     def _is_copy(self, disk: str, partner: str) -> bool:
