@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["device_type", "planning_for"]
+__all__ = ["autocast_dtype", "device_type", "planning_for"]
 
 #: What tensors on the meta device stand for.
 _planned = "meta"
@@ -16,6 +16,13 @@ _planned = "meta"
 def device_type(tensor: torch.Tensor) -> str:
     """Return "cuda", "cpu" or the like: where a tensor is, or where the one is that it stands for."""
     return _planned if tensor.is_meta else tensor.device.type
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """Return the dtype of products where autocast is on for a tensor's device, or None."""
+    device = tensor.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from qosora.compat.torch import own_parameters
 from qosora.decompose import Factors, nf4, parts, reconstruct
 from qosora.errors import QosoraError
 from qosora.layers import ops
+from qosora.layers.device import autocast_dtype
 from qosora.layers.kept import KEPT_ROWS, Kept
 from qosora.layers.product import osora_product, scaled
 
@@ -133,11 +134,8 @@ class QosoraLinear(nn.Module):
         """
         if self.weight.is_meta and not x.is_meta:
             raise QosoraError("the base's weights are not in memory: load it whole on one device, not offloaded")
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            out_dtype = dtype = torch.get_autocast_dtype(device)
-        else:
-            out_dtype, dtype = x.dtype, self.compute_dtype or x.dtype
+        autocast = autocast_dtype(x)
+        out_dtype, dtype = autocast or x.dtype, autocast or self.compute_dtype or x.dtype
         rows = x.reshape(-1, self.in_features)
         rows = rows.to(dtype) if self.c is None else scaled(rows, self.c, dtype)
         bias = None if self.bias is None else self.bias.to(dtype)

@@ -23,6 +23,7 @@ from qosora.compat.transformers import remember_ties
 from qosora.decompose import Factors, nf4
 from qosora.errors import QosoraError
 from qosora.layers import ops
+from qosora.layers.device import autocast_dtype
 from qosora.layers.kept import KEPT_ROWS
 from qosora.layers.linear import QosoraLinear, qosora_modules
 
@@ -84,9 +85,7 @@ class VocabularyMatrix(QosoraLinear):
         graph = torch.is_grad_enabled() and x.requires_grad
         if not graph and x.numel() <= KEPT_ROWS * self.in_features:
             return self(x)
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        dtype = autocast_dtype(x) or x.dtype
         y: torch.Tensor = _Logits.apply(x.reshape(-1, self.in_features).to(dtype), self)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], self.out_features)
 
