@@ -85,47 +85,87 @@ class FlatBuffer:
     """Parameters of one group, dtype and device as one flat tensor, and bitsandbytes' optimizer for it."""
 
     def __init__(self, params: list[nn.Parameter], names: list[str], group_index: int, kind: Kind) -> None:
-        self.params, self.names, self.group_index = params, names, group_index
-        self.grad: Tensor | None = None  # None: a large parameter alone, which keeps its own gradient
-        self.grad_views: list[Tensor] = []
-        with launching(params[0]):
-            if len(params) == 1 and params[0].numel() >= PAGED_NUMEL:
-                params[0].data = params[0].data.contiguous()  # bitsandbytes would rebind it at the first step
-                self.flat: Tensor = params[0]
-            else:
-                self.flat = self._flatten()
-            self.addresses = [p.data_ptr() for p in params]
-            # The options are set before every update, from the group that schedulers write to.
-            self.inner = kind.cls([self.flat], optim_bits=kind.bits, is_paged=not why_unpaged(self.flat.device))
+        self.params, self.names, self.group_index, self.kind = params, names, group_index, kind
+        self._build()
 
     @torch.no_grad()
+    def _build(self) -> None:
+        """Make the buffer where the parameters are, and bitsandbytes' optimizer for it."""
+        self.grad: Tensor | None = None  # None: a large parameter alone, which keeps its own gradient
+        self.grad_views: list[Tensor] = []
+        first = self.params[0]
+        with launching(first):
+            if len(self.params) == 1 and first.numel() >= PAGED_NUMEL:
+                first.data = first.data.contiguous()  # bitsandbytes would rebind it at the first step
+                self.flat: Tensor = first
+                self.windows: list[Tensor] = [first.data]
+            else:
+                self.flat = self._flatten()
+            # The options are set before every update, from the group that schedulers write to.
+            self.inner = self.kind.cls([self.flat], optim_bits=self.kind.bits, is_paged=not why_unpaged(first.device))
+
+    def _views(self, buffer: Tensor) -> list[Tensor]:
+        """Return the part of a flat tensor that is each parameter's, in its shape."""
+        parts = zip(self.params, torch.split(buffer, self._lengths()), strict=True)
+        return [part[: p.numel()].view(p.shape) for p, part in parts]
+
+    def _lengths(self) -> list[int]:
+        return [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self.params]
+
     def _flatten(self) -> Tensor:
         """Copy the parameters into one buffer and rebind their data and gradients to it."""
-        lengths = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self.params]
-        flat = torch.zeros(sum(lengths), dtype=self.params[0].dtype, device=self.params[0].device)
+        flat = torch.zeros(sum(self._lengths()), dtype=self.params[0].dtype, device=self.params[0].device)
         flat.grad = self.grad = torch.zeros_like(flat)
-        for p, part, grad in zip(self.params, torch.split(flat, lengths), torch.split(self.grad, lengths), strict=True):
-            window = from_dlpack(part[: p.numel()]).view(p.shape)
-            window.copy_(p)
-            p.data = window
-            self.grad_views.append(grad[: p.numel()].view(p.shape))
+        self.windows = [from_dlpack(window) for window in self._views(flat)]
+        self.grad_views = self._views(self.grad)
+        self._rebind(self.params, self.windows)
         self.gather()
         return flat
 
-    def check(self) -> None:
-        """Raise QosoraError where a parameter is no longer the memory that the updates go to, or is frozen."""
-        for p, name, address in zip(self.params, self.names, self.addresses, strict=True):
-            if p.data_ptr() != address or p.device != self.flat.device or p.dtype != self.flat.dtype:
-                raise QosoraError(
-                    f"{name} was moved after the optimizer was built ({self.flat.dtype} on {self.flat.device} "
-                    f"then, {p.dtype} on {p.device} now), so updates would not reach it. Call .to(), .half() and "
-                    "the like before building the optimizer, and build one optimizer per set of parameters"
-                )
+    @staticmethod
+    def _rebind(params: list[nn.Parameter], windows: list[Tensor]) -> None:
+        """Make parameters windows of the buffer, with the values that they have."""
+        foreach_copy_(windows, [p.data for p in params])
+        for p, window in zip(params, windows, strict=True):
+            p.data = window
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Take parameters back into the buffer that were copied out of it, with the values that they have now.
+
+        `.to(device)` and the wrappers for several processes do that after the optimizer was built.
+
+        Raises:
+            QosoraError: A parameter is frozen, was cast, or has left the device after the first step.
+        """
+        for p, name in zip(self.params, self.names, strict=True):
             if not p.requires_grad:
                 raise QosoraError(
                     f"{name} was frozen after the optimizer was built, and would still be moved by its momentum. "
                     "Unfreeze it before step(), or build a new optimizer from the parameters that train now"
                 )
+        moved = [i for i, p in enumerate(self.params) if p.data_ptr() != self.windows[i].data_ptr()]
+        if not moved:
+            return
+        first, flat = self.params[0], self.windows[0]  # a large parameter alone is `self.flat`, and has gone itself
+        kinds = {(p.dtype, p.device) for p in self.params}
+        if kinds == {(flat.dtype, flat.device)}:
+            if self.flat is first:
+                first.data = first.data.contiguous()
+                self.windows = [first.data]
+            else:
+                self._rebind([self.params[i] for i in moved], [self.windows[i] for i in moved])
+                if self.grad is not None:
+                    self.grad_views = self._views(self.grad)  # `.to` rebinds the data of these, too
+        elif len(kinds) == 1 and first.dtype == flat.dtype and not self.tensors():
+            self._build()
+        else:
+            name, p = self.names[moved[0]], self.params[moved[0]]
+            raise QosoraError(
+                f"{name} was moved after the optimizer was built ({flat.dtype} on {flat.device} then, {p.dtype} on "
+                f"{p.device} now), so updates would not reach it. Call .to(), .half() and the like before building the "
+                "optimizer"
+            )
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -144,7 +184,7 @@ class FlatBuffer:
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Zero the flat gradient in place and bind every p.grad to it again."""
-        self.check()
+        self.adopt()
         if self.grad is not None:
             for p, view in zip(self.params, self.grad_views, strict=True):
                 p.grad = view

@@ -114,14 +114,14 @@ class PackedPagedOptimizer(torch.optim.Optimizer):
             closure: Reevaluates the model and returns the loss, as for any torch optimizer.
 
         Raises:
-            QosoraError: A parameter was moved, cast or frozen after the optimizer was built.
+            QosoraError: A parameter was cast or frozen after the optimizer was built, or moved after its first step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for buffer in self.buffers:  # all before the first update: an error leaves no half-done step
-            buffer.check()
+            buffer.adopt()
         for buffer in self.buffers:
             buffer.update(self.param_groups[buffer.group_index])
         return loss
