@@ -5,7 +5,8 @@
     ├── DataError(ValueError)         training or evaluation data that cannot be used
     ├── CheckpointError(ValueError)   a model folder, shard or tensor that is missing, damaged or unsuitable
     ├── FingerprintError(ValueError)  an adapter and a base that do not belong together
-    └── DependencyError               another package, of a version that qosora does not work with
+    ├── DependencyError               another package, of a version that qosora does not work with
+    └── EndedElsewhere                another process of the same run failed, and says why
 
 Every message says what must hold, what was got and what to do, and names the module, tensor, file, line or key.
 The command line prints the message alone and exits with 1 (`ConfigError`: 2); a traceback from it is a bug.
@@ -17,8 +18,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 __all__ = [
-    "CheckpointError", "ConfigError", "DataError", "DependencyError", "FingerprintError", "QosoraError", "first_line",
-    "near_miss",
+    "CheckpointError", "ConfigError", "DataError", "DependencyError", "EndedElsewhere", "FingerprintError",
+    "QosoraError", "first_line", "near_miss",
 ]  # fmt: skip
 
 
@@ -53,6 +54,10 @@ class FingerprintError(QosoraError, ValueError):
 
 class DependencyError(QosoraError):
     """Another package has a version that qosora does not work with; the message says which do."""
+
+
+class EndedElsewhere(QosoraError):
+    """Another process of the same run failed, and says why; the command line prints nothing of this one."""
 
 
 def first_line(error: BaseException) -> str:

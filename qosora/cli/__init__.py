@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import qosora
 from qosora.cli import demo, doctor, evaluate, export, generate, inspect, plan, profile, quantize, train, verify
 from qosora.cli.output import escaped
-from qosora.errors import ConfigError, QosoraError, first_line
+from qosora.errors import ConfigError, EndedElsewhere, QosoraError, first_line
 
 __all__ = ["main"]
 
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_messages(args.verbose, downloads=args.name == quantize.NAME)
     try:
         args.run(args)
+    except EndedElsewhere:
+        return 1
     except (QosoraError, OSError) as error:  # the latter of files, each with its name
         if args.verbose:
             raise
@@ -106,7 +108,8 @@ def _set_up_messages(verbose: bool, downloads: bool) -> None:
     handler.setFormatter(_Escaped("qosora: %(message)s"))
     logger = logging.getLogger("qosora")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    # The processes of a run that `accelerate launch` or torchrun began say the same; one is enough
+    logger.setLevel(logging.ERROR if os.environ.get("RANK", "0") != "0" else logging.INFO)
     logger.propagate = False
     if not verbose:
         warnings.simplefilter("ignore")

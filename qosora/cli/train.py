@@ -13,7 +13,7 @@ from typing import Any
 
 from qosora.cli.options import add_json
 from qosora.cli.output import escaped, print_json
-from qosora.errors import ConfigError
+from qosora.errors import ConfigError, EndedElsewhere
 from qosora.training import TrainConfig
 
 NAME = "train"
@@ -78,7 +78,13 @@ def run(args: argparse.Namespace) -> None:
         given["sft"] = {name: yaml.safe_load(value) for name, _, value in pairs}
     if args.json:
         given["progress"] = False
-    config = TrainConfig.load(args.config, given)
+    first = os.environ.get("RANK", "0") == "0"  # or one of several processes, which find the same
+    try:
+        config = TrainConfig.load(args.config, given)
+    except ConfigError as error:
+        if first:
+            raise
+        raise EndedElsewhere(str(error)) from error
 
     if args.dry_run:
         look(config, args.gpu, as_json=args.json)
@@ -86,9 +92,12 @@ def run(args: argparse.Namespace) -> None:
     if args.gpu:
         raise ConfigError("--gpu names a card to plan for with --dry-run; CUDA_VISIBLE_DEVICES chooses where to train")
 
-    from qosora.training import train
+    from qosora.training import Processes, train
 
     result = train(config)
+    Processes.leave()
+    if not first:
+        return
     if args.json:
         print_json(result.to_dict())
         return

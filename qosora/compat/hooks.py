@@ -54,6 +54,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
     ),
     "qosora.training.trainer.QosoraTrainer": (
         "transformers.Trainer._save(output_dir, state_dict)",
+        "transformers.Trainer._get_train_sampler(train_dataset)",
         "trl.SFTTrainer.create_model_card",
     ),
 }

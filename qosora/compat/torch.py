@@ -87,6 +87,13 @@ def allow_recompiles(count: int) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
 
 
+def says_peer_is_gone(error: BaseException) -> bool:
+    """Say whether an error of a collective operation is that another process does not answer."""
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+
+
 # An operator as a dispatch mode gets it, `torch.ops.aten.add.Tensor`, knows its schema.
 
 

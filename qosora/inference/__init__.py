@@ -14,6 +14,7 @@ from qosora._lazy import door
 
 if TYPE_CHECKING:
     from qosora.inference.evaluation import EvalResult as EvalResult
+    from qosora.inference.evaluation import batch_losses as batch_losses
     from qosora.inference.evaluation import evaluate as evaluate
     from qosora.inference.evaluation import mean_loss as mean_loss
     from qosora.inference.evaluation import perplexity as perplexity
@@ -23,6 +24,6 @@ __getattr__, __dir__ = door(
     __name__,
     {
         "generation": ["generate"],
-        "evaluation": ["EvalResult", "evaluate", "mean_loss", "perplexity"],
+        "evaluation": ["EvalResult", "batch_losses", "evaluate", "mean_loss", "perplexity"],
     },
 )

@@ -39,7 +39,7 @@ from qosora.data import (
 from qosora.errors import ConfigError, DataError
 from qosora.inference.generation import Prompt, generate, inference, stop_token_ids
 
-__all__ = ["EvalResult", "Sample", "evaluate", "mean_loss", "perplexity"]
+__all__ = ["EvalResult", "Sample", "batch_losses", "evaluate", "mean_loss", "perplexity"]
 
 #: Logits held at once: 256 MiB in float32.
 _LOGITS = 2**26
@@ -161,12 +161,26 @@ def mean_loss(model: Any, examples: Sequence[Example], batch_size: int = 8) -> f
         examples: At least one has supervised tokens.
         batch_size: Examples on the device at once.
     """
-    by_length = sorted(examples, key=lambda e: -len(e.input_ids))  # the largest batch first, and little padding
-    total = 0.0
-    with inference(model):
-        for start in range(0, len(by_length), batch_size):
-            total += _loss_sum(model, by_length[start : start + batch_size])
+    total = sum(batch_losses(model, examples, batch_size))
     return total / sum(e.supervised for e in examples)
+
+
+def batch_losses(
+    model: Any, examples: Sequence[Example], batch_size: int = 8, *, part: int = 0, parts: int = 1
+) -> list[float]:
+    """Return the sum of the cross-entropy of the supervised tokens of each batch, in nats.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        examples: Taken in the order of their length: the largest batch first, and little padding.
+        batch_size: Examples on the device at once.
+        part: Which of the `parts` of the batches to take: every `parts`-th from this one on.
+        parts: Into how many to divide the batches.
+    """
+    by_length = sorted(examples, key=lambda e: -len(e.input_ids))
+    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    with inference(model):
+        return [_loss_sum(model, batch) for batch in batches[part::parts]]
 
 
 def _loss_sum(model: Any, examples: Sequence[Example]) -> float:

@@ -6,6 +6,7 @@
 | `sft_options` | the same in TRL's words |
 | `flat_buffers` | vectors as windows of flat buffers |
 | `optimizer` | the packed paged optimizer |
+| `processes` | the processes of a run |
 | `run_folder` | the folder of a run |
 | `checks` | a run, checked and resolved before its model is loaded |
 | `preview` | what a run would train on |
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from qosora.training.optimizer import PackedPagedOptimizer as PackedPagedOptimizer
     from qosora.training.optimizer import create_optimizer as create_optimizer
     from qosora.training.optimizer import trainer_optimizer as trainer_optimizer
+    from qosora.training.processes import Processes as Processes
     from qosora.training.run import TrainResult as TrainResult
     from qosora.training.run import train as train
     from qosora.training.run_folder import MetricsLog as MetricsLog
@@ -42,6 +44,7 @@ __getattr__, __dir__ = door(
     {
         "config": ["OPTIMIZER_NAMES", "TrainConfig"],
         "sft_options": ["choose_precision", "sft_config"],
+        "processes": ["Processes"],
         "run_folder": ["MetricsLog"],
         "flat_buffers": ["ALIGNMENT", "OPTIMIZERS", "PAGED_NUMEL", "why_unpaged"],
         "optimizer": ["PackedPagedOptimizer", "create_optimizer", "trainer_optimizer"],

@@ -33,7 +33,8 @@ from qosora.errors import ConfigError
 from qosora.layers import Tiling
 from qosora.training.config import TrainConfig
 from qosora.training.optimizer import UPDATE_RATE
-from qosora.training.run_folder import RunFolder
+from qosora.training.processes import Processes
+from qosora.training.run_folder import STEP_EXAMPLES, RunFolder
 from qosora.training.sft_options import choose_precision, sft_config
 
 __all__ = ["Run", "resolve_run"]
@@ -60,7 +61,8 @@ class Run:
         tokenizer: The base's.
         data: To train on.
         held_out: To evaluate on.
-        made_of: Hashes of what else determines the run, by what a message calls it.
+        made_of: What else determines the run: hashes, by what a message calls it, and the examples of a step.
+        processes: That train together.
     """
 
     config: TrainConfig
@@ -79,10 +81,11 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     data: Tokenized
     held_out: Tokenized | None
-    made_of: dict[str, str]
+    made_of: dict[str, Any]
+    processes: Processes
 
 
-def resolve_run(config: TrainConfig, folder: RunFolder) -> Run:
+def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) -> Run:
     """Check a run and read its data; nothing is written.
 
     Raises:
@@ -122,7 +125,9 @@ def resolve_run(config: TrainConfig, folder: RunFolder) -> Run:
         tokenizer=tokenizer,
         data=data,
         held_out=held_out,
-        made_of=_made_of(begun, data, held_out),
+        made_of=_made_of(begun, data, held_out)
+        | {STEP_EXAMPLES: config.batch_size * config.gradient_accumulation * processes.count},
+        processes=processes,
     )
 
 

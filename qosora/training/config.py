@@ -87,8 +87,8 @@ class TrainConfig:
 
     epochs: float = _option(1.0, "passes over the data, where max_steps does not say otherwise", above=0)
     max_steps: int | None = _option(None, "optimizer steps in all", least=1)
-    batch_size: int = _option(4, "examples on the device at once", least=1)
-    gradient_accumulation: int = _option(1, "batches per optimizer step", least=1)
+    batch_size: int = _option(4, "examples on the device at once", least=1, live=True)
+    gradient_accumulation: int = _option(1, "batches per optimizer step", least=1, live=True)
     learning_rate: float = _option(1e-2, "of the vectors: about 20 times what LoRA takes", above=0)
     update_learning_rate: float | None = _option(None, "of an update's A and B [0.4 learning_rate]", above=0)
     modules_to_save_learning_rate: float | None = _option(

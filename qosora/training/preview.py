@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from qosora.data import IGNORED, Example
 from qosora.training.checks import Run, resolve_run
 from qosora.training.config import TrainConfig
+from qosora.training.processes import Processes
 from qosora.training.run_folder import RunFolder
 
 __all__ = ["Preview", "preview"]
@@ -63,7 +64,7 @@ def preview(config: TrainConfig) -> Preview:
         DataError: Data that cannot be used.
         CheckpointError: The model is no qosora base.
     """
-    run = resolve_run(config, RunFolder(config))
+    run = resolve_run(config, RunFolder(config), Processes())
     data = run.data
     lengths = [len(example.input_ids) for example in data.examples]
     places = [0, lengths.index(max(lengths)), len(data) // 2]

@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,17 @@ from transformers.trainer_callback import PrinterCallback
 
 from qosora.base import load_adapter, load_base
 from qosora.checkpoints import adapter_config
+from qosora.compat.torch import says_peer_is_gone
 from qosora.compat.transformers import TRAINER_LOGGER, is_of_mtime, old_names_warning
 from qosora.compat.trl import liger_warning
 from qosora.data import no_progress_bars
-from qosora.errors import CheckpointError, ConfigError, FingerprintError, QosoraError, first_line
+from qosora.errors import CheckpointError, ConfigError, EndedElsewhere, FingerprintError, QosoraError, first_line
 from qosora.inference import perplexity
-from qosora.layers import apply_tiling, compile_layers
+from qosora.layers import apply_tiling, compile_layers, qosora_modules
 from qosora.training.checks import Run, resolve_run
 from qosora.training.config import TrainConfig
 from qosora.training.optimizer import trainer_optimizer
+from qosora.training.processes import Processes
 from qosora.training.run_folder import RunFolder
 from qosora.training.trainer import QosoraTrainer, Recorder, peak_memory_bytes
 
@@ -45,7 +47,10 @@ _SHORT_TILE = 1024
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did; losses are means over supervised tokens, evaluation's are None without evaluation data."""
+    """What a run did; losses are means over supervised tokens, evaluation's are None without evaluation data.
+
+    `peak_memory_bytes` is that of the process with the most.
+    """
 
     output_dir: str
     steps: int
@@ -60,6 +65,7 @@ class TrainResult:
     wall_seconds: float
     peak_memory_bytes: int
     resumed_from: int | None
+    processes: int = 1  # results written by earlier versions have none
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -98,21 +104,29 @@ def train(config: TrainConfig) -> TrainResult:
         >>> train(TrainConfig(model="llama-2-7b-qosora", data="train.jsonl", output_dir="run"))  # doctest: +SKIP
     """
     start = time.perf_counter()
-    with RunFolder(config).locked():
-        folder = RunFolder(config)  # as it is when nobody else can change it
-        if (result := folder.finished()) is not None:
+    processes = Processes.here()
+    with ExitStack() as lock:
+        with processes.agreed():
+            if processes.main:
+                lock.enter_context(RunFolder(config).locked())
+        with processes.agreed():
+            folder = RunFolder(config)  # as it is when nobody else can change it
+        if (result := processes.from_main(folder.finished)) is not None:
             logger.info("the run in %s is finished already", folder.path)
             return TrainResult(**result)
-        run = resolve_run(config, folder)
-        folder.check_made_of(run.made_of)
-        if config.resume and not folder.resuming:
-            logger.info("there is no run in %s to go on with: a new one begins", folder.path)
+        with processes.agreed():
+            run = resolve_run(config, folder, processes)
+            folder.check_made_of(run.made_of)
+            if config.resume and not folder.resuming:
+                logger.info("there is no run in %s to go on with: a new one begins", folder.path)
         with _quiet(), _advice(run):
-            trainer, recorder = _trainer(run)
+            with processes.agreed():
+                trainer, recorder = _trainer(run)
             try:
                 losses, resumed_from = _run(trainer, run)
             except BaseException:
-                folder.discard()
+                if processes.main:
+                    folder.discard()
                 raise
             finally:
                 recorder.close()
@@ -122,7 +136,7 @@ def train(config: TrainConfig) -> TrainResult:
 def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
     """Load the base and build the trainer; nothing stays on disk if that fails."""
     config = run.config
-    recorder = Recorder(run.folder.metrics, config.progress)
+    recorder = Recorder(run.folder.metrics, config.progress, run.processes.main)
     try:
         model: Any = load_base(
             run.source,
@@ -135,9 +149,12 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
         own_tokens = len(model.get_input_embeddings().weight)
         if run.begun is not None:
             model = load_adapter(model, run.begun, is_trainable=True)
+        if run.arguments.ddp_find_unused_parameters is None:  # an expert may get no token of a process's batch
+            run.arguments.ddp_find_unused_parameters = any("experts" in name for name in qosora_modules(model))
         trainer = QosoraTrainer(
             model=model,
             args=run.arguments,
+            processes=run.processes,
             train_dataset=Dataset.from_dict(run.data.columns()),
             # for Trainer's eval_steps alone; `evaluate` measures the examples themselves
             eval_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}) if run.held_out else None,
@@ -155,7 +172,8 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
             callbacks=[recorder],
         )
     except BaseException as error:
-        run.folder.discard()
+        if run.processes.main:
+            run.folder.discard()
         if isinstance(error, (ValueError, ImportError)) and not isinstance(error, QosoraError):
             raise ConfigError(f"the trainer refuses the options: {error}") from error
         raise
@@ -170,15 +188,23 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
 
 def _run(trainer: QosoraTrainer, run: Run) -> tuple[tuple[float | None, ...], int | None]:
     """Train; return the evaluation losses before and after, and the step that training went on from."""
-    folder = run.folder
-    checkpoint = folder.checkpoint()
+    folder, processes = run.folder, run.processes
+    checkpoint = processes.from_main(folder.checkpoint)
+    with processes.agreed():
+        if checkpoint is not None and not checkpoint.is_dir():
+            raise ConfigError(
+                f"process {processes.rank} does not see {checkpoint}: to go on with a run, output_dir must be a folder "
+                "that all machines share"
+            )
     resumed_from = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else None
     if checkpoint is not None:
         _check_base(trainer, checkpoint)
-    folder.begin(-1 if resumed_from is None else resumed_from, run.made_of)
+    with processes.agreed():
+        if processes.main:
+            folder.begin(-1 if resumed_from is None else resumed_from, run.made_of)
     if resumed_from is not None:
         logger.info("resuming after step %d", resumed_from)
-    evaluations = [line for line in folder.metrics.read() if "eval_loss" in line]
+    evaluations = processes.from_main(folder.metrics.evaluations)
     before = after = None
     if trainer.eval_examples:
         before = evaluations[0]["eval_loss"] if evaluations else trainer.evaluate()["eval_loss"]
@@ -187,7 +213,7 @@ def _run(trainer: QosoraTrainer, run: Run) -> tuple[tuple[float | None, ...], in
             trainer.try_longest_batch(run.data.examples)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_examples:
-        last = [line for line in folder.metrics.read() if "eval_loss" in line][-1]
+        last = processes.from_main(folder.metrics.evaluations)[-1]
         done = last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
         after = last["eval_loss"] if done else trainer.evaluate()["eval_loss"]
     return (before, after), resumed_from
@@ -212,9 +238,9 @@ def _finish(
     wall_seconds: float,
 ) -> TrainResult:
     """Write the adapter, its tokenizer and the result."""
-    model = trainer.model
+    model, processes = trainer.model, run.processes
     trained = [p for p in model.parameters() if p.requires_grad]
-    steps = [line["loss"] for line in run.folder.metrics.read() if "loss" in line]
+    steps = processes.from_main(lambda: [line["loss"] for line in run.folder.metrics.read() if "loss" in line])
     last = steps[-max(1, len(steps) // 10) :]
     result = TrainResult(
         output_dir=run.config.output_dir,
@@ -228,7 +254,8 @@ def _finish(
         eval_loss_after=losses[1],
         precision=run.precision,
         wall_seconds=round(wall_seconds, 3),
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=max(processes.gathered(peak_memory_bytes())),
+        processes=processes.count,
         resumed_from=resumed_from,
     )
 
@@ -236,13 +263,15 @@ def _finish(
         trainer.save_adapter(target)
         run.tokenizer.save_pretrained(target)
 
-    run.folder.finish(result.to_dict(), write)
+    with processes.agreed():
+        if processes.main:
+            run.folder.finish(result.to_dict(), write)
     return result
 
 
 @contextmanager
 def _advice(run: Run) -> Iterator[None]:
-    """Turn running out of GPU memory, or of disk, into what to do."""
+    """Turn running out of GPU memory, of disk, or of the other processes into what to do."""
     config = run.config
     try:
         yield
@@ -256,6 +285,13 @@ def _advice(run: Run) -> Iterator[None]:
         reason = str(error).splitlines()[0]
         raise QosoraError(f"out of GPU memory: {'; or '.join(advice)} ({reason})") from error
     except (RuntimeError, SafetensorError) as error:
+        if run.processes.count > 1 and says_peer_is_gone(error):
+            if not run.processes.main:
+                raise EndedElsewhere(first_line(error)) from error
+            raise QosoraError(
+                "another process of this run has ended, or cannot be reached; see what it said, if anything, and go on "
+                "with resume"
+            ) from error
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's writer
             raise
         raise CheckpointError(

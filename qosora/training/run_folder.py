@@ -1,7 +1,7 @@
 """The folder of a training run: what it holds, whether a run may use it, and what is written when.
 
     train_config.yaml     from the start: the run's configuration, by which resuming knows it again
-    made_of.json          from the start: hashes of the examples, which resuming compares
+    made_of.json          from the start: hashes of the examples, and how many a step takes, which resuming compares
     metrics.jsonl         a line for each logged step and each evaluation, as it happens
     checkpoint-N/         vectors, optimizer, schedule and random states after step N
     adapter_model.safetensors, tokenizer files, result.json, README.md, qosora_manifest.json (hashes of these),
@@ -40,6 +40,8 @@ __all__ = ["MetricsLog", "RunFolder"]
 
 RESULT = "result.json"
 MADE_OF = "made_of.json"
+#: A key in there: batch_size times gradient_accumulation times the processes.
+STEP_EXAMPLES = "examples_per_step"
 #: Files without which a checkpoint cannot be resumed. Trainer writes the last one last.
 WHOLE = (f"{ADAPTER_STEM}.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
@@ -65,6 +67,10 @@ class MetricsLog:
                 break
         return lines
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Return the lines of evaluations."""
+        return [line for line in self.read() if "eval_loss" in line]
+
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that will be done again."""
         kept = [json.dumps(line) + "\n" for line in self.read() if line["step"] <= step]
@@ -85,6 +91,7 @@ class RunFolder:
         self.config, self.path = config, Path(config.output_dir).expanduser().resolve()
         self.metrics = MetricsLog(self.path / METRICS)
         self.existed = self.path.exists()
+        self.earlier: TrainConfig | None = None  # of the run to go on with
         if self.existed and (not self.path.is_dir() or any(self.path.iterdir())):
             self._check_earlier()
 
@@ -101,7 +108,8 @@ class RunFolder:
                 f"output_dir {self.path} holds an earlier run; name another folder, or go on with it (resume), or "
                 "replace it (overwrite)"
             )
-        changed = self.config.changed_since(TrainConfig.load(self.path / CONFIG))
+        self.earlier = TrainConfig.load(self.path / CONFIG)
+        changed = self.config.changed_since(self.earlier)
         if changed:
             raise ConfigError(
                 f"the run in {self.path} cannot be resumed with another {', '.join(changed)}; give the values in its "
@@ -150,23 +158,31 @@ class RunFolder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return locked(self.path)
 
-    def check_made_of(self, made_of: dict[str, str]) -> None:
+    def check_made_of(self, made_of: dict[str, Any]) -> None:
         """Compare what a run is made of with what the run to resume was.
 
         Raises:
             ConfigError: If it is something else.
-        CheckpointError: If a newer version of qosora began it.
+            CheckpointError: If a newer version of qosora began it.
         """
         file = self.path / MADE_OF
         earlier = read_json(file) if self.resuming and file.is_file() else {}
         require_known(file, earlier.get("format_version"), RUN)
+        if self.earlier is not None:  # one that says nothing of it was in one process
+            before = earlier.get(STEP_EXAMPLES, self.earlier.batch_size * self.earlier.gradient_accumulation)
+            if before != made_of[STEP_EXAMPLES]:
+                raise ConfigError(
+                    f"the run in {self.path} takes {before} examples in a step, and this one would take "
+                    f"{made_of[STEP_EXAMPLES]}: batch_size times gradient_accumulation times the processes must be the "
+                    "same to go on with it"
+                )
         if changed := [what for what in made_of if what in earlier and made_of[what] != earlier[what]]:
             raise ConfigError(
                 f"the run in {self.path} cannot be resumed: {' and '.join(changed)} changed since it began, so it "
                 "would not be the same run. Put back what was there, or start a new run in another folder"
             )
 
-    def begin(self, step: int, made_of: dict[str, str]) -> None:
+    def begin(self, step: int, made_of: dict[str, Any]) -> None:
         """Make the folder ready for a run that starts after `step`: the first change on disk."""
         if self.existed and not self.resuming:
             for item in self.path.iterdir():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import re
 import warnings
 from dataclasses import fields
@@ -154,8 +153,6 @@ def _sft_problems(config: TrainConfig) -> list[str]:
 
 def _missing_parts(config: TrainConfig) -> list[str]:
     problems = []
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problems.append("qosora trains in one process on one GPU; start it without torchrun or accelerate launch")
     if config.use_liger and importlib.util.find_spec("liger_kernel") is None:
         problems.append("use_liger needs the package liger-kernel: pip install liger-kernel")
     for name in config.report_to:

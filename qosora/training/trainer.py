@@ -9,24 +9,29 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset, concatenate_datasets
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from qosora.checkpoints import ADAPTER_STEM
 from qosora.compat.trl import know_parameters_again, loss_chunks
-from qosora.data import Example, padded_batch
-from qosora.errors import QosoraError
-from qosora.inference import mean_loss, perplexity
+from qosora.data import IGNORED, Example, padded_batch
+from qosora.errors import EndedElsewhere, QosoraError
+from qosora.inference import batch_losses, perplexity
 from qosora.layers import panel_of
+from qosora.training.processes import Processes
 from qosora.training.run_folder import MetricsLog
 
 __all__ = ["QosoraTrainer", "Recorder", "peak_memory_bytes"]
@@ -38,16 +43,28 @@ class QosoraTrainer(SFTTrainer):
     """As `SFTTrainer`.
 
     Args:
+        processes: That train together; this one alone by default.
         eval_examples: What `evaluate` measures.
         save_embeddings: Whether the embeddings are saved with the adapter, as where it brings more than the base has.
         **kwargs: Of `SFTTrainer`.
     """
 
     control: Any
+    train_dataset: Any
 
-    def __init__(self, *, eval_examples: Sequence[Example], save_embeddings: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        processes: Processes | None = None,
+        eval_examples: Sequence[Example],
+        save_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.processes = processes or Processes()
         self.eval_examples, self.save_embeddings = eval_examples, save_embeddings
         super().__init__(**kwargs)
+        if self._divides_evenly():
+            self.train_dataset = concatenate_datasets([self.train_dataset, _no_example(self.train_dataset)])
         self._panel = panel_of(self.model)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,12 +76,29 @@ class QosoraTrainer(SFTTrainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Return loss and perplexity per supervised token of the evaluation examples, and log them."""
         start = time.perf_counter()
-        loss = mean_loss(self.model, self.eval_examples, self.args.per_device_eval_batch_size)
+        rank, count = self.processes.rank, self.processes.count
+        size = self.args.per_device_eval_batch_size
+        parts = self.processes.gathered(batch_losses(self.model, self.eval_examples, size, part=rank, parts=count))
+        in_order = (loss for batch in zip_longest(*parts, fillvalue=0.0) for loss in batch)
+        loss = sum(in_order) / sum(example.supervised for example in self.eval_examples)
         metrics = {"loss": loss, "perplexity": perplexity(loss), "runtime": time.perf_counter() - start}
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _divides_evenly(self) -> bool:
+        """Say whether the batches of an epoch are divided by `_WholeRounds`; other orders are TRL's."""
+        random = self.args.train_sampling_strategy == "random" and not self.args.dataloader_drop_last
+        return self.processes.count > 1 and random
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return an order that all processes share evenly, without an example twice."""
+        if not self._divides_evenly():
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        size = self.args.train_batch_size * self.processes.count
+        return _WholeRounds(len(self.train_dataset) - 1, size, seed, epoch=lambda: int(self.state.epoch or 0))
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Return SFTTrainer's loss, of smaller parts of the vocabulary where the head decodes each."""
@@ -116,16 +150,43 @@ class QosoraTrainer(SFTTrainer):
         """Write none: TRL's would appear in the run's folder with the first checkpoint."""
 
 
+class _WholeRounds(Sampler[int]):
+    """The order of one process, filled up to whole rounds of all with the example that is none, the last.
+
+    accelerate would fill them with examples from the beginning, which then count twice. It would also tell the order
+    its epoch (`set_epoch`), but not where a run goes on in the middle of one; so the order asks.
+    """
+
+    def __init__(self, examples: int, round_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.order, self.epoch = SeedableRandomSampler(range(examples), data_seed=seed), epoch
+        self.fill = -examples % round_size
+
+    def __iter__(self) -> Iterator[int]:
+        self.order.set_epoch(self.epoch())
+        yield from self.order
+        yield from [len(self.order)] * self.fill
+
+    def __len__(self) -> int:
+        return len(self.order) + self.fill
+
+
+def _no_example(dataset: Dataset) -> Dataset:
+    """Return an example without supervised tokens, which adds nothing to a loss or a gradient, for a data set."""
+    values = {"input_ids": [[0]], "labels": [[IGNORED]], "seq_lengths": [[1]]}
+    return Dataset.from_dict({name: values[name] for name in dataset.column_names}, features=dataset.features)
+
+
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl, shows the progress bar, and stops a run whose loss is no number any more.
 
     Args:
         metrics: Where to write.
         progress: Whether to show the bar, on stderr; a line now and then where that is no terminal.
+        main: Whether this process writes and shows anything.
     """
 
-    def __init__(self, metrics: MetricsLog, progress: bool) -> None:
-        self.metrics, self.progress = metrics, progress
+    def __init__(self, metrics: MetricsLog, progress: bool, main: bool = True) -> None:
+        self.metrics, self.progress, self.main = metrics, progress and main, main
         self.bar: Any = None
         self.start = self.last_time = time.perf_counter()
         self.last_tokens = 0
@@ -152,17 +213,23 @@ class Recorder(TrainerCallback):
         logs = logs or {}
         if "eval_loss" in logs:
             line = {"step": state.global_step, **{k: v for k, v in logs.items() if k.startswith("eval_")}}
-            self.metrics.append(line)
+            self._write(line)
             self.last_time = time.perf_counter()  # evaluation does not count as training time
         elif "loss" in logs:
             line = {"step": state.global_step, **{k: logs[k] for k in _LOGGED if k in logs}, **self._speed(state)}
-            self.metrics.append(line)
+            self._write(line)
             self._show(line)
             if not math.isfinite(line["loss"]):
+                if not self.main:
+                    raise EndedElsewhere("training diverged; see what the first process said")
                 raise QosoraError(
                     f"the loss is {line['loss']} at step {state.global_step}: training diverged. Lower learning_rate"
                     + (", or train in bf16, which does not overflow as fp16 does" if args.fp16 else "")
                 )
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.main:
+            self.metrics.append(line)
 
     def _speed(self, state: Any) -> dict[str, Any]:
         now, tokens = time.perf_counter(), int(state.num_input_tokens_seen)

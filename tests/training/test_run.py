@@ -28,6 +28,7 @@ from qosora.inference.generation import generate
 from qosora.layers.tiling import apply_tiling
 from qosora.training.checks import resolve_run
 from qosora.training.config import TrainConfig
+from qosora.training.processes import Processes
 from qosora.training.run import TrainResult, train
 from qosora.training.run_folder import RunFolder
 
@@ -72,7 +73,7 @@ def test_summary(run: TrainResult):
 @pytest.mark.parametrize(("base", "precision"), [("base", "fp32"), ("base", "bf16"), ("tied", "fp32")])
 def test_only_the_vectors_change(place: Path, tmp_path: Path, base: str, precision: str):
     chosen = config(place, tmp_path / "run", model=str(place / base), precision=precision, learning_rate=1e-3)
-    trainer, _ = qosora.training.run._trainer(resolve_run(chosen, RunFolder(chosen)))
+    trainer, _ = qosora.training.run._trainer(resolve_run(chosen, RunFolder(chosen), Processes()))
     vectors = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert all(".osora_s." in name or ".osora_o." in name for name in vectors)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
@@ -304,7 +305,7 @@ def test_kinds_of_data(place: Path, tmp_path: Path, rows: list[dict[str, Any]], 
 @pytest.mark.parametrize(("options", "rate"), [({}, 5e-5), ({"modules_to_save_learning_rate": 3e-3}, 3e-3)])
 def test_learning_rates_reach_the_optimizer(place: Path, tmp_path: Path, options: dict[str, Any], rate: float):
     chosen = config(place, tmp_path / "run", modules_to_save=["lm_head"], learning_rate=5e-3, **options)
-    trainer, _ = qosora.training.run._trainer(resolve_run(chosen, RunFolder(chosen)))
+    trainer, _ = qosora.training.run._trainer(resolve_run(chosen, RunFolder(chosen), Processes()))
     assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [5e-3, rate]
 
 

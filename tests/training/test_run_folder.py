@@ -108,12 +108,14 @@ def test_a_run_without_a_step_is_begun_anew(tmp_path: Path):
 
 
 def test_what_a_run_is_made_of_is_compared(run: Path):
-    made_of = {"the training data": "a", "the evaluation data": "b"}
+    made_of = {"the training data": "a", "the evaluation data": "b", "examples_per_step": 4}
     RunFolder(config(run, resume=True)).begin(10, made_of)
     again = RunFolder(config(run, resume=True))
     again.check_made_of(made_of)
     with pytest.raises(ConfigError, match="cannot be resumed: the training data changed since it began"):
         again.check_made_of({**made_of, "the training data": "c"})
+    with pytest.raises(ConfigError, match="takes 4 examples in a step, and this one would take 8"):
+        again.check_made_of({**made_of, "examples_per_step": 8})
     (run / "made_of.json").unlink()
     again.check_made_of(made_of)  # as of runs that were begun before it was kept
 
