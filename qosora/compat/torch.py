@@ -94,6 +94,18 @@ def says_peer_is_gone(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
+_DDP = "torch.nn.parallel.DistributedDataParallel"
+
+
+@uses(f"{_DDP}._set_params_and_buffers_to_ignore_for_model(module, params_and_buffers_to_ignore)")
+def ignore_in_ddp(module: nn.Module, names: list[str]) -> None:
+    """Have DistributedDataParallel neither send nor average some parameters of a module."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(module, names)
+
+
 # An operator as a dispatch mode gets it, `torch.ops.aten.add.Tensor`, knows its schema.
 
 

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from qosora.inference.evaluation import mean_loss as mean_loss
     from qosora.inference.evaluation import perplexity as perplexity
     from qosora.inference.generation import generate as generate
+    from qosora.inference.generation import inference as inference
 
 __getattr__, __dir__ = door(
     __name__,
     {
-        "generation": ["generate"],
+        "generation": ["generate", "inference"],
         "evaluation": ["EvalResult", "batch_losses", "evaluate", "mean_loss", "perplexity"],
     },
 )

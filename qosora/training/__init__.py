@@ -7,6 +7,7 @@
 | `flat_buffers` | vectors as windows of flat buffers |
 | `optimizer` | the packed paged optimizer |
 | `processes` | the processes of a run |
+| `sharding` | a base that is divided among them, or in host memory |
 | `run_folder` | the folder of a run |
 | `checks` | a run, checked and resolved before its model is loaded |
 | `preview` | what a run would train on |

@@ -35,7 +35,7 @@ from qosora.training.config import TrainConfig
 from qosora.training.optimizer import UPDATE_RATE
 from qosora.training.processes import Processes
 from qosora.training.run_folder import STEP_EXAMPLES, RunFolder
-from qosora.training.sft_options import choose_precision, sft_config
+from qosora.training.sft_options import choose_precision, choose_strategy, sft_config
 
 __all__ = ["Run", "resolve_run"]
 
@@ -63,6 +63,8 @@ class Run:
         held_out: To evaluate on.
         made_of: What else determines the run: hashes, by what a message calls it, and the examples of a step.
         processes: That train together.
+        sharded: Whether each process holds a part of the base only, or none on its GPU.
+        on_host: Whether the base is in host memory.
     """
 
     config: TrainConfig
@@ -83,6 +85,8 @@ class Run:
     held_out: Tokenized | None
     made_of: dict[str, Any]
     processes: Processes
+    sharded: bool
+    on_host: bool
 
 
 def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) -> Run:
@@ -95,7 +99,10 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
     """
     _check_schedule(config)
     precision = choose_precision(config.precision)
-    arguments, adapter = sft_config(config, precision, folder.path), _adapter_config(config)
+    strategy, on_host = choose_strategy(config)
+    sharded = on_host or (strategy == "fsdp" and processes.count > 1)
+    arguments = sft_config(config, precision, folder.path, stays=sharded)
+    adapter = _adapter_config(config)
     model, begun = split_source(config.model)
     if begun is not None:
         _check_begun(config, begun)
@@ -128,6 +135,8 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
         made_of=_made_of(begun, data, held_out)
         | {STEP_EXAMPLES: config.batch_size * config.gradient_accumulation * processes.count},
         processes=processes,
+        sharded=sharded,
+        on_host=on_host,
     )
 
 

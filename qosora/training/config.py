@@ -25,6 +25,7 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_wit
 OPTIMIZER_NAMES = ("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit")
 #: Files of a run's folder: its configuration, and a line for each logged step.
 RUN_CONFIG, METRICS = "train_config.yaml", "metrics.jsonl"
+STRATEGIES = ("ddp", "fsdp")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -111,6 +112,18 @@ class TrainConfig:
         "auto", "dtype of activations [bf16 or else fp16 on a GPU, fp32 on a CPU]", choices=PRECISIONS
     )
     gradient_checkpointing: bool = _option(True, "recompute activations in backward instead of keeping them")
+    strategy: str = _option(
+        "ddp",
+        "in several processes: each GPU holds the whole base (ddp), or its part of it (fsdp)",
+        choices=STRATEGIES,
+        live=True,
+    )
+    base_on: str = _option(
+        "gpu",
+        "where the base is: host memory, from which each layer comes to the GPU as it is needed, takes less of the GPU",
+        choices=("gpu", "host"),
+        live=True,
+    )
     activation_offloading: bool = _option(False, "keep activations in host memory (CUDA)")
     tile_length: int | None = _option(
         None,

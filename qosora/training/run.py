@@ -35,6 +35,7 @@ from qosora.training.config import TrainConfig
 from qosora.training.optimizer import trainer_optimizer
 from qosora.training.processes import Processes
 from qosora.training.run_folder import RunFolder
+from qosora.training.sharding import group_of_one, shard
 from qosora.training.trainer import QosoraTrainer, Recorder, peak_memory_bytes
 
 __all__ = ["TrainResult", "train"]
@@ -119,7 +120,9 @@ def train(config: TrainConfig) -> TrainResult:
             folder.check_made_of(run.made_of)
             if config.resume and not folder.resuming:
                 logger.info("there is no run in %s to go on with: a new one begins", folder.path)
-        with _quiet(), _advice(run):
+        with _quiet(), _advice(run), ExitStack() as group:
+            if run.sharded:
+                group.enter_context(group_of_one(run.arguments.device))
             with processes.agreed():
                 trainer, recorder = _trainer(run)
             try:
@@ -142,6 +145,7 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
             run.source,
             config=run.model_config,
             dtype=run.dtype,
+            device_map="cpu" if run.sharded else None,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
@@ -182,6 +186,11 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
         compile_layers(trainer.model)
     else:
         apply_tiling(trainer.model, run.tiling.length, mlps=run.tiling.mlps)
+    if run.sharded:
+        kept = trainer.save_embeddings
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings()) if kept else ()
+        shard(trainer.model, run.arguments.device, on_host=run.on_host, whole=embeddings)
+        trainer.accelerator.device_placement = False  # it would move all of it
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict; the bar shows them
     return trainer, recorder
 

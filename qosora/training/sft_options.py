@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import re
 import warnings
 from dataclasses import fields
@@ -25,7 +26,7 @@ from qosora.compat.trl import liger_warning
 from qosora.errors import ConfigError, first_line, near_miss
 from qosora.training.config import TrainConfig
 
-__all__ = ["choose_precision", "sft_config"]
+__all__ = ["choose_precision", "choose_strategy", "sft_config"]
 
 logger = logging.getLogger("qosora")
 
@@ -66,8 +67,50 @@ def choose_precision(precision: str) -> str:
     return "fp16"
 
 
-def sft_config(config: TrainConfig, precision: str, output_dir: Path) -> SFTConfig:
+def choose_strategy(config: TrainConfig) -> tuple[str, bool]:
+    """Return "ddp" or "fsdp", and whether the base is in host memory: as configured here, or with accelerate.
+
+    `accelerate launch` hands its configuration on in the environment. It would divide what is trained, too; so it is
+    told of nothing but several processes.
+
+    Raises:
+        ConfigError: accelerate is configured for what cannot work.
+    """
+    instead = "use FSDP2: strategy fsdp, in several processes without FSDP or DeepSpeed of accelerate's"
+    if config.sft.get("deepspeed") or _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(f"DeepSpeed does not divide tensors of 4 bits; {instead}")
+    if config.sft.get("fsdp") or config.sft.get("fsdp_config"):
+        raise ConfigError(f"sft: fsdp would divide what is trained, too; {instead}")
+    strategy, on_host = config.strategy, config.base_on == "host"
+    if _is_set("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ConfigError(f"accelerate is configured for FSDP1, which does not divide tensors of 4 bits; {instead}")
+        strategy, on_host = "fsdp", on_host or _is_set("FSDP_OFFLOAD_PARAMS")
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+    return strategy, on_host
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+class _Stays(SFTConfig):
+    """A configuration by which the trainer leaves the model where it is."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Say no."""
+        return False
+
+
+def sft_config(config: TrainConfig, precision: str, output_dir: Path, *, stays: bool = False) -> SFTConfig:
     """Return TRL's configuration of a run.
+
+    Args:
+        config: Of the run.
+        precision: "bf16", "fp16" or "fp32".
+        output_dir: Of the trainer.
+        stays: Whether the trainer leaves the model where it is.
 
     Raises:
         ConfigError: With every problem of `config.sft`, and what TRL refuses.
@@ -80,7 +123,7 @@ def sft_config(config: TrainConfig, precision: str, output_dir: Path) -> SFTConf
         # TRL points to kernels of the hub instead of Liger; its FutureWarning is for programmers
         warnings.filterwarnings("ignore", message=liger_warning())
         try:
-            arguments = SFTConfig(**options)
+            arguments = (_Stays if stays else SFTConfig)(**options)
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"TRL refuses the options: {error}") from error
     use_one_gpu(arguments)  # several would copy the base at each step

@@ -29,10 +29,11 @@ from qosora.checkpoints import ADAPTER_STEM
 from qosora.compat.trl import know_parameters_again, loss_chunks
 from qosora.data import IGNORED, Example, padded_batch
 from qosora.errors import EndedElsewhere, QosoraError
-from qosora.inference import batch_losses, perplexity
+from qosora.inference import batch_losses, inference, perplexity
 from qosora.layers import panel_of
 from qosora.training.processes import Processes
 from qosora.training.run_folder import MetricsLog
+from qosora.training.sharding import is_sharded
 
 __all__ = ["QosoraTrainer", "Recorder", "peak_memory_bytes"]
 
@@ -78,7 +79,11 @@ class QosoraTrainer(SFTTrainer):
         start = time.perf_counter()
         rank, count = self.processes.rank, self.processes.count
         size = self.args.per_device_eval_batch_size
-        parts = self.processes.gathered(batch_losses(self.model, self.eval_examples, size, part=rank, parts=count))
+        if is_sharded(self.model):
+            mine = self._sharded_losses(size)
+        else:
+            mine = batch_losses(self.model, self.eval_examples, size, part=rank, parts=count)
+        parts = self.processes.gathered(mine)
         in_order = (loss for batch in zip_longest(*parts, fillvalue=0.0) for loss in batch)
         loss = sum(in_order) / sum(example.supervised for example in self.eval_examples)
         metrics = {"loss": loss, "perplexity": perplexity(loss), "runtime": time.perf_counter() - start}
@@ -86,6 +91,21 @@ class QosoraTrainer(SFTTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _sharded_losses(self, size: int) -> list[float]:
+        """Do as `batch_losses` with a model whose parts are brought together by its own forward, in all processes."""
+        rank, count = self.processes.rank, self.processes.count
+        by_length = sorted(self.eval_examples, key=lambda e: -len(e.input_ids))
+        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        losses = []
+        with inference(self.model):
+            for first in range(0, len(batches), count):
+                mine = batches[min(first + rank, len(batches) - 1)]  # one too many takes part, and does not count
+                batch = {name: tensor.to(self.args.device) for name, tensor in padded_batch(mine).items()}
+                with loss_chunks(self._panel):
+                    outputs = self.model(**batch, use_cache=False, fused_lm_head=True)
+                losses.append(-outputs.log_probs.sum().item() if first + rank < len(batches) else 0.0)
+        return losses
 
     def _divides_evenly(self) -> bool:
         """Say whether the batches of an epoch are divided by `_WholeRounds`; other orders are TRL's."""

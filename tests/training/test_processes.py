@@ -30,6 +30,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulated": {"batch_size": 1, "gradient_accumulation": 2, "update_rank": 2},
     "packed": {"packing": True, "max_length": 32, "batch_size": 1},
     # the loss of the router is one of each batch, however many there are
+    "sharded": {"strategy": "fsdp", "eval_steps": 2, "eval_batch_size": 2},
+    "sharded on the host": {"strategy": "fsdp", "base_on": "host", "packing": True, "max_length": 32, "batch_size": 1},
+    "sharded and tied": {"strategy": "fsdp", "model": "tied", "vectors": "s"},
+    "sharded mixture": {
+        "strategy": "fsdp",
+        "model": "experts",
+        "sft": {**EPSILON, "router_aux_loss_coef": 0.0},
+        "gradient_checkpointing": False,
+    },
     "mixture": {"model": "experts", "sft": {**EPSILON, "router_aux_loss_coef": 0.0}},
 }  # fmt: skip
 
@@ -82,6 +91,12 @@ def outcomes(place: Path, folder: Path) -> list[dict[str, Any]]:
             "how": "train", **options(place, folder, "gone on alone"), "stop_after": 5,
         },
         "begun alone": {"how": "train", **alone, "batch_size": 2, "resume": True},
+        "sharded and stopped": {
+            "how": "train", **options(place, folder, "sharded in turn", strategy="fsdp"), "stop_after": 5,
+        },
+        "sharded and gone on": {
+            "how": "train", **options(place, folder, "sharded in turn", base_on="host"), "resume": True,
+        },
         "finished": {"how": "train", **stopped, "resume": True},
         "other batches": {"how": "train", **options(place, folder, "gone on alone", batch_size=3), "resume": True},
         "bad": {"how": "train", **options(place, folder, "bad"), "bad_on": "1"},
@@ -110,7 +125,8 @@ def test_several_processes_train_what_one_does(name: str, place: Path, folder: P
     chosen = options(place, folder, name, **RUNS[name])
     size = chosen["batch_size"] * COUNT * chosen.get("gradient_accumulation", 1)
     alone = folder / f"{name} in one"
-    result = train(TrainConfig(**{**chosen, "output_dir": str(alone), "batch_size": size, "gradient_accumulation": 1}))
+    chosen |= {"output_dir": str(alone), "batch_size": size, "gradient_accumulation": 1, "base_on": "gpu"}
+    result = train(TrainConfig(**chosen))
     assert (together[0]["processes"], result.processes) == (COUNT, 1)
     vectors = load_file(folder / name / "adapter_model.safetensors")
     assert_close(vectors, load_file(alone / "adapter_model.safetensors"))
@@ -126,6 +142,9 @@ def test_interrupted_runs_go_on_in_as_many_processes_or_others(place: Path, fold
     whole = load_file(folder / "uneven" / "adapter_model.safetensors")
     assert {o["gone on"]["resumed_from"] for o in outcomes} == {4}
     for name, tensor in load_file(folder / "stopped" / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, whole[name]), name
+    assert {o["sharded and gone on"]["resumed_from"] for o in outcomes} == {4}
+    for name, tensor in load_file(folder / "sharded in turn" / "adapter_model.safetensors").items():
         assert torch.equal(tensor, whole[name]), name
     assert {o["begun alone"]["resumed_from"] for o in outcomes} == {4}
     assert_close(load_file(folder / "begun alone" / "adapter_model.safetensors"), whole)
