@@ -27,7 +27,7 @@ from qosora import __version__
 from qosora.base import natural_order
 from qosora.checkpoints import ADAPTER_STEM, Progress, StoredSpec, Unit, copy_files, refuse_input_as_output
 from qosora.compat.peft import check_target_module_exists, convert_peft_config_for_transformers
-from qosora.errors import CheckpointError, ConfigError
+from qosora.errors import CheckpointError, ConfigError, first_line
 from qosora.export.adapters import Adapter, AdapterChoice
 from qosora.export.merged import checked_dtype
 from qosora.export.original import original_of
@@ -288,8 +288,7 @@ def _config(adapted: AdaptedBase, ranks: Mapping[str, int], original: str) -> Lo
         modules_to_save=[name for adapter in adapted.adapters for name in adapter.config.modules_to_save or ()] or None,
         fan_in_fan_out=any(adapted.layers[module].transposed for module in ranks),
     )
-    if experts:
-        _require_stacking(adapted, config, experts, set(ranks) - experts)
+    _require_stacking(adapted, config, experts, set(ranks) - experts)
     return config
 
 
@@ -300,8 +299,19 @@ def _matched(adapted: AdaptedBase, kind: str) -> set[str]:
 
 
 def _require_stacking(adapted: AdaptedBase, config: LoraConfig, experts: set[str], others: set[str]) -> None:
-    """Check that PEFT stacks the experts' matrices where transformers has stacked the experts."""
+    """Check that PEFT stacks the experts' matrices, and no others, where transformers has stacked the experts."""
+    probe = copy.deepcopy(config)
     why = None
+    if not experts:  # PEFT goes by names, of the family's experts, if this model has any or not
+        try:
+            convert_peft_config_for_transformers(probe, adapted.plain.model, None)
+        except ValueError as error:  # it stacks some of what the adapter has with what it has not
+            why = first_line(error)
+        if taken := sorted(name.rpartition(".")[2] for name in probe.target_parameters or ()):
+            why = f"PEFT would take {' and '.join(taken)} for the experts that a {adapted.plain.class_name} can have"
+        if why:
+            raise CheckpointError(f"{adapted.base}: {why}, so a LoRA cannot hold this adapter; export merged weights")
+        return
     names = {module.rpartition(".")[2] for module in experts}
     if mixed := sorted(module for module in others if module.rpartition(".")[2] in names):
         why = f"PEFT would take {mixed[0]}, which has an expert's name, for one"
@@ -315,7 +325,6 @@ def _require_stacking(adapted: AdaptedBase, config: LoraConfig, experts: set[str
     }
     if missing := sorted(all_experts - experts):
         why = f"PEFT adapts all experts or none, and {missing[0]} is not decomposed"
-    probe = copy.deepcopy(config)
     convert_peft_config_for_transformers(probe, adapted.plain.model, None)
     if not probe.target_parameters:
         why = f"PEFT does not know how transformers stacks the experts of {adapted.plain.class_name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,18 @@ def test_lora_refuses_what_it_cannot_hold(tmp_path: Path):
     quantize(original, tmp_path / "base", config)
     perturbed(load(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
     refused(tmp_path, "all experts or none", tmp_path / "base", tmp_path / "adapter", export=export_lora)
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [(None, "take down_proj and gate_up_proj for the experts that a Qwen3MoeForC"), (["gate_proj"], "without also")],
+)
+def test_lora_refuses_dense_layers_that_peft_takes_for_experts(targets: Any, told: str, tmp_path: Path):
+    # Without a single expert, as DeepSeek's first layers alone would be: PEFT would leave these out in silence
+    original = make_checkpoint(tmp_path / "original", "qwen3_moe", mlp_only_layers=[0, 1])
+    quantize(original, tmp_path / "base", QosoraConfig(rank=8))
+    perturbed(load(tmp_path / "base"), target_modules=targets).save_pretrained(tmp_path / "adapter")
+    refused(tmp_path, told, tmp_path / "base", tmp_path / "adapter", export=export_lora)
     perturbed(load(tmp_path / "base"), target_modules=["q_proj"]).save_pretrained(tmp_path / "attention")
     report = export_lora(tmp_path / "base", tmp_path / "lora", tmp_path / "attention")
     assert report.adapted_layers == 2
