@@ -174,12 +174,13 @@ def one(kind: str, model_type: str, class_name: str) -> dict[str, Any]:
             found.update(values)
             os.write(writer, (json.dumps(found) + "\n").encode())
 
+        folder = ""
         try:
             with tempfile.TemporaryDirectory() as folder:
                 stages(kind, model_type, class_name, Path(folder), report)
         except BaseException as error:
             end = "refused" if isinstance(error, QosoraError) else "failed"
-            found[end] = f"{type(error).__name__}: {first_line(error)}"[:300]
+            found[end] = f"{type(error).__name__}: {first_line(error).replace(folder + '/', '')}"[:300]
         os.write(writer, (json.dumps(found) + "\n").encode())
         os._exit(0)
     os.close(writer)
