@@ -81,6 +81,13 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
             self.osora_A[adapter_name], self.osora_B[adapter_name] = nn.Parameter(A), nn.Parameter(B)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @torch.no_grad()
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Give an adapter the values of another; both have the same parameters."""
+        for own in self._own():
+            if source in own:
+                own[target].copy_(own[source])
+
     @property
     def base_vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The base's s (rank,) and o (out_features,), float32, also while an adapter is merged."""
@@ -209,11 +216,22 @@ class OsoraModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter by its config, of which a copy is filled in, so that the user's serves another model, too."""
+        """Add an adapter by its config, of which a copy is filled in, so that the user's serves another model, too.
+
+        One that is added by the very config of another that the model has, `model.peft_config["default"]`, starts as
+        that one is: TRL's trainers make the reference of an adapter that is trained on so, and copy themselves only
+        parameters that have the names of LoRA's.
+        """
+        given = self.peft_config[adapter_name]
+        twin = next((name for name, c in self.peft_config.items() if c is given and name != adapter_name), None)
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if config.modules_to_save is None:  # of these tasks, PEFT adds them later, and to the user's
             config.modules_to_save = _HEADS.get(str(config.task_type).rpartition(".")[2])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if twin is not None:
+            for module in model.modules():
+                if isinstance(module, OsoraLayer):
+                    module.copy_adapter(twin, adapter_name)
 
     def _check_new_adapter_config(self, config: OsoraConfig) -> None:
         super()._check_new_adapter_config(config)

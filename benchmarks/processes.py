@@ -1,0 +1,127 @@
+"""Do several processes train what one does, and what does each hold? All ways of dividing a run, on CPUs.
+
+    python benchmarks/processes.py --output benchmarks/results/processes.json
+
+A random model of Llama's kind is converted and trained in one process, and, with the same examples in every step, in
+two and three, with the base whole in each (ddp), divided (fsdp), and in host memory. Each
+result has the largest difference of a trained vector to that of one process, relative to the vector's largest entry;
+the bytes of the frozen base that a process holds; the largest resident set of a process; the seconds of the run.
+Seconds on a CPU with as many cores as processes, or fewer, say nothing of GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from common import Record, arguments
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from qosora import QosoraConfig, TrainConfig, quantize, train
+from qosora.demo import assets
+from qosora.training import Processes, QosoraTrainer
+
+QUESTION = "Do several processes train what one does, and what does each of them hold?"
+WAYS = {"ddp": {}, "fsdp": {"strategy": "fsdp"}, "host": {"strategy": "fsdp", "base_on": "host"}}
+#: So large that AdamW's steps are not the signs of gradients that are all but zero.
+EPSILON = 1e-3
+
+
+class Measured(QosoraTrainer):
+    """A trainer that knows, when it has trained, what of the base this process holds."""
+
+    base_bytes = 0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train."""
+        result = super().train(*args, **kwargs)
+        frozen = (p.detach() for p in self.model.parameters() if not p.requires_grad)
+        Measured.base_bytes = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in frozen)
+        return result
+
+
+def work(options: dict[str, Any]) -> None:
+    """Train, as one of the processes, and write what it held."""
+    with patch("qosora.training.run.QosoraTrainer", Measured):
+        result = train(TrainConfig(**options))
+    processes = Processes.here()
+    held = processes.gathered(Measured.base_bytes)
+    if processes.main:
+        found = {"base_bytes": held, "peak_rss_bytes": result.peak_memory_bytes, "seconds": result.wall_seconds}
+        file = Path(options["output_dir"]) / "held.json"
+        file.write_text(json.dumps(found), encoding="utf-8")
+    Processes.leave()
+
+
+def launch(count: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Train in some processes; return what they held, and the trained vectors."""
+    launcher = [] if count == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command = [sys.executable, *launcher, __file__, "--work", json.dumps(options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    folder = Path(options["output_dir"])
+    held: dict[str, Any] = json.loads((folder / "held.json").read_text(encoding="utf-8"))
+    return {**held, "vectors": load_file(folder / "adapter_model.safetensors")}
+
+
+def make_base(folder: Path, tokenizer: Any, args: argparse.Namespace) -> Path:
+    """Write a base of a random model for the demo's tokenizer."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=2 * args.width,
+        num_hidden_layers=args.layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        initializer_range=0.05,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    quantize(folder / "model", folder / "base", QosoraConfig(rank=16))
+    return folder / "base"
+
+
+def main() -> None:
+    """Measure all ways."""
+    if sys.argv[1] == "--work":
+        work(json.loads(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=512, help="the model's hidden size")
+    parser.add_argument("--layers", type=int, default=8, help="its layers")
+    parser.add_argument("--steps", type=int, default=20, help="of each run")
+    parser.add_argument("--counts", type=int, nargs="+", default=[2, 3], help="of processes")
+    args = arguments(parser, width=64, layers=2, steps=2, counts=[2])
+    config = {name: getattr(args, name) for name in ("width", "layers", "steps", "counts")}
+    record = Record(args.output, "processes", QUESTION, config, args.resume)
+    with tempfile.TemporaryDirectory() as temporary, assets() as demo:
+        folder = Path(temporary)
+        base = make_base(folder, AutoTokenizer.from_pretrained(demo / "model"), args)
+        options = {
+            "model": str(base), "data": str(demo / "train.jsonl"), "limit": 101,
+            "max_steps": args.steps, "save_steps": 0, "progress": False, "precision": "fp32", "max_length": 128,
+            "sft": {"adam_epsilon": EPSILON},
+        }  # fmt: skip
+        for count in [1, *args.counts]:
+            whole = launch(1, {**options, "batch_size": 4 * count, "output_dir": str(folder / f"whole-{count}")})
+            for way, more in WAYS.items():
+                if count == 1 and way == "fsdp":  # which is nothing else
+                    continue
+                made = launch(count, {**options, **more, "batch_size": 4, "output_dir": str(folder / f"{way}-{count}")})
+                vectors, expected = made.pop("vectors"), whole["vectors"]
+                difference = max(
+                    float((vectors[name] - tensor).abs().max() / tensor.abs().max())
+                    for name, tensor in expected.items()
+                )
+                record.stage(f"{way}_{count}", {**made, "difference": difference}.copy)
+
+
+if __name__ == "__main__":
+    main()
