@@ -26,7 +26,7 @@ from qosora.errors import CheckpointError
 from qosora.export import export_merged
 from qosora.formats import require_known
 from qosora.training.config import TrainConfig
-from qosora.training.run_folder import RunFolder
+from qosora.training.run_folder import STEP_EXAMPLES, RunFolder
 
 STORED = Path(__file__).parent / "stored"
 VERSIONS = sorted(int(path.name.partition("-")[2]) for path in STORED.glob("base-*"))
@@ -144,12 +144,13 @@ def test_an_unfinished_folder(tmp_path: Path):
 def test_a_run(tmp_path: Path):
     folder = tmp_path / "run"
     config = TrainConfig(model="base", data="train.jsonl", output_dir=str(folder), resume=True)
-    RunFolder(config).begin(0, {"the training data": "a"})
+    made_of = {"the training data": "a", STEP_EXAMPLES: config.batch_size * config.gradient_accumulation}
+    RunFolder(config).begin(0, made_of)
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    RunFolder(config).check_made_of({"the training data": "a"})
+    RunFolder(config).check_made_of(made_of)
     (folder / "made_of.json").write_text('{"format_version": 99}')
     with pytest.raises(CheckpointError, match=r"made_of.json has format version 99, and .* update qosora"):
-        RunFolder(config).check_made_of({"the training data": "a"})
+        RunFolder(config).check_made_of(made_of)
 
 
 def test_what_is_made_is_of_the_newest():
