@@ -39,7 +39,7 @@ from qosora.decompose.factorize import factorize
 from qosora.export import export_merged
 from qosora.inference import EvalResult, evaluate, generate
 from qosora.layers import fast_dtype
-from qosora.training import MetricsLog, QosoraTrainer, Recorder, TrainConfig, sft_config, train
+from qosora.training import MetricsLog, QosoraTrainer, Recorder, TrainConfig, train, trl_config
 
 QUESTION = "Does it train on a real LLM and real data, and how does it compare with QLoRA on the same steps?"
 #: How a question and its answer become a prompt; the loss of the untrained model is measured for each.
@@ -273,7 +273,7 @@ def train_qlora(run: Run, learning_rate: float, name: str) -> dict[str, Any]:
     adapter = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     trainer = QosoraTrainer(
         model=get_peft_model(plain_model(run, run.dtype, four_bit=True), adapter),
-        args=sft_config(config, "bf16", folder),
+        args=trl_config(config, "bf16", folder),
         train_dataset=Dataset.from_dict(examples.columns()),
         eval_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}),  # it evaluates the examples below
         eval_examples=held_out.examples,

@@ -107,7 +107,7 @@ def main() -> None:
         options = {
             "model": str(base), "data": str(demo / "train.jsonl"), "limit": 101,
             "max_steps": args.steps, "save_steps": 0, "progress": False, "precision": "fp32", "max_length": 128,
-            "sft": {"adam_epsilon": EPSILON},
+            "trl": {"adam_epsilon": EPSILON},
         }  # fmt: skip
         for count in [1, *args.counts]:
             whole = launch(1, {**options, "batch_size": 4 * count, "output_dir": str(folder / f"whole-{count}")})

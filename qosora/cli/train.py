@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             options |= {"type": kind if kind in (int, float) else str, "metavar": _METAVARS.get(kind, "VALUE")}
             if choices := field.metadata.get("choices"):
                 options |= {"choices": choices, "metavar": None}
-        parser.add_argument(flag, **options)
+        parser.add_argument(flag, *_EARLIER_FLAGS.get(flag, []), **options)
     parser.add_argument(
         "--dry-run", action="store_true", help="train nothing: show examples as the model sees them, and the plan"
     )
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+_EARLIER_FLAGS = {"--trl": ["--sft"]}
 _METAVARS = {int: "N", float: "X"}
 
 
@@ -73,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
     import yaml
 
     given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
-    if "sft" in given:
-        pairs = (item.partition("=") for item in given["sft"])
-        given["sft"] = {name: yaml.safe_load(value) for name, _, value in pairs}
+    if "trl" in given:
+        pairs = (item.partition("=") for item in given["trl"])
+        given["trl"] = {name: yaml.safe_load(value) for name, _, value in pairs}
     if args.json:
         given["progress"] = False
     first = os.environ.get("RANK", "0") == "0"  # or one of several processes, which find the same

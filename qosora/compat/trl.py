@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -89,7 +90,7 @@ def know_parameters_again(trainer: Any) -> None:
 
     It reads that in the trainer's constructor. An optimizer that moves them into a buffer of its own comes later.
     """
-    if trainer.args.activation_offloading:
+    if getattr(trainer.args, "activation_offloading", False):  # which not all trainers have
         make = check("trl.models.get_act_offloading_ctx_manager(model)")
         trainer.maybe_activation_offload_context = make(model=trainer.model)
 
@@ -105,3 +106,15 @@ def offloading_limits() -> tuple[int, int]:
 def liger_warning() -> str:
     """Return a pattern of what TRL says to programmers of Liger's kernels: that the hub has others."""
     return ".*use_liger_kernel.*"
+
+
+def orpo(name: str) -> Any:
+    """Return a name of TRL's ORPO, which warns when imported that it may change: TRL's version is bound."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _orpo(name)
+
+
+@uses("trl.experimental.orpo.ORPOConfig", "trl.experimental.orpo.ORPOTrainer")
+def _orpo(name: str) -> Any:
+    return check(f"trl.experimental.orpo.{name}")

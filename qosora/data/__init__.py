@@ -5,6 +5,7 @@
 | `chat` | chats as text, by any template, and where each turn stands |
 | `records` | files and hub data sets, checked row by row |
 | `tokens` | records to token ids and labels |
+| `prepared` | records as a trainer takes them |
 | `fit` | whether tokens fit a model |
 | `batch` | examples of different lengths, padded |
 """
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from qosora.data.fit import learned_positions as learned_positions
     from qosora.data.fit import refuse_foreign_tokens as refuse_foreign_tokens
     from qosora.data.fit import refuse_too_long as refuse_too_long
+    from qosora.data.prepared import Prepared as Prepared
+    from qosora.data.prepared import prepare as prepare
     from qosora.data.records import Columns as Columns
     from qosora.data.records import Records as Records
     from qosora.data.records import load_records as load_records
@@ -41,6 +44,7 @@ __getattr__, __dir__ = door(
         "chat": ["encode", "refuse_broken_text", "render", "template_options"],
         "records": ["Columns", "Records", "load_records", "no_progress_bars"],
         "tokens": ["Example", "IGNORED", "Tokenized", "tokenize"],
+        "prepared": ["Prepared", "prepare"],
         "fit": ["embedding_rows", "learned_positions", "refuse_foreign_tokens", "refuse_too_long"],
         "batch": ["padded", "padded_batch"],
     },

@@ -1,10 +1,14 @@
 """Training and evaluation data: files or hub data sets, read and checked row by row.
 
-JSONL, JSON, CSV and Parquet files and hub data sets become `Records` of one of three kinds, with TRL's column names:
+JSONL, JSON, CSV and Parquet files and hub data sets become `Records` of one kind, with TRL's column names, where a turn
+is text or messages:
 
-    prompt-completion   {"prompt": text or messages, "completion": text or messages}
+    prompt-completion   {"prompt": turn, "completion": turn}
     messages            {"messages": [{"role": ..., "content": ...}, ...]}
     text                {"text": ...}
+    preference          {"prompt": turn, "chosen": turn, "rejected": turn}; the prompt may be at the beginning of both
+    labeled             {"prompt": turn, "completion": turn, "label": good or not}, or made of preferences
+    prompts             {"prompt": turn}, and whatever a reward asks for
 
 What is wrong is told in one line that names the file and its line or row. Files are held in memory, as text.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +31,25 @@ from qosora.errors import DataError, first_line
 
 __all__ = ["Columns", "Records", "load_records", "no_progress_bars"]
 
+logger = logging.getLogger("qosora")
+
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+
+_PREFERENCES = {("prompt", "chosen", "rejected"): "preference", ("chosen", "rejected"): "preference"}
+#: By what is asked for: the columns that are looked for, in this order, and the kind that they make.
+FORMS: dict[str, dict[tuple[str, ...], str]] = {
+    "language": {("prompt", "completion"): "prompt-completion", ("messages",): "messages", ("text",): "text"},
+    "preference": _PREFERENCES,
+    "labeled": {("prompt", "completion", "label"): "labeled", **_PREFERENCES},
+    "prompts": {("prompt",): "prompts"},
+}
+_SAY = {
+    "language": "Say which to use with prompt_column and completion_column, messages_column, or text_column",
+    "preference": "Say which the prompt is with prompt_column, and call the others like this",
+    "labeled": "Say which to use with prompt_column and completion_column, and call the others like this",
+    "prompts": "Say which to use with prompt_column",
+}
+_LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 Row = tuple[str, dict[str, Any]]  # where it is ("line 3"), and its values by column
 
@@ -51,8 +74,8 @@ class Records:
 
     Args:
         name: Of the file or data set, for messages.
-        kind: "prompt-completion", "messages" or "text".
-        rows: As in the module docstring; chats have their other columns, which a template may ask for, in "columns".
+        kind: As in the module docstring.
+        rows: As there; chats have their other columns, which a template may ask for, in "columns", and prompts theirs.
     """
 
     name: str
@@ -66,18 +89,20 @@ class Records:
 def load_records(
     source: str | Path | Iterable[Mapping[str, Any]],
     *,
+    form: str = "language",
     split: str | None = None,
     columns: Columns | None = None,
     chat: bool = False,
     limit: int | None = None,
 ) -> Records:
-    """Read data and bring it into one of the three kinds.
+    """Read data and bring it into one kind.
 
     Args:
         source: A file (.jsonl, .json, .csv, .parquet), a hub data set (NAME or NAME:CONFIG), or rows.
+        form: "language" for the first three kinds, "preference", "labeled" or "prompts".
         split: Of a hub data set; "train" by default.
         columns: Where the data is; found by the usual names by default.
-        chat: Whether to turn prompt and completion into a chat of user and assistant.
+        chat: Whether to turn prompts into turns of a user, and what answers them into turns of the assistant.
         limit: Number of rows to read at most.
 
     Raises:
@@ -91,54 +116,102 @@ def load_records(
     rows = list(islice(_read(source, split), limit))
     if not rows:
         raise DataError(f"{name} is empty: it has no example")
-    parts = _find_columns(name, rows, columns or Columns())
-    normal = list(_normalised(name, rows, parts))
+    parts, kind = _find_columns(name, rows, columns or Columns(), form)
+    normal = list(_normalised(name, rows, parts, keep=kind == "prompts"))
     if chat and "prompt" not in parts:
         raise DataError(f"{name}: chat wraps prompts and completions, but the data is {', '.join(parts)}")
+    if kind == "preference":
+        normal = _told_apart(name, normal)
     if chat:
-        normal = [{"messages": _turns("user", r["prompt"]) + _turns("assistant", r["completion"])} for r in normal]
-    kind = "messages" if chat else "prompt-completion" if "prompt" in parts else next(iter(parts))
+        normal = [{part: _turns(part, value) for part, value in row.items()} for row in normal]
+    if chat and kind == "prompt-completion":
+        kind, normal = "messages", [{"messages": row["prompt"] + row["completion"]} for row in normal]
+    if form == "labeled" and kind == "preference":  # all that are good, then all that are not, as TRL does
+        kind = "labeled"
+        normal = [
+            {**row, "completion": row[part], "label": part == "chosen"}
+            for part in ("chosen", "rejected")
+            for row in normal
+        ]
     return Records(name, kind, normal)
 
 
-def _turns(role: str, value: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
+def _turns(part: str, value: Any) -> Any:
+    role = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}.get(part)
+    return [{"role": role, "content": value}] if role and isinstance(value, str) else value
 
 
-def _find_columns(name: str, rows: Sequence[Row], columns: Columns) -> dict[str, str]:
-    """Return the column of each part: prompt and completion, messages, or text."""
+def _told_apart(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return preferences with a prompt each, without those that prefer nothing."""
+    from trl import extract_prompt  # as TRL's trainers find it
+
+    apart = []
+    for number, row in enumerate(rows, 1):
+        if row["chosen"] == row["rejected"]:
+            continue
+        whole = row if "prompt" in row else {**row, **extract_prompt(row)}
+        if empty := [part for part in ("prompt", "chosen", "rejected") if not whole[part]]:
+            raise DataError(
+                f"{name} example {number}: the prompt is what chosen and rejected begin with, which leaves {empty[0]} "
+                "empty; give a column prompt"
+            )
+        apart.append(whole)
+    if not apart:
+        raise DataError(f"{name}: chosen and rejected are the same in all {len(rows)} examples")
+    if len(apart) < len(rows):
+        same = len(rows) - len(apart)
+        logger.warning("%s: %d of %d examples are left out, whose chosen is their rejected", name, same, len(rows))
+    return apart
+
+
+def _find_columns(name: str, rows: Sequence[Row], columns: Columns, form: str) -> tuple[dict[str, str], str]:
+    """Return the column of each part, such as prompt and completion, and the kind of the data."""
     there = list(rows[0][1])
     given = columns.given()
     for column in given.values():
         if column not in there:
             raise DataError(f"{name} has no column {column!r}; its columns are {', '.join(there)}")
-    if given:
-        return given
-    for parts in (("prompt", "completion"), ("messages",), ("text",)):
-        if all(part in there for part in parts):
-            return {part: part for part in parts}
-    raise DataError(
-        f"{name} has none of the columns prompt and completion, messages, text; its columns are {', '.join(there)}. "
-        "Say which to use with prompt_column and completion_column, messages_column, or text_column"
-    )
+    for parts, kind in FORMS[form].items():
+        wanted = {part: given.get(part, part) for part in parts}
+        if given.keys() <= wanted.keys() and all(column in there for column in wanted.values()):
+            return wanted, kind
+    known = ", ".join(_listed(parts) for parts in FORMS[form])
+    say = _SAY[form]
+    if form == "language" and {"chosen", "rejected"} <= set(there):
+        say = "Learn from chosen and rejected with method dpo, orpo or kto"
+    raise DataError(f"{name} has none of the columns {known}; its columns are {', '.join(there)}. {say}")
 
 
-def _normalised(name: str, rows: Iterable[Row], parts: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def _listed(parts: Sequence[str]) -> str:
+    """Return names in words."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _normalised(name: str, rows: Iterable[Row], parts: Mapping[str, str], *, keep: bool) -> Iterator[dict[str, Any]]:
+    """Give rows by part; what else they have is kept for chats, or with `keep`."""
     for where, row in rows:
         result = {}
         for part, column in parts.items():
             if column not in row:
                 raise DataError(f"{name} {where}: no {column!r}, which other rows have")
-            if problem := _problem(part, row[column]):
+            value = row[column]
+            if part == "label":
+                value = value if isinstance(value, bool) else _LABELS.get(str(value).strip().lower())
+                if value is None:
+                    raise DataError(f"{name} {where}: {column} is {row[column]!r}; it must be true or false")
+            elif problem := _problem(part, value):
                 raise DataError(f"{name} {where}: {column} {problem}")
             try:
-                refuse_broken_text(row[column])
+                refuse_broken_text(value)
             except DataError as error:
                 raise DataError(f"{name} {where}: {column} {error}") from None
-            result[part] = row[column]
-        if len({type(value) for value in result.values()}) > 1:
-            raise DataError(f"{name} {where}: prompt and completion must both be text or both be messages")
-        if isinstance(next(iter(result.values())), list) and (others := row.keys() - set(parts.values())):
+            result[part] = value
+        turns = [part for part in parts if part != "label"]
+        if len({type(result[part]) for part in turns}) > 1:
+            all_of = "both" if len(turns) == 2 else "all"
+            raise DataError(f"{name} {where}: {_listed(turns)} must {all_of} be text or {all_of} be messages")
+        others = row.keys() - set(parts.values())
+        if others and (keep or isinstance(result[turns[0]], list)):
             result["columns"] = {column: row[column] for column in row if column in others}
         yield result
 

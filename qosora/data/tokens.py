@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qosora.data.chat import encode, template_options, turn_spans
+from qosora.data.chat import encode, render, template_options, turn_spans
 from qosora.data.records import Records
 from qosora.errors import DataError
 
-__all__ = ["IGNORED", "Example", "Tokenized", "tokenize"]
+__all__ = ["IGNORED", "Example", "Tokenized", "tokenize", "tokenize_prompts"]
 
 logger = logging.getLogger("qosora")
 
@@ -107,11 +107,7 @@ def tokenize(
     """
     if completion_only and records.kind == "text":
         raise DataError(f"{records.name}: completion_only needs prompts or messages, but the data is plain text")
-    if _has_messages(records) and not tokenizer.chat_template:
-        raise DataError(
-            f"{records.name} holds chat messages, but the tokenizer has no chat template. Put the chat_template.jinja "
-            "of the model's chat version into its folder, or use prompt and completion columns"
-        )
+    _require_template(records, tokenizer)
     unfound: list[int] = []  # turns of the assistant, by example
     whole = list(_examples(records, tokenizer, completion_only is not False, unfound))
     if any(unfound):
@@ -126,6 +122,36 @@ def tokenize(
         _warn_of_losses(records, whole, result, max_length)
     _warn_of_no_stop(records, result, {*stop_ids, tokenizer.eos_token_id})
     return result
+
+
+def tokenize_prompts(records: Records, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
+    """Tokenize prompts as they are handed to a model that is to answer; nothing in them is supervised.
+
+    Raises:
+        DataError: A chat cannot be rendered.
+    """
+    _require_template(records, tokenizer)
+    examples = []
+    for number, row in enumerate(records.rows, 1):
+        if isinstance(row["prompt"], str):
+            ids = encode(tokenizer, [row["prompt"]])[0]
+        else:
+            try:
+                text = render(tokenizer, row["prompt"], generation=True)
+            except DataError as error:
+                raise DataError(f"{records.name} example {number}: {error}") from None
+            ids = encode(tokenizer, [text], special_tokens=False)[0]
+        examples.append(_example(ids, []))
+    tokens = sum(len(e.input_ids) for e in examples)
+    return Tokenized(examples, tokens=tokens, supervised=0, lost=0, cut=0, dropped=0)
+
+
+def _require_template(records: Records, tokenizer: PreTrainedTokenizerBase) -> None:
+    if _has_messages(records) and not tokenizer.chat_template:
+        raise DataError(
+            f"{records.name} holds chat messages, but the tokenizer has no chat template. Put the chat_template.jinja "
+            "of the model's chat version into its folder, or use columns of text"
+        )
 
 
 def _has_messages(records: Records) -> bool:

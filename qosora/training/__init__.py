@@ -3,7 +3,9 @@
 | module | one line |
 |---|---|
 | `config` | `TrainConfig`: what a user says |
-| `sft_options` | the same in TRL's words |
+| `methods` | the ways of learning that TRL has trainers for |
+| `rewards` | what an answer is worth |
+| `trl_options` | a run in TRL's words |
 | `flat_buffers` | vectors as windows of flat buffers |
 | `optimizer` | the packed paged optimizer |
 | `processes` | the processes of a run |
@@ -11,7 +13,7 @@
 | `run_folder` | the folder of a run |
 | `checks` | a run, checked and resolved before its model is loaded |
 | `preview` | what a run would train on |
-| `trainer` | TRL's trainer with our evaluation, checkpoints and record |
+| `trainer` | TRL's trainers with our evaluation, checkpoints and record |
 | `run` | `train` |
 """
 
@@ -35,16 +37,16 @@ if TYPE_CHECKING:
     from qosora.training.run import TrainResult as TrainResult
     from qosora.training.run import train as train
     from qosora.training.run_folder import MetricsLog as MetricsLog
-    from qosora.training.sft_options import choose_precision as choose_precision
-    from qosora.training.sft_options import sft_config as sft_config
     from qosora.training.trainer import QosoraTrainer as QosoraTrainer
     from qosora.training.trainer import Recorder as Recorder
+    from qosora.training.trl_options import choose_precision as choose_precision
+    from qosora.training.trl_options import trl_config as trl_config
 
 __getattr__, __dir__ = door(
     __name__,
     {
         "config": ["OPTIMIZER_NAMES", "TrainConfig"],
-        "sft_options": ["choose_precision", "sft_config"],
+        "trl_options": ["choose_precision", "trl_config"],
         "processes": ["Processes"],
         "run_folder": ["MetricsLog"],
         "flat_buffers": ["ALIGNMENT", "OPTIMIZERS", "PAGED_NUMEL", "why_unpaged"],

@@ -8,13 +8,13 @@ by TRL, so that the tokens that were counted are those that are trained on.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from trl import SFTConfig
 
 from qosora.base import load_tokenizer
 from qosora.checkpoints import (
@@ -27,15 +27,17 @@ from qosora.checkpoints import (
     split_source,
 )
 from qosora.config import OsoraConfig
-from qosora.data import Columns, Tokenized, load_records, refuse_foreign_tokens, tokenize
+from qosora.data import Columns, Prepared, load_records, prepare, refuse_foreign_tokens
 from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError
 from qosora.layers import Tiling
 from qosora.training.config import TrainConfig
+from qosora.training.methods import METHODS, Method
 from qosora.training.optimizer import UPDATE_RATE
 from qosora.training.processes import Processes
+from qosora.training.rewards import load_rewards, reward_digests
 from qosora.training.run_folder import STEP_EXAMPLES, RunFolder
-from qosora.training.sft_options import choose_precision, choose_strategy, sft_config
+from qosora.training.trl_options import choose_precision, choose_strategy, trl_config
 
 __all__ = ["Run", "resolve_run"]
 
@@ -46,6 +48,7 @@ class Run:
 
     Args:
         config: As given.
+        method: Of learning.
         folder: Not made yet.
         precision: "bf16", "fp16" or "fp32".
         dtype: That of the precision.
@@ -61,6 +64,7 @@ class Run:
         tokenizer: The base's.
         data: To train on.
         held_out: To evaluate on.
+        rewards: Of answers, where they are learned from.
         made_of: What else determines the run: hashes, by what a message calls it, and the examples of a step.
         processes: That train together.
         sharded: Whether each process holds a part of the base only, or none on its GPU.
@@ -68,11 +72,12 @@ class Run:
     """
 
     config: TrainConfig
+    method: Method
     folder: RunFolder
     precision: str
     dtype: torch.dtype
     tiling: Tiling
-    arguments: SFTConfig
+    arguments: Any
     learning_rate: float
     update_learning_rate: float
     modules_to_save_learning_rate: float
@@ -81,8 +86,9 @@ class Run:
     source: str
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    data: Tokenized
-    held_out: Tokenized | None
+    data: Prepared
+    held_out: Prepared | None
+    rewards: list[Callable[..., Any]]
     made_of: dict[str, Any]
     processes: Processes
     sharded: bool
@@ -101,7 +107,13 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
     precision = choose_precision(config.precision)
     strategy, on_host = choose_strategy(config)
     sharded = on_host or (strategy == "fsdp" and processes.count > 1)
-    arguments = sft_config(config, precision, folder.path, stays=sharded)
+    method = METHODS[config.method]
+    if config.method == "grpo" and sharded and processes.count > 1:
+        raise ConfigError(
+            "method grpo has each process generate for itself, which a base that is divided among them cannot: use "
+            "strategy ddp with base_on gpu, or one process"
+        )
+    arguments = trl_config(config, precision, folder.path, stays=sharded)
     adapter = _adapter_config(config)
     model, begun = split_source(config.model)
     if begun is not None:
@@ -111,20 +123,24 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
     require_base(source, model_config)
     require_language_model(model_config, source, "qosora train")
     tokenizer = load_tokenizer(begun, source, trust_remote_code=config.trust_remote_code)
-    data, held_out = _tokenized(config, source, tokenizer)
+    data, held_out = _prepared(config, source, tokenizer)
+    rewards = load_rewards(config.reward, data.dataset.column_names)
     _pad_within(tokenizer, model_config)
-    _check_fit(config, source, model_config, [data, *([held_out] if held_out else [])])
+    answer = arguments.max_completion_length if config.method == "grpo" else 0
+    _check_fit(config, source, model_config, [data, *([held_out] if held_out else [])], answer)
+    learning_rate = config.learning_rate or method.learning_rate
     tile_length = 0 if config.compile else config.tile_length
     return Run(
         config=config,
+        method=method,
         folder=folder,
         precision=precision,
         dtype=dtype_named(precision),
         tiling=Tiling.of(tile_length, gradient_checkpointing=config.gradient_checkpointing),
         arguments=arguments,
-        learning_rate=config.learning_rate,
-        update_learning_rate=config.update_learning_rate or UPDATE_RATE * config.learning_rate,
-        modules_to_save_learning_rate=config.modules_to_save_learning_rate or config.learning_rate / 100,
+        learning_rate=learning_rate,
+        update_learning_rate=config.update_learning_rate or UPDATE_RATE * learning_rate,
+        modules_to_save_learning_rate=config.modules_to_save_learning_rate or learning_rate / 100,
         adapter=adapter,
         begun=begun,
         source=source,
@@ -132,7 +148,9 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
         tokenizer=tokenizer,
         data=data,
         held_out=held_out,
+        rewards=rewards,
         made_of=_made_of(begun, data, held_out)
+        | reward_digests(config.reward)
         | {STEP_EXAMPLES: config.batch_size * config.gradient_accumulation * processes.count},
         processes=processes,
         sharded=sharded,
@@ -141,11 +159,11 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
 
 
 def _check_schedule(config: TrainConfig) -> None:
-    known = config.sft.get("lr_scheduler_kwargs") or {}
+    known = config.trl.get("lr_scheduler_kwargs") or {}
     if config.schedule == "warmup_stable_decay" and "num_decay_steps" not in known:
         raise ConfigError(
             "schedule warmup_stable_decay needs to know when the decay begins: set num_decay_steps in the option "
-            "lr_scheduler_kwargs of sft, such as --sft 'lr_scheduler_kwargs={num_decay_steps: 100}'"
+            "lr_scheduler_kwargs of trl, such as --trl 'lr_scheduler_kwargs={num_decay_steps: 100}'"
         )
 
 
@@ -172,7 +190,7 @@ def _check_begun(config: TrainConfig, adapter: str) -> None:
         )
 
 
-def _made_of(begun: str | None, data: Tokenized, held_out: Tokenized | None) -> dict[str, str]:
+def _made_of(begun: str | None, data: Prepared, held_out: Prepared | None) -> dict[str, str]:
     """Return hashes of what determines a run besides its configuration and its base, by what a message calls it."""
     found = {"the training data (or its tokenizer)": data.digest()}
     if held_out is not None:
@@ -189,25 +207,26 @@ def _names(names: list[str] | None) -> list[str] | str | None:
     return names
 
 
-def _tokenized(
-    config: TrainConfig, source: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Tokenized, Tokenized | None]:
+def _prepared(config: TrainConfig, source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Prepared, Prepared | None]:
     """Return the training and evaluation examples."""
     columns = Columns(config.prompt_column, config.completion_column, config.messages_column, config.text_column)
+    form = METHODS[config.method].form
     stops = _stop_ids(source)
     # Only packing that cuts may be told of cuts; the others split what is too long
-    cut = config.max_length if config.sft.get("packing_strategy", "bfd") == "bfd" or not config.packing else None
-    options: dict[str, Any] = {"completion_only": config.completion_only, "stop_ids": stops}
-    records = load_records(config.data, split=config.data_split, columns=columns, chat=config.chat, limit=config.limit)
-    data = tokenize(records, tokenizer, max_length=cut, **options)
-    held_out = None
-    if config.eval_data is not None:
-        split = config.eval_split or (None if Path(config.eval_data).expanduser().exists() else "test")
-        records = load_records(
-            config.eval_data, split=split, columns=columns, chat=config.chat, limit=config.eval_limit
-        )
-        held_out = tokenize(records, tokenizer, max_length=config.max_length, **options)
-    return data, held_out
+    cut = config.max_length if config.trl.get("packing_strategy", "bfd") == "bfd" or not config.packing else None
+
+    def read(source: str, split: str | None, limit: int | None, max_length: int | None) -> Prepared:
+        records = load_records(source, form=form, split=split, columns=columns, chat=config.chat, limit=limit)
+        only = config.completion_only
+        return prepare(records, tokenizer, max_length=max_length, completion_only=only, stop_ids=stops)
+
+    data = read(config.data, config.data_split, config.limit, cut)
+    if config.method == "kto":  # TRL takes them as they come, and all that are good often come first
+        data = replace(data, dataset=data.dataset.shuffle(seed=config.seed))
+    if config.eval_data is None:
+        return data, None
+    split = config.eval_split or (None if Path(config.eval_data).expanduser().exists() else "test")
+    return data, read(config.eval_data, split, config.eval_limit, config.max_length)
 
 
 def _pad_within(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> None:
@@ -224,14 +243,24 @@ def _stop_ids(source: str) -> list[int]:
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def _check_fit(config: TrainConfig, source: str, model_config: PreTrainedConfig, data: list[Tokenized]) -> None:
+def _check_fit(
+    config: TrainConfig, source: str, model_config: PreTrainedConfig, data: list[Prepared], answer: int
+) -> None:
     """Refuse ids and lengths that the model has no embedding for: both end in an index error deep inside."""
     model = model_config.get_text_config()
-    refuse_foreign_tokens((e.input_ids for d in data for e in d.examples), model.vocab_size, source)
-    longest = max(len(e.input_ids) for d in data for e in d.examples)
+    examples = [example for d in data for example in d.tokenized.examples]
+    refuse_foreign_tokens((e.input_ids for e in examples), model.vocab_size, source)
+    longest = max(len(e.input_ids) for e in examples)
     positions = getattr(model, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
+    if positions is None or longest + answer <= positions:
+        return
+    if answer:
         raise ConfigError(
-            f"max_length {config.max_length} lets examples have {longest} tokens, but the model takes {positions}; "
-            f"set max_length to at most {positions}"
+            f"a prompt has {longest} tokens, with an answer of max_completion_length {answer} it may have "
+            f"{longest + answer}, but the model takes {positions}; set max_completion_length to at most "
+            f"{max(positions - longest, 0)}, or leave out long prompts"
         )
+    raise ConfigError(
+        f"max_length {config.max_length} lets examples have {longest} tokens, but the model takes {positions}; "
+        f"set max_length to at most {positions}"
+    )

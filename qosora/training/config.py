@@ -25,7 +25,10 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_wit
 OPTIMIZER_NAMES = ("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit")
 #: Files of a run's folder: its configuration, and a line for each logged step.
 RUN_CONFIG, METRICS = "train_config.yaml", "metrics.jsonl"
+#: Fields as they were called before there were methods.
+_EARLIER_NAMES = {"sft": "trl"}
 STRATEGIES = ("ddp", "fsdp")
+METHODS = ("sft", "dpo", "kto", "orpo", "grpo")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -69,6 +72,12 @@ class TrainConfig:
         MISSING, "training data: .jsonl, .json, .csv or .parquet file, or hub data set (NAME[:CONFIG])", path=True
     )
     output_dir: str = _option(MISSING, "folder for the adapter, its checkpoints and metrics.jsonl", live=True)
+    method: str = _option(
+        "sft",
+        "learn from examples (sft), pairs of a better and a worse answer (dpo, orpo), answers that are good or not "
+        "(kto), or rewards of the model's own answers (grpo)",
+        choices=METHODS,
+    )
     eval_data: str | None = _option(None, "held-out data, evaluated before and after training", path=True)
     data_split: str | None = _option(None, "split of a hub data set [train]; slices such as train[:1000] work")
     eval_split: str | None = _option(None, "split of a hub data set for evaluation [test]")
@@ -79,18 +88,34 @@ class TrainConfig:
     completion_column: str | None = _option(None, "column of the completion, where it is not called completion")
     messages_column: str | None = _option(None, "column of the chat messages, where it is not called messages")
     text_column: str | None = _option(None, "column of plain text, where it is not called text")
-    chat: bool = _option(False, "wrap prompt and completion into the model's chat template, as user and assistant")
+    chat: bool = _option(False, "wrap prompts and what answers them into the model's chat template")
     completion_only: bool | None = _option(
         None, "train on completions (in chats: on the assistant's turns) only [yes, except for plain text]"
     )
     max_length: int = _option(1024, "cut examples to this many tokens; the length of packed sequences", least=2)
+    beta: float | None = _option(
+        None, "dpo, kto, orpo, grpo: how much the model is held to where it began [0.1; grpo 0]", least=0
+    )
+    reward: list[str] = _option(
+        [],
+        "grpo: what an answer is worth: FILE.py:FUNCTION, called as TRL does; or exact, number, regex:PATTERN, think, "
+        "which compare it with the column answer (exact:COLUMN). Rewards are added",
+    )
+    num_generations: int | None = _option(
+        None,
+        "grpo: answers to each prompt, compared with each other [8, or all of a step where they are fewer]",
+        least=2,
+    )
+    max_completion_length: int | None = _option(None, "grpo: tokens of an answer at most [256]", least=1)
     packing: bool = _option(False, "pack several examples into each sequence; flash attention keeps them cheap to part")
 
     epochs: float = _option(1.0, "passes over the data, where max_steps does not say otherwise", above=0)
     max_steps: int | None = _option(None, "optimizer steps in all", least=1)
     batch_size: int = _option(4, "examples on the device at once", least=1, live=True)
     gradient_accumulation: int = _option(1, "batches per optimizer step", least=1, live=True)
-    learning_rate: float = _option(1e-2, "of the vectors: about 20 times what LoRA takes", above=0)
+    learning_rate: float | None = _option(
+        None, "of the vectors: about 20 times what LoRA takes [1e-2; dpo, kto, orpo, grpo: 1e-3]", above=0
+    )
     update_learning_rate: float | None = _option(None, "of an update's A and B [0.4 learning_rate]", above=0)
     modules_to_save_learning_rate: float | None = _option(
         None, "of modules_to_save, whole matrices [learning_rate / 100]", above=0
@@ -147,7 +172,7 @@ class TrainConfig:
     progress: bool = _option(True, "show a progress bar", live=True)
     resume: bool = _option(False, "go on from the last checkpoint in output_dir, if there is one", live=True)
     overwrite: bool = _option(False, "replace an earlier run in output_dir", live=True)
-    sft: dict[str, Any] = _option({}, "any other option of TRL's SFTConfig, by name")
+    trl: dict[str, Any] = _option({}, "any other option of TRL's configuration (SFTConfig, DPOConfig, ...), by name")
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -176,7 +201,8 @@ class TrainConfig:
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {}
         for source, where in ((from_file, lines), (overrides, {})):
-            for name, value in source.items():
+            for key, value in source.items():
+                name = _EARLIER_NAMES.get(key, key)
                 if name in known:
                     values[name] = value
                 else:
@@ -276,9 +302,9 @@ def _out_of_limits(value: Any, metadata: Mapping[str, Any]) -> str | None:
 def _conflicts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what is wrong with fields together."""
     get = values.get
-    problems = []
+    problems = _of_another_method(values)
     pair = ("prompt_column", "completion_column")
-    if (get(pair[0]) is None) != (get(pair[1]) is None):
+    if get("method") == "sft" and (get(pair[0]) is None) != (get(pair[1]) is None):
         problems.append((pair[0], "prompt_column and completion_column belong together; give both, or text_column"))
     kinds = [kind for kind in ("prompt_column", "messages_column", "text_column") if get(kind) is not None]
     if len(kinds) > 1:
@@ -297,6 +323,26 @@ def _conflicts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         problems.append(("compile", "compiled layers are not computed in tiles; give compile or tile_length"))
     needs = [n for n in ("eval_steps", "eval_split", "eval_limit") if get(n) is not None and not get("eval_data")]
     problems += [(name, f"{name} needs eval_data") for name in needs]
+    return problems
+
+
+#: Options that only some methods have a use for.
+_ONLY = {
+    "completion_only": ("sft",), "packing": ("sft",), "messages_column": ("sft",), "text_column": ("sft",),
+    "completion_column": ("sft", "kto"), "beta": ("dpo", "kto", "orpo", "grpo"), "reward": ("grpo",),
+    "num_generations": ("grpo",), "max_completion_length": ("grpo",), "activation_offloading": ("sft", "dpo", "kto"),
+}  # fmt: skip
+
+
+def _of_another_method(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    method = values.get("method")
+    problems = [
+        (name, f"{name} is for method {' or '.join(methods)}, and this is {method}")
+        for name, methods in _ONLY.items()
+        if method in METHODS and method not in methods and values.get(name) not in (None, False, [])
+    ]
+    if method == "grpo" and values.get("reward") == []:
+        problems.append(("reward", "method grpo needs a reward: FILE.py:FUNCTION, exact, number, regex:PATTERN, think"))
     return problems
 
 

@@ -65,18 +65,18 @@ def preview(config: TrainConfig) -> Preview:
         CheckpointError: The model is no qosora base.
     """
     run = resolve_run(config, RunFolder(config), Processes())
-    data = run.data
+    data = run.data.tokenized
     lengths = [len(example.input_ids) for example in data.examples]
     places = [0, lengths.index(max(lengths)), len(data) // 2]
     return Preview(
-        examples=len(data),
+        examples=len(run.data),
         tokens=data.tokens,
         supervised=data.supervised,
         cut=data.cut,
         lost=data.lost,
         dropped=data.dropped,
         longest=max(lengths),
-        steps=_steps(config, len(data)),
+        steps=_steps(run),
         evaluated=len(run.held_out) if run.held_out else 0,
         precision=run.precision,
         source=run.source,
@@ -84,11 +84,13 @@ def preview(config: TrainConfig) -> Preview:
     )
 
 
-def _steps(config: TrainConfig, examples: int) -> int | None:
+def _steps(run: Run) -> int | None:
+    config = run.config
     if config.max_steps is not None:
         return config.max_steps
     if config.packing:
         return None
+    examples = len(run.data) * (run.arguments.num_generations if config.method == "grpo" else 1)
     batches = math.ceil(examples / config.batch_size)
     return math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation))
 

@@ -1,4 +1,4 @@
-"""`train`: a base, data and a configuration to an adapter, on TRL's `SFTTrainer` with the packed optimizer.
+"""`train`: a base, data and a configuration to an adapter, on a trainer of TRL with the packed optimizer.
 
 All that can be known to be wrong is found (`resolve_run`) before the model is loaded, and the output folder is made
 only when the trainer stands.
@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from qosora.training.optimizer import trainer_optimizer
 from qosora.training.processes import Processes
 from qosora.training.run_folder import RunFolder
 from qosora.training.sharding import group_of_one, shard
-from qosora.training.trainer import QosoraTrainer, Recorder, peak_memory_bytes
+from qosora.training.trainer import TRAINERS, QosoraTrainer, Recorder, peak_memory_bytes
 
 __all__ = ["TrainResult", "train"]
 
@@ -48,9 +48,10 @@ _SHORT_TILE = 1024
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did; losses are means over supervised tokens, evaluation's are None without evaluation data.
+    """What a run did; losses of SFT are means over supervised tokens, evaluation's are None without evaluation data.
 
-    `peak_memory_bytes` is that of the process with the most.
+    `figures` has what shows a method's success, such as the reward, each in the first tenth of the steps and in the
+    last, or before and after, where it was evaluated. `peak_memory_bytes` is that of the process with the most.
     """
 
     output_dir: str
@@ -66,7 +67,10 @@ class TrainResult:
     wall_seconds: float
     peak_memory_bytes: int
     resumed_from: int | None
-    processes: int = 1  # results written by earlier versions have none
+    # results written by earlier versions have none of these
+    processes: int = 1
+    method: str = "sft"
+    figures: dict[str, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -74,18 +78,24 @@ class TrainResult:
 
     def summary(self) -> list[str]:
         """Return lines for a reader."""
+        tokens = f" ({self.supervised_tokens:,} supervised tokens)" * (self.supervised_tokens > 0)
         lines = [
-            f"trained {self.trained_parameters:,} parameters for {self.steps} steps on {self.examples:,} examples "
-            f"({self.supervised_tokens:,} supervised tokens) in {self.wall_seconds:.0f} s, {self.precision}, "
-            f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB",
-            f"training loss {self.train_loss:.4f} (mean of the last tenth of the steps)",
+            f"trained {self.trained_parameters:,} parameters for {self.steps} steps on {self.examples:,} examples"
+            f"{tokens} in {self.wall_seconds:.0f} s, {self.precision}, "
+            f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"
         ]
-        if self.eval_loss_before is not None and self.eval_loss_after is not None:
-            before, after = self.eval_loss_before, self.eval_loss_after
-            lines.append(
-                f"evaluation loss {before:.4f} -> {after:.4f}, "
-                f"perplexity {perplexity(before):.3f} -> {perplexity(after):.3f}"
-            )
+        if self.method != "sft":
+            for name, (first, last) in self.figures.items():
+                when = "before and after" if name.startswith("eval_") else "first and last tenth of the steps"
+                lines.append(f"{name} {first:.4f} -> {last:.4f} ({when})")
+        else:
+            lines.append(f"training loss {self.train_loss:.4f} (mean of the last tenth of the steps)")
+            if self.eval_loss_before is not None and self.eval_loss_after is not None:
+                before, after = self.eval_loss_before, self.eval_loss_after
+                lines.append(
+                    f"evaluation loss {before:.4f} -> {after:.4f}, "
+                    f"perplexity {perplexity(before):.3f} -> {perplexity(after):.3f}"
+                )
         return [*lines, f"adapter: {self.output_dir} ({self.adapter_bytes / 2**10:,.0f} KiB)"]
 
 
@@ -126,20 +136,20 @@ def train(config: TrainConfig) -> TrainResult:
             with processes.agreed():
                 trainer, recorder = _trainer(run)
             try:
-                losses, resumed_from = _run(trainer, run)
+                evaluations, resumed_from = _run(trainer, run)
             except BaseException:
                 if processes.main:
                     folder.discard()
                 raise
             finally:
                 recorder.close()
-            return _finish(trainer, run, losses, resumed_from, time.perf_counter() - start)
+            return _finish(trainer, run, evaluations, resumed_from, time.perf_counter() - start)
 
 
-def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
+def _trainer(run: Run) -> tuple[Any, Recorder]:
     """Load the base and build the trainer; nothing stays on disk if that fails."""
     config = run.config
-    recorder = Recorder(run.folder.metrics, config.progress, run.processes.main)
+    recorder = Recorder(run.folder.metrics, config.progress, run.processes.main, run.method.figures[0])
     try:
         model: Any = load_base(
             run.source,
@@ -155,14 +165,12 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
             model = load_adapter(model, run.begun, is_trainable=True)
         if run.arguments.ddp_find_unused_parameters is None:  # an expert may get no token of a process's batch
             run.arguments.ddp_find_unused_parameters = any("experts" in name for name in qosora_modules(model))
-        trainer = QosoraTrainer(
+        trainer = TRAINERS[config.method](
             model=model,
             args=run.arguments,
             processes=run.processes,
-            train_dataset=Dataset.from_dict(run.data.columns()),
-            # for Trainer's eval_steps alone; `evaluate` measures the examples themselves
-            eval_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}) if run.held_out else None,
-            eval_examples=run.held_out.examples if run.held_out else [],
+            train_dataset=run.data.dataset,
+            **_of_method(run),
             save_embeddings=len(model.get_input_embeddings().weight) != own_tokens,
             processing_class=run.tokenizer,
             peft_config=run.adapter if run.begun is None else None,
@@ -195,8 +203,20 @@ def _trainer(run: Run) -> tuple[QosoraTrainer, Recorder]:
     return trainer, recorder
 
 
-def _run(trainer: QosoraTrainer, run: Run) -> tuple[tuple[float | None, ...], int | None]:
-    """Train; return the evaluation losses before and after, and the step that training went on from."""
+def _of_method(run: Run) -> dict[str, Any]:
+    """Return what not all trainers take alike."""
+    if run.config.method == "sft":
+        return {
+            # for Trainer's eval_steps alone; `evaluate` measures the examples themselves
+            "eval_dataset": Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}) if run.held_out else None,
+            "eval_examples": run.held_out.tokenized.examples if run.held_out else [],
+        }
+    rewards = {"reward_funcs": run.rewards} if run.rewards else {}
+    return {"eval_dataset": run.held_out.dataset if run.held_out else None, **rewards}
+
+
+def _run(trainer: Any, run: Run) -> tuple[list[dict[str, float]], int | None]:
+    """Train; return the evaluations before and after, and the step that training went on from."""
     folder, processes = run.folder, run.processes
     checkpoint = processes.from_main(folder.checkpoint)
     with processes.agreed():
@@ -213,22 +233,28 @@ def _run(trainer: QosoraTrainer, run: Run) -> tuple[tuple[float | None, ...], in
             folder.begin(-1 if resumed_from is None else resumed_from, run.made_of)
     if resumed_from is not None:
         logger.info("resuming after step %d", resumed_from)
-    evaluations = processes.from_main(folder.metrics.evaluations)
-    before = after = None
-    if trainer.eval_examples:
-        before = evaluations[0]["eval_loss"] if evaluations else trainer.evaluate()["eval_loss"]
+    found = []
+
+    def evaluate() -> dict[str, float]:
+        trainer.evaluate()
+        last: dict[str, float] = processes.from_main(folder.metrics.evaluations)[-1]
+        return last
+
+    if run.held_out:
+        evaluations = processes.from_main(folder.metrics.evaluations)
+        found.append(evaluations[0] if evaluations else evaluate())
     if checkpoint is None or not trainer.take_up_finished(checkpoint):
-        if torch.cuda.is_available() and not run.config.packing:  # packed ones are of one length
-            trainer.try_longest_batch(run.data.examples)
+        if isinstance(trainer, QosoraTrainer) and torch.cuda.is_available() and not run.config.packing:
+            trainer.try_longest_batch(run.data.tokenized.examples)  # packed ones are of one length
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.eval_examples:
+    if run.held_out:
         last = processes.from_main(folder.metrics.evaluations)[-1]
         done = last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
-        after = last["eval_loss"] if done else trainer.evaluate()["eval_loss"]
-    return (before, after), resumed_from
+        found.append(last if done else evaluate())
+    return found, resumed_from
 
 
-def _check_base(trainer: QosoraTrainer, checkpoint: Path) -> None:
+def _check_base(trainer: Any, checkpoint: Path) -> None:
     """Refuse to go on with another base than a checkpoint's."""
     before = adapter_config(checkpoint).base_fingerprint
     now = trainer.model.peft_config["default"].base_fingerprint
@@ -240,27 +266,40 @@ def _check_base(trainer: QosoraTrainer, checkpoint: Path) -> None:
 
 
 def _finish(
-    trainer: QosoraTrainer,
+    trainer: Any,
     run: Run,
-    losses: tuple[float | None, ...],
+    evaluations: list[dict[str, float]],
     resumed_from: int | None,
     wall_seconds: float,
 ) -> TrainResult:
     """Write the adapter, its tokenizer and the result."""
     model, processes = trainer.model, run.processes
     trained = [p for p in model.parameters() if p.requires_grad]
-    steps = processes.from_main(lambda: [line["loss"] for line in run.folder.metrics.read() if "loss" in line])
-    last = steps[-max(1, len(steps) // 10) :]
+    steps = processes.from_main(lambda: [line for line in run.folder.metrics.read() if "loss" in line])
+    tenth = max(1, len(steps) // 10)
+    figures = {}
+    for name in run.method.figures:
+        for key, lines in ((name, [steps[:tenth], steps[-tenth:]]), (f"eval_{name}", [[e] for e in evaluations])):
+            known = [[line[key] for line in some if key in line] for some in lines]
+            if all(known) and known:
+                figures[key] = [sum(values) / len(values) for values in known]
+    if steps and all(line.get("frac_reward_zero_std") == 1 for line in steps):
+        logger.warning(
+            "the answers to a prompt were always worth the same, so nothing was learned: begin with an adapter that "
+            "finds a good answer now and then (train it on examples first), or reward what is partly right, too"
+        )
     result = TrainResult(
         output_dir=run.config.output_dir,
         steps=trainer.state.global_step,
         examples=len(run.data),
-        supervised_tokens=run.data.supervised,
+        supervised_tokens=run.data.tokenized.supervised,
         trained_parameters=sum(p.numel() for p in trained),
         adapter_bytes=sum(p.nbytes for p in trained),
-        train_loss=sum(last) / len(last) if last else float("nan"),
-        eval_loss_before=losses[0],
-        eval_loss_after=losses[1],
+        train_loss=sum(line["loss"] for line in steps[-tenth:]) / tenth if steps else float("nan"),
+        eval_loss_before=evaluations[0]["eval_loss"] if evaluations else None,
+        eval_loss_after=evaluations[1]["eval_loss"] if evaluations else None,
+        method=run.config.method,
+        figures=figures,
         precision=run.precision,
         wall_seconds=round(wall_seconds, 3),
         peak_memory_bytes=max(processes.gathered(peak_memory_bytes())),

@@ -17,7 +17,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from qosora.compat.torch import ignore_in_ddp
 from qosora.layers import decoder_layers
@@ -68,6 +74,7 @@ def shard(model: Any, device: torch.device, *, on_host: bool, whole: tuple[nn.Mo
     if own and heads and not own & heads:  # and not one matrix for both
         divide(embeddings)
     divide(model)
+    register_fsdp_forward_method(model, "generate")  # which is not a call of the model, and needs its tensors as well
     ignore_in_ddp(model, [name for name, p in model.named_parameters() if p not in ignored])
 
 

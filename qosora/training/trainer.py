@@ -1,7 +1,7 @@
-"""TRL's `SFTTrainer` with qosora's evaluation, checkpoints of vectors alone, and a record of each step.
+"""TRL's trainers with checkpoints of vectors alone and a record of each step, and `SFTTrainer` with our evaluation.
 
-Trainer's own evaluation averages over batches, its checkpoints carry the tokenizer and a pickle of the arguments, and
-its progress bar shows neither speed nor memory; these three are replaced, all else is TRL's.
+Trainer's own evaluation of a loss averages over batches, its checkpoints carry the tokenizer and a pickle of the
+arguments, and its progress bar shows neither speed nor memory; these three are replaced, all else is TRL's.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState
-from trl import SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer
 
 from qosora.checkpoints import ADAPTER_STEM
-from qosora.compat.trl import know_parameters_again, loss_chunks
+from qosora.compat.trl import know_parameters_again, loss_chunks, orpo
 from qosora.data import IGNORED, Example, padded_batch
 from qosora.errors import EndedElsewhere, QosoraError
 from qosora.inference import batch_losses, inference, perplexity
@@ -35,44 +35,94 @@ from qosora.training.processes import Processes
 from qosora.training.run_folder import MetricsLog
 from qosora.training.sharding import is_sharded
 
-__all__ = ["QosoraTrainer", "Recorder", "peak_memory_bytes"]
+__all__ = ["TRAINERS", "QosoraTrainer", "Recorder", "peak_memory_bytes"]
 
-_LOGGED = ("epoch", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy")
+#: What trainers log that a line of the record has under another name, or that is about the whole run.
+_NOT_LOGGED = {"num_tokens", "num_input_tokens_seen", "total_flos", "step_time"}
 
 
-class QosoraTrainer(SFTTrainer):
-    """As `SFTTrainer`.
+class _OfVectors:
+    """What is the same in all trainers.
 
     Args:
         processes: That train together; this one alone by default.
-        eval_examples: What `evaluate` measures.
         save_embeddings: Whether the embeddings are saved with the adapter, as where it brings more than the base has.
-        **kwargs: Of `SFTTrainer`.
+        optimizer_cls_and_kwargs: As of `transformers.Trainer`; not all trainers of TRL hand it on.
+        **kwargs: Of TRL's trainer.
     """
 
-    control: Any
-    train_dataset: Any
+    model: Any
+    args: Any
+    state: Any
 
     def __init__(
         self,
         *,
         processes: Processes | None = None,
-        eval_examples: Sequence[Example],
         save_embeddings: bool = False,
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.processes = processes or Processes()
-        self.eval_examples, self.save_embeddings = eval_examples, save_embeddings
+        self.processes, self.save_embeddings = processes or Processes(), save_embeddings
         super().__init__(**kwargs)
-        if self._divides_evenly():
-            self.train_dataset = concatenate_datasets([self.train_dataset, _no_example(self.train_dataset)])
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self._panel = panel_of(self.model)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Build the optimizer, which moves the vectors: what is offloaded must not take them for activations."""
-        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         know_parameters_again(self)
         return optimizer
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return TRL's loss, of smaller parts of the vocabulary where the head decodes each."""
+        with loss_chunks(self._panel):
+            return super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+
+    def take_up_finished(self, checkpoint: Path) -> bool:
+        """Take the vectors and the state of a checkpoint after the run's last step; return False where it is earlier.
+
+        Trainer would do one step more.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if not 0 < state.max_steps <= state.global_step:
+            return False
+        self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        file = f"{ADAPTER_STEM}.safetensors"
+        folder = Path(best) if best and (Path(best) / file).is_file() else checkpoint
+        set_peft_model_state_dict(self.model, load_file(folder / file))
+        return True
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the adapter alone: not the tokenizer, which would be larger, and no pickle of the arguments."""
+        self.save_adapter(output_dir or self.args.output_dir)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the adapter into a folder."""
+        # TRL's reference is an adapter, too
+        self.model.save_pretrained(folder, save_embedding_layers=self.save_embeddings, selected_adapters=["default"])
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: TRL's would appear in the run's folder with the first checkpoint."""
+
+
+class QosoraTrainer(_OfVectors, SFTTrainer):
+    """As `SFTTrainer`.
+
+    Args:
+        eval_examples: What `evaluate` measures.
+        **kwargs: Of `SFTTrainer`, and `processes` and `save_embeddings`.
+    """
+
+    control: Any
+    train_dataset: Any
+
+    def __init__(self, *, eval_examples: Sequence[Example], **kwargs: Any) -> None:
+        self.eval_examples = eval_examples
+        super().__init__(**kwargs)
+        if self._divides_evenly():
+            self.train_dataset = concatenate_datasets([self.train_dataset, _no_example(self.train_dataset)])
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Return loss and perplexity per supervised token of the evaluation examples, and log them."""
@@ -120,11 +170,6 @@ class QosoraTrainer(SFTTrainer):
         size = self.args.train_batch_size * self.processes.count
         return _WholeRounds(len(self.train_dataset) - 1, size, seed, epoch=lambda: int(self.state.epoch or 0))
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Return SFTTrainer's loss, of smaller parts of the vocabulary where the head decodes each."""
-        with loss_chunks(self._panel):
-            return super().compute_loss(*args, **kwargs)
-
     def try_longest_batch(self, examples: Sequence[Example]) -> None:
         """Compute the gradients of the longest examples, and drop them: if memory is to run out, it does so here.
 
@@ -143,31 +188,27 @@ class QosoraTrainer(SFTTrainer):
             outputs.log_probs.sum().backward()
         self.model.zero_grad()
 
-    def take_up_finished(self, checkpoint: Path) -> bool:
-        """Take the vectors and the state of a checkpoint after the run's last step; return False where it is earlier.
 
-        Trainer would do one step more.
-        """
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if not 0 < state.max_steps <= state.global_step:
-            return False
-        self.state = state
-        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        file = f"{ADAPTER_STEM}.safetensors"
-        folder = Path(best) if best and (Path(best) / file).is_file() else checkpoint
-        set_peft_model_state_dict(self.model, load_file(folder / file))
-        return True
+class _DPOTrainer(_OfVectors, DPOTrainer):
+    pass
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the adapter alone: not the tokenizer, which would be larger, and no pickle of the arguments."""
-        self.save_adapter(output_dir or self.args.output_dir)
 
-    def save_adapter(self, folder: str | Path) -> None:
-        """Write the adapter into a folder."""
-        self.model.save_pretrained(folder, save_embedding_layers=self.save_embeddings)
+class _KTOTrainer(_OfVectors, KTOTrainer):
+    pass
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: TRL's would appear in the run's folder with the first checkpoint."""
+
+class _ORPOTrainer(_OfVectors, orpo("ORPOTrainer")):  # type: ignore[misc]
+    pass
+
+
+class _GRPOTrainer(_OfVectors, GRPOTrainer):
+    pass
+
+
+#: By the method of a run.
+TRAINERS: dict[str, type[Any]] = {
+    "sft": QosoraTrainer, "dpo": _DPOTrainer, "kto": _KTOTrainer, "orpo": _ORPOTrainer, "grpo": _GRPOTrainer,
+}  # fmt: skip
 
 
 class _WholeRounds(Sampler[int]):
@@ -203,13 +244,14 @@ class Recorder(TrainerCallback):
         metrics: Where to write.
         progress: Whether to show the bar, on stderr; a line now and then where that is no terminal.
         main: Whether this process writes and shows anything.
+        figure: Which of the logged values the bar shows.
     """
 
-    def __init__(self, metrics: MetricsLog, progress: bool, main: bool = True) -> None:
-        self.metrics, self.progress, self.main = metrics, progress and main, main
+    def __init__(self, metrics: MetricsLog, progress: bool, main: bool = True, figure: str = "loss") -> None:
+        self.metrics, self.progress, self.main, self.figure = metrics, progress and main, main, figure
         self.bar: Any = None
         self.start = self.last_time = time.perf_counter()
-        self.last_tokens = 0
+        self.tokens_before = self.last_tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar and the clock."""
@@ -218,7 +260,9 @@ class Recorder(TrainerCallback):
             total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True,
             mininterval=interval, maxinterval=interval, disable=not self.progress,
         )  # fmt: skip
-        self.last_time, self.last_tokens = time.perf_counter(), state.num_input_tokens_seen
+        if state.global_step and not state.num_input_tokens_seen:  # trainers of TRL's own count begin at 0 again
+            self.tokens_before = next((line["tokens"] for line in reversed(self.metrics.read()) if "tokens" in line), 0)
+        self.last_time, self.last_tokens = time.perf_counter(), state.num_input_tokens_seen or self.tokens_before
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
@@ -232,11 +276,13 @@ class Recorder(TrainerCallback):
         """
         logs = logs or {}
         if "eval_loss" in logs:
-            line = {"step": state.global_step, **{k: v for k, v in logs.items() if k.startswith("eval_")}}
+            line = {"step": state.global_step, **_numbers({k: v for k, v in logs.items() if k.startswith("eval_")})}
             self._write(line)
             self.last_time = time.perf_counter()  # evaluation does not count as training time
         elif "loss" in logs:
-            line = {"step": state.global_step, **{k: logs[k] for k in _LOGGED if k in logs}, **self._speed(state)}
+            tokens = int(state.num_input_tokens_seen) or self.tokens_before + int(logs.get("num_tokens", 0))
+            values = {k: v for k, v in logs.items() if k not in _NOT_LOGGED and not k.startswith("train_")}
+            line = {"step": state.global_step, **_numbers(values), "loss": logs["loss"], **self._speed(tokens)}
             self._write(line)
             self._show(line)
             if not math.isfinite(line["loss"]):
@@ -251,28 +297,28 @@ class Recorder(TrainerCallback):
         if self.main:
             self.metrics.append(line)
 
-    def _speed(self, state: Any) -> dict[str, Any]:
-        now, tokens = time.perf_counter(), int(state.num_input_tokens_seen)
+    def _speed(self, tokens: int) -> dict[str, Any]:
+        now = time.perf_counter()
         rate = (tokens - self.last_tokens) / max(now - self.last_time, 1e-9)
         self.last_time, self.last_tokens = now, tokens
-        return {
-            "tokens": tokens,
-            "tokens_per_second": round(rate, 1),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "wall_seconds": round(now - self.start, 3),
-        }
+        counted = {"tokens": tokens, "tokens_per_second": round(rate, 1)} if tokens else {}  # not all trainers count
+        return {**counted, "peak_memory_bytes": peak_memory_bytes(), "wall_seconds": round(now - self.start, 3)}
 
     def _show(self, line: dict[str, Any]) -> None:
-        self.bar.set_postfix_str(
-            f"loss {line['loss']:.4f}, lr {line['learning_rate']:.2e}, {line['tokens_per_second']:,.0f} tokens/s, "
-            f"{line['peak_memory_bytes'] / 2**30:.2f} GiB",
-            refresh=False,
-        )
+        shown = [f"{self.figure} {line[self.figure]:.4f}"] if self.figure in line else []
+        shown += [f"lr {line['learning_rate']:.2e}"]
+        shown += [f"{line['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in line else []
+        self.bar.set_postfix_str(", ".join([*shown, f"{line['peak_memory_bytes'] / 2**30:.2f} GiB"]), refresh=False)
 
     def close(self) -> None:
         """End the bar, also after an error."""
         if self.bar is not None:
             self.bar.close()
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what can be written: a mean of nothing cannot."""
+    return {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 
 def peak_memory_bytes() -> int:

@@ -167,11 +167,11 @@ def test_flags_win_over_the_config_file(folder: Path, tmp_path: Path, capsys: py
         f"model: {folder / 'base'}\ndata: {folder / 'train.jsonl'}\nmax_steps: 7\nlearning_rate: 1e-3\n"
     )
     code, out, _ = run(capsys, "train", "--config", tmp_path / "run.yaml", "--max-steps", 1, "--output-dir",
-                       tmp_path / "adapter", "--sft", "dataloader_drop_last=true", "--json")  # fmt: skip
+                       tmp_path / "adapter", "--trl", "dataloader_drop_last=true", "--json")  # fmt: skip
     assert code == 0
     assert json.loads(out)["steps"] == 1
     saved = TrainConfig.load(tmp_path / "adapter" / "train_config.yaml")
-    assert (saved.max_steps, saved.learning_rate, saved.sft) == (1, 1e-3, {"dataloader_drop_last": True})
+    assert (saved.max_steps, saved.learning_rate, saved.trl) == (1, 1e-3, {"dataloader_drop_last": True})
 
 
 def bad_data(tmp_path: Path) -> dict[str, Path]:

@@ -204,3 +204,43 @@ def test_a_bad_row_is_told_with_its_line(tmp_path: Path, row: dict[str, Any], ex
 )
 def test_bad_messages(messages: Any, expected: str):
     assert message([{"messages": messages}]).startswith(f"the data row 1: {expected}")
+
+
+# ---- what is compared, judged or rewarded
+
+
+@pytest.mark.parametrize(
+    ("rows", "form", "expected"),
+    [
+        ([{"prompt": "a", "chosen": "b"}], "preference", "none of the columns prompt, chosen and rejected, chosen and"),
+        ([{"chosen": "b", "rejected": "c"}], "language", "Learn from chosen and rejected with method dpo, orpo or kto"),
+        ([{"prompt": "a", "chosen": "b", "rejected": CHAT}], "preference", "must all be text or all be messages"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "preference", "chosen and rejected are the same in all 1"),
+        (
+            [{"chosen": "b", "rejected": "c"}],
+            "preference",
+            "which leaves prompt empty; give a column prompt",
+        ),
+        ([{"chosen": "ab", "rejected": "a"}], "preference", "empty; give a column prompt"),
+        ([{"prompt": "a", "completion": "b", "label": "good"}], "labeled", "label is 'good'; it must be true or false"),
+        ([{"question": "a"}], "prompts", "none of the columns prompt; its columns are question. Say which to use with"),
+    ],
+)
+def test_what_cannot_be_compared_is_told(rows: list[dict[str, Any]], form: str, expected: str):
+    assert expected in message(rows, form=form)
+
+
+def test_pairs_that_prefer_nothing_are_left_out_and_told(caplog: pytest.LogCaptureFixture):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    assert load_records(rows, form="preference").rows == rows[1:]
+    assert "1 of 2 examples are left out, whose chosen is their rejected" in caplog.text
+
+
+def test_chats_of_what_is_compared():
+    asked, said = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    pair = load_records([{"prompt": "a", "chosen": "b", "rejected": "c"}], form="preference", chat=True)
+    assert pair.rows == [{"prompt": asked, "chosen": said, "rejected": [{"role": "assistant", "content": "c"}]}]
+    prompts = load_records([{"question": "a", "n": 1}], form="prompts", chat=True, columns=Columns(prompt="question"))
+    assert prompts.rows == [{"prompt": asked, "columns": {"n": 1}}]
+    labeled = load_records([{"prompt": "a", "completion": "b", "label": 0}], form="labeled", chat=True)
+    assert labeled.rows == [{"prompt": asked, "completion": said, "label": False}]

@@ -31,7 +31,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path):
 
 
 def test_round_trip_through_yaml(tmp_path: Path):
-    config = TrainConfig(**NEEDED, target_modules=["q_proj"], sft={"neftune_noise_alpha": 5}, max_steps=3)
+    config = TrainConfig(**NEEDED, target_modules=["q_proj"], trl={"neftune_noise_alpha": 5}, max_steps=3)
     config.save(tmp_path / "c.yaml")
     assert TrainConfig.load(tmp_path / "c.yaml") == config
     assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
@@ -62,7 +62,7 @@ def test_all_problems_at_once_with_file_and_line(tmp_path: Path):
         ({"tile_length": -1}, "tile_length must be at least 0, got -1"),
         ({"tile_length": "long"}, "tile_length must be an integer or null, got 'long'"),
         ({"model": ""}, "model must be non-empty text, got ''"),
-        ({"sft": [1]}, "sft must be a mapping of names to values, got [1]"),
+        ({"trl": [1]}, "trl must be a mapping of names to values, got [1]"),
         ({"target_modules": [1]}, "target_modules must be a list of texts or null, got [1]"),
         ({"prompt_column": "q"}, "prompt_column and completion_column belong together; give both, or text_column"),
         ({"text_column": "t", "messages_column": "m"}, "messages_column and text_column name different data formats"),

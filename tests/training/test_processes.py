@@ -36,10 +36,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "sharded mixture": {
         "strategy": "fsdp",
         "model": "experts",
-        "sft": {**EPSILON, "router_aux_loss_coef": 0.0},
+        "trl": {**EPSILON, "router_aux_loss_coef": 0.0},
         "gradient_checkpointing": False,
     },
-    "mixture": {"model": "experts", "sft": {**EPSILON, "router_aux_loss_coef": 0.0}},
+    "mixture": {"model": "experts", "trl": {**EPSILON, "router_aux_loss_coef": 0.0}},
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def options(place: Path, folder: Path, name: str, **more: Any) -> dict[str, Any]
     """Return the options of a run whose output is in `folder`/name."""
     chosen = {
         "data": str(folder / "train.jsonl"), "eval_data": str(folder / "test.jsonl"), "batch_size": 2, "max_steps": 8,
-        "save_steps": 4, "progress": False, "sft": EPSILON, "output_dir": str(folder / name), **more,
+        "save_steps": 4, "progress": False, "trl": EPSILON, "output_dir": str(folder / name), **more,
     }  # fmt: skip
     model = chosen.pop("model", "base")
     return {**chosen, "model": str((folder if model == "experts" else place) / model)}
@@ -196,7 +196,7 @@ def test_a_killed_process_ends_the_command(place: Path, folder: Path, outcomes: 
     script.write_text(_KILLED, encoding="utf-8")
     chosen = options(place, folder, "killed")
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items() if name not in ("progress", "sft")]
-    command = [str(script), "train", *flags, "--sft=adam_epsilon=0.001", "--no-progress"]
+    command = [str(script), "train", *flags, "--trl=adam_epsilon=0.001", "--no-progress"]
     done = launch(command)  # which waits for 300 seconds at most
     assert done.returncode == 1
     assert f"exitcode  : {-signal.SIGKILL}" in done.stderr

@@ -283,7 +283,7 @@ def test_evaluation_on_the_way_and_one_vector(place: Path, tmp_path: Path):
 def test_trainers_own_machinery_is_reachable(place: Path, tmp_path: Path):
     best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "eval_loss"}
     options: dict[str, Any] = {"eval_data": str(place / "test.jsonl"), "eval_steps": 2, "save_steps": 2}
-    result = train(config(place, tmp_path / "run", max_steps=4, sft=best, **options))
+    result = train(config(place, tmp_path / "run", max_steps=4, trl=best, **options))
     first = next(line for line in metrics(tmp_path / "run") if line["step"] == 2 and "eval_loss" in line)
     assert result.eval_loss_after == first["eval_loss"]  # the worst, as was asked
 
@@ -371,7 +371,7 @@ def test_on_a_gpu(place: Path, tmp_path: Path, options: dict[str, Any]):
     [
         ({"target_modules": ["nonsense"]}, "nonsense"),
         ({"attn_implementation": "nonsense"}, "nonsense"),
-        ({"sft": {"loss_type": "nonsense"}}, "Supported values are"),
+        ({"trl": {"loss_type": "nonsense"}}, "Supported values are"),
     ],
 )
 def test_what_only_the_trainer_can_tell(place: Path, nothing_left: Path, options: dict[str, Any], expected: str):

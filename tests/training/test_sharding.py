@@ -20,8 +20,8 @@ from qosora.config import OsoraConfig, QosoraConfig
 from qosora.errors import ConfigError
 from qosora.layers.decoder import decoder_layers
 from qosora.training.run import train
-from qosora.training.sft_options import choose_strategy
 from qosora.training.sharding import group_of_one, is_sharded, shard
+from qosora.training.trl_options import choose_strategy
 
 #: Options of a run, and of the base that it trains on.
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -94,4 +94,4 @@ def test_accelerates_configuration_is_followed(place: Path, tmp_path: Path, monk
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     for name in ("deepspeed", "fsdp", "fsdp_config"):
         with pytest.raises(ConfigError, match="use FSDP2: strategy fsdp"):
-            choose_strategy(config(place, tmp_path / "run", sft={name: "x"}))
+            choose_strategy(config(place, tmp_path / "run", trl={name: "x"}))

@@ -106,12 +106,14 @@ def test_speed_counts_the_tokens_since_the_last_line(recorder: Recorder, monkeyp
     recorder.on_train_begin(ARGS, state(0, 100), None)  # at 10: a run that was resumed has seen tokens
     recorder.on_log(ARGS, state(1, 180), None, LOGS)  # at 14
     recorder.on_log(ARGS, state(1, 180), None, {"eval_loss": 2.0, "eval_perplexity": 7.4, "epoch": 0.25})  # until 20
-    recorder.on_log(ARGS, state(2, 200), None, LOGS | {"nonsense": 3})  # at 21: evaluation is not training time
+    more = {"reward": 3, "num_tokens": 200.0, "kl": float("nan")}
+    recorder.on_log(ARGS, state(2, 200), None, LOGS | more)  # at 21: evaluation is not training time
     first, evaluated, second = recorder.metrics.read()
     assert (first["tokens"], first["tokens_per_second"], first["wall_seconds"]) == (180, 20.0, 5.0)
     assert evaluated == {"step": 1, "eval_loss": 2.0, "eval_perplexity": 7.4}
     assert (second["step"], second["tokens_per_second"], second["wall_seconds"]) == (2, 20.0, 12.0)
-    assert "nonsense" not in second
+    assert second["reward"] == 3  # whatever a trainer logs
+    assert "num_tokens" not in second
 
 
 @pytest.mark.parametrize(("fp16", "advice"), [(False, "Lower learning_rate$"), (True, "or train in bf16")])

@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from qosora.errors import ConfigError
 from qosora.training.config import OPTIMIZER_NAMES, SCHEDULES, TrainConfig
-from qosora.training.sft_options import choose_precision, sft_config
+from qosora.training.trl_options import choose_precision, trl_config
 
 
 def config(**options: Any) -> TrainConfig:
@@ -40,14 +40,14 @@ def test_precision_by_device(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     [({}, "fp32", False, False), ({}, "bf16", False, False), ({"modules_to_save": ["lm_head"]}, "bf16", True, False)],
 )
 def test_autocast_only_where_it_is_needed(options: dict[str, Any], precision: str, bf16: bool, fp16: bool):
-    made = sft_config(config(**options), precision, Path("run"))
+    made = trl_config(config(**options), precision, Path("run"))
     assert (made.bf16, made.fp16) == (bf16, fp16)
     assert made.activation_checkpointing_kwargs == {"use_reentrant": False}
 
 
 @pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != "cosine_with_min_lr"])
 def test_schedules_exist(schedule: str):
-    assert sft_config(config(schedule=schedule), "fp32", Path("run")).lr_scheduler_type == schedule
+    assert trl_config(config(schedule=schedule), "fp32", Path("run")).lr_scheduler_type == schedule
 
 
 def test_optimizers_exist():
@@ -57,39 +57,39 @@ def test_optimizers_exist():
 
 
 def test_any_further_option_by_name():
-    made = sft_config(config(sft={"neftune_noise_alpha": 5.0, "lr_scheduler_kwargs": {"x": 1}}), "fp32", Path("run"))
+    made = trl_config(config(trl={"neftune_noise_alpha": 5.0, "lr_scheduler_kwargs": {"x": 1}}), "fp32", Path("run"))
     assert made.neftune_noise_alpha == 5.0
 
 
 def test_numbers_that_yaml_takes_for_text():
-    sft = {"adam_epsilon": "1e-6", "lr_scheduler_kwargs": {"min_lr": "2e-5"}, "run_name": "e5"}
-    made = sft_config(config(sft=sft), "fp32", Path("run"))
+    options = {"adam_epsilon": "1e-6", "lr_scheduler_kwargs": {"min_lr": "2e-5"}, "run_name": "e5"}
+    made = trl_config(config(trl=options), "fp32", Path("run"))
     assert (made.adam_epsilon, made.lr_scheduler_kwargs, made.run_name) == (1e-6, {"min_lr": 2e-5}, "e5")
 
 
 def test_a_schedule_that_needs_its_lowest_rate():
-    made = sft_config(config(schedule="cosine_with_min_lr"), "fp32", Path("run"))
+    made = trl_config(config(schedule="cosine_with_min_lr"), "fp32", Path("run"))
     assert made.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
-    sft = {"lr_scheduler_kwargs": {"min_lr": 1e-4}}
-    made = sft_config(config(schedule="cosine_with_min_lr", sft=sft), "fp32", Path("run"))
+    options = {"lr_scheduler_kwargs": {"min_lr": 1e-4}}
+    made = trl_config(config(schedule="cosine_with_min_lr", trl=options), "fp32", Path("run"))
     assert made.lr_scheduler_kwargs == {"min_lr": 1e-4}
 
 
 def test_several_gpus_are_not_used_by_data_parallel(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: 4))
-    assert sft_config(config(), "fp32", Path("run"))._n_gpu == 1
+    assert trl_config(config(), "fp32", Path("run"))._n_gpu == 1
 
 
 def test_all_problems_of_sft_at_once():
-    sft = {"loss_typ": "dft", "optim": "adamw_torch", "packing": True, "eos_token": "x", "learning_rate": 1}
+    options = {"loss_typ": "dft", "optim": "adamw_torch", "packing": True, "eos_token": "x", "learning_rate": 1}
     with pytest.raises(ConfigError) as caught:
-        sft_config(config(sft=sft, use_liger=True), "fp32", Path("run"))
+        trl_config(config(trl=options, use_liger=True), "fp32", Path("run"))
     assert caught.value.problems[:5] == [
-        "sft: TRL's SFTConfig has no option 'loss_typ'; did you mean 'loss_type'?",
-        "sft: optim is the option 'optimizer' of qosora; set that",
-        "sft: packing is the option 'packing' of qosora; set that",
-        "sft: eos_token has no effect here, as qosora loads the model and prepares the data itself",
-        "sft: learning_rate is the option 'learning_rate' of qosora; set that",
+        "trl: TRL's SFTConfig has no option 'loss_typ'; did you mean 'loss_type'?",
+        "trl: optim is the option 'optimizer' of qosora; set that",
+        "trl: packing is the option 'packing' of qosora; set that",
+        "trl: eos_token has no effect here, as qosora loads the model and prepares the data itself",
+        "trl: learning_rate is the option 'learning_rate' of qosora; set that",
     ]
     with pytest.raises(ConfigError, match="TRL refuses the options: "):
-        sft_config(config(sft={"adam_beta1": 0.9, "hub_strategy": "nonsense"}), "fp32", Path("run"))
+        trl_config(config(trl={"adam_beta1": 0.9, "hub_strategy": "nonsense"}), "fp32", Path("run"))

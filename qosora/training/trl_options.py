@@ -1,4 +1,4 @@
-"""`TrainConfig` to TRL's `SFTConfig`: what each option is called there, and what must not be set past it.
+"""`TrainConfig` to the configuration of a trainer of TRL: what options are called there, and which it must not set.
 
 Precision. In "bf16" whatever is not decomposed is loaded in bfloat16 and nothing is autocast: `QosoraLinear` keeps its
 vectors in float32 and scales in float32 by itself, and norms and the loss compute in float32 in transformers and TRL,
@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from trl import SFTConfig
 
 from qosora.compat.transformers import use_one_gpu
 from qosora.compat.trl import liger_warning
 from qosora.errors import ConfigError, first_line, near_miss
 from qosora.training.config import TrainConfig
+from qosora.training.methods import METHODS
 
-__all__ = ["choose_precision", "choose_strategy", "sft_config"]
+__all__ = ["choose_precision", "choose_strategy", "trl_config"]
 
 logger = logging.getLogger("qosora")
 
-#: Options of SFTConfig that have another name here, or none because qosora does it: what to say of them.
+#: Options of TRL that have another name here, or none because qosora does it: what to say of them.
 _ELSEWHERE = {
     "activation_checkpointing": "gradient_checkpointing", "assistant_only_loss": "completion_only",
     "bf16": "precision", "chat_template_path": None, "completion_only_loss": "completion_only", "dataset_kwargs": None,
@@ -41,6 +42,9 @@ _ELSEWHERE = {
     "resume_from_checkpoint": "resume", "truncation_mode": None, "use_cpu": None, "use_liger_kernel": "use_liger",
     "warmup_steps": "warmup_ratio",
 }  # fmt: skip
+
+#: Tokens of an answer that a model gives to be rewarded, at most.
+ANSWER_LENGTH = 256
 
 
 def choose_precision(precision: str) -> str:
@@ -77,10 +81,10 @@ def choose_strategy(config: TrainConfig) -> tuple[str, bool]:
         ConfigError: accelerate is configured for what cannot work.
     """
     instead = "use FSDP2: strategy fsdp, in several processes without FSDP or DeepSpeed of accelerate's"
-    if config.sft.get("deepspeed") or _is_set("ACCELERATE_USE_DEEPSPEED"):
+    if config.trl.get("deepspeed") or _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(f"DeepSpeed does not divide tensors of 4 bits; {instead}")
-    if config.sft.get("fsdp") or config.sft.get("fsdp_config"):
-        raise ConfigError(f"sft: fsdp would divide what is trained, too; {instead}")
+    if config.trl.get("fsdp") or config.trl.get("fsdp_config"):
+        raise ConfigError(f"trl: fsdp would divide what is trained, too; {instead}")
     strategy, on_host = config.strategy, config.base_on == "host"
     if _is_set("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -94,16 +98,12 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-class _Stays(SFTConfig):
-    """A configuration by which the trainer leaves the model where it is."""
-
-    @property
-    def place_model_on_device(self) -> bool:
-        """Say no."""
-        return False
+def _staying(arguments: type[TrainingArguments]) -> type[TrainingArguments]:
+    """Return a configuration by which the trainer leaves the model where it is."""
+    return type("Staying", (arguments,), {"place_model_on_device": property(lambda _: False)})
 
 
-def sft_config(config: TrainConfig, precision: str, output_dir: Path, *, stays: bool = False) -> SFTConfig:
+def trl_config(config: TrainConfig, precision: str, output_dir: Path, *, stays: bool = False) -> Any:
     """Return TRL's configuration of a run.
 
     Args:
@@ -113,17 +113,18 @@ def sft_config(config: TrainConfig, precision: str, output_dir: Path, *, stays: 
         stays: Whether the trainer leaves the model where it is.
 
     Raises:
-        ConfigError: With every problem of `config.sft`, and what TRL refuses.
+        ConfigError: With every problem of `config.trl`, and what TRL refuses.
     """
-    problems = _sft_problems(config) + _missing_parts(config)
+    problems = _problems(config) + _missing_parts(config)
     if problems:
         raise ConfigError(problems)
-    options = {**_options(config, precision, output_dir), **_numbers(config.sft)}
+    kind = METHODS[config.method].config
+    options = {**_options(config, precision, output_dir), **_numbers(config.trl)}
     with warnings.catch_warnings():
         # TRL points to kernels of the hub instead of Liger; its FutureWarning is for programmers
         warnings.filterwarnings("ignore", message=liger_warning())
         try:
-            arguments = (_Stays if stays else SFTConfig)(**options)
+            arguments = (_staying(kind) if stays else kind)(**options)
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"TRL refuses the options: {error}") from error
     use_one_gpu(arguments)  # several would copy the base at each step
@@ -135,42 +136,63 @@ def _options(config: TrainConfig, precision: str, output_dir: Path) -> dict[str,
     schedule: dict[str, Any] = {} if config.max_steps is None else {"max_steps": config.max_steps}
     if config.schedule == "cosine_with_min_lr":  # transformers has no default for where it ends
         schedule["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
-    return schedule | {
-        "output_dir": str(output_dir),
-        "per_device_train_batch_size": config.batch_size,
-        "per_device_eval_batch_size": config.eval_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation,
-        "num_train_epochs": config.epochs,
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.schedule,
-        "warmup_steps": config.warmup_ratio,  # below 1 it is a part of all steps
-        "max_grad_norm": config.max_grad_norm,
-        "weight_decay": config.weight_decay,
-        "seed": config.seed,
-        # examples come truncated; packed ones are cut by TRL's packing
-        "max_length": config.max_length if config.packing else None,
-        "packing": config.packing,
-        "dataset_kwargs": {"skip_prepare_dataset": not config.packing},
-        "bf16": precision == "bf16" and bool(config.modules_to_save),
-        "fp16": precision == "fp16",
-        "activation_checkpointing": config.gradient_checkpointing,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
-        "activation_offloading": config.activation_offloading,
-        "use_liger_kernel": config.use_liger,
-        "trust_remote_code": config.trust_remote_code,
-        "logging_steps": config.logging_steps,
-        "logging_nan_inf_filter": False,  # it would show the last loss in place of NaN
-        "save_strategy": "steps" if config.save_steps else "no",
-        "save_steps": config.save_steps or 500,
-        "save_total_limit": config.save_total_limit,
-        "eval_strategy": "steps" if config.eval_steps else "no",
-        "eval_steps": config.eval_steps,
-        "report_to": config.report_to or "none",
-        "disable_tqdm": True,
-        "include_num_input_tokens_seen": "non_padding",
-        "use_cpu": not cuda,
-        "dataloader_pin_memory": cuda,
-    }
+    return (
+        schedule
+        | _of_method(config)
+        | {
+            "output_dir": str(output_dir),
+            "per_device_train_batch_size": config.batch_size,
+            "per_device_eval_batch_size": config.eval_batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation,
+            "num_train_epochs": config.epochs,
+            "learning_rate": config.learning_rate or METHODS[config.method].learning_rate,
+            "lr_scheduler_type": config.schedule,
+            "warmup_steps": config.warmup_ratio,  # below 1 it is a part of all steps
+            "max_grad_norm": config.max_grad_norm,
+            "weight_decay": config.weight_decay,
+            "seed": config.seed,
+            "bf16": precision == "bf16" and bool(config.modules_to_save),
+            "fp16": precision == "fp16",
+            "activation_checkpointing": config.gradient_checkpointing,
+            "activation_checkpointing_kwargs": {"use_reentrant": False},
+            "use_liger_kernel": config.use_liger,
+            "trust_remote_code": config.trust_remote_code,
+            "logging_steps": config.logging_steps,
+            "logging_nan_inf_filter": False,  # it would show the last loss in place of NaN
+            "save_strategy": "steps" if config.save_steps else "no",
+            "save_steps": config.save_steps or 500,
+            "save_total_limit": config.save_total_limit,
+            "eval_strategy": "steps" if config.eval_steps else "no",
+            "eval_steps": config.eval_steps,
+            "report_to": config.report_to or "none",
+            "disable_tqdm": True,
+            "use_cpu": not cuda,
+            "dataloader_pin_memory": cuda,
+        }
+    )
+
+
+def _of_method(config: TrainConfig) -> dict[str, Any]:
+    """Return the options that not all trainers have."""
+    beta = {} if config.beta is None else {"beta": config.beta}
+    if config.method == "sft":
+        return {
+            # examples come truncated; packed ones are cut by TRL's packing
+            "max_length": config.max_length if config.packing else None,
+            "packing": config.packing,
+            "dataset_kwargs": {"skip_prepare_dataset": not config.packing},
+            "activation_offloading": config.activation_offloading,
+            "include_num_input_tokens_seen": "non_padding",
+        }
+    if config.method == "grpo":
+        step = config.batch_size * config.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+        return beta | {
+            "num_generations": config.num_generations or min(8, step),
+            "max_completion_length": config.max_completion_length or ANSWER_LENGTH,
+        }
+    if config.method == "orpo":  # it takes the columns that it makes, whatever it is told, and says so
+        return beta | {"max_length": config.max_length, "remove_unused_columns": False}
+    return beta | {"max_length": config.max_length, "activation_offloading": config.activation_offloading}
 
 
 def _numbers(value: Any) -> Any:
@@ -180,17 +202,18 @@ def _numbers(value: Any) -> Any:
     return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) else value
 
 
-def _sft_problems(config: TrainConfig) -> list[str]:
-    known = {f.name for f in fields(SFTConfig) if f.init}
+def _problems(config: TrainConfig) -> list[str]:
+    kind = METHODS[config.method].config
+    known = {f.name for f in fields(kind) if f.init}
     ours = {f.name for f in fields(TrainConfig)}
     problems = []
-    for name in config.sft:
+    for name in config.trl:
         if name not in known:
-            problems.append(f"sft: TRL's SFTConfig has no option {name!r}{near_miss(name, known)}")
+            problems.append(f"trl: TRL's {kind.__name__} has no option {name!r}{near_miss(name, known)}")
         elif name in ours or _ELSEWHERE.get(name):
-            problems.append(f"sft: {name} is the option {_ELSEWHERE.get(name) or name!r} of qosora; set that")
+            problems.append(f"trl: {name} is the option {_ELSEWHERE.get(name) or name!r} of qosora; set that")
         elif name in _ELSEWHERE and _ELSEWHERE[name] is None:
-            problems.append(f"sft: {name} has no effect here, as qosora loads the model and prepares the data itself")
+            problems.append(f"trl: {name} has no effect here, as qosora loads the model and prepares the data itself")
     return problems
 
 
