@@ -114,7 +114,7 @@ def picture(found: dict[str, Any]) -> Figure:
 def main() -> None:
     """Measure both methods."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--warm-steps", type=int, default=32, help="of training on examples, before")
+    parser.add_argument("--warm-steps", type=int, default=48, help="of training on examples, before")
     parser.add_argument("--steps", type=int, default=80, help="of GRPO")
     parser.add_argument("--batch", type=int, default=64, help="answers in a step")
     parser.add_argument("--seeds", type=int, default=3, help="at the best learning rate")
