@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from qosora.base import load_adapter, load_base
 from qosora.checkpoints import adapter_config
 from qosora.compat.torch import says_peer_is_gone
-from qosora.compat.transformers import TRAINER_LOGGER, is_of_mtime, old_names_warning
+from qosora.compat.transformers import TRAINER_LOGGER, is_of_mtime, old_names_warning, prepare_again
 from qosora.compat.trl import liger_warning
 from qosora.data import no_progress_bars
 from qosora.errors import CheckpointError, ConfigError, EndedElsewhere, FingerprintError, QosoraError, first_line
@@ -243,6 +243,7 @@ def _run(trainer: Any, run: Run) -> tuple[list[dict[str, float]], int | None]:
     if run.held_out:
         evaluations = processes.from_main(folder.metrics.evaluations)
         found.append(evaluations[0] if evaluations else evaluate())
+        prepare_again(trainer)
     if checkpoint is None or not trainer.take_up_finished(checkpoint):
         if isinstance(trainer, QosoraTrainer) and torch.cuda.is_available() and not run.config.packing:
             trainer.try_longest_batch(run.data.tokenized.examples)  # packed ones are of one length

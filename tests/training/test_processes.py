@@ -40,6 +40,16 @@ RUNS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": False,
     },
     "mixture": {"model": "experts", "trl": {**EPSILON, "router_aux_loss_coef": 0.0}},
+    # TRL takes the mean of a batch's pairs, so all batches have as many
+    "preferences": {"method": "dpo", "data": "pairs.jsonl", "eval_data": "pairs.jsonl", "eval_batch_size": 2},
+    "sharded preferences": {
+        "method": "dpo", "data": "pairs.jsonl", "eval_data": "pairs.jsonl", "eval_batch_size": 2, "strategy": "fsdp",
+        "base_on": "host",
+    },
+}  # fmt: skip
+#: Each process makes answers of its own.
+REWARDED: dict[str, Any] = {
+    "method": "grpo", "reward": ["regex:[a-z]"], "batch_size": 4, "max_completion_length": 4, "max_steps": 2,
 }  # fmt: skip
 
 
@@ -59,16 +69,19 @@ def folder(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tokenizer().save_pretrained(folder / "experts")
     write_jsonl(folder / "train.jsonl", sums(EXAMPLES))
     write_jsonl(folder / "test.jsonl", sums(5, 100))
+    pairs = [{"prompt": f"{a}+{a}=", "chosen": f"{2 * a}", "rejected": f"{a - 1}, or so"} for a in range(2, 10)]
+    write_jsonl(folder / "pairs.jsonl", pairs)
     return folder
 
 
 def options(place: Path, folder: Path, name: str, **more: Any) -> dict[str, Any]:
     """Return the options of a run whose output is in `folder`/name."""
     chosen = {
-        "data": str(folder / "train.jsonl"), "eval_data": str(folder / "test.jsonl"), "batch_size": 2, "max_steps": 8,
+        "data": "train.jsonl", "eval_data": "test.jsonl", "batch_size": 2, "max_steps": 8,
         "save_steps": 4, "progress": False, "trl": EPSILON, "output_dir": str(folder / name), **more,
     }  # fmt: skip
     model = chosen.pop("model", "base")
+    chosen |= {key: str(folder / chosen[key]) for key in ("data", "eval_data")}
     return {**chosen, "model": str((folder if model == "experts" else place) / model)}
 
 
@@ -96,6 +109,10 @@ def outcomes(place: Path, folder: Path) -> list[dict[str, Any]]:
         },
         "sharded and gone on": {
             "how": "train", **options(place, folder, "sharded in turn", base_on="host"), "resume": True,
+        },
+        "rewarded": {"how": "train", **options(place, folder, "rewarded", **REWARDED)},
+        "rewarded and sharded": {
+            "how": "train", **options(place, folder, "no", strategy="fsdp", **REWARDED),
         },
         "finished": {"how": "train", **stopped, "resume": True},
         "other batches": {"how": "train", **options(place, folder, "gone on alone", batch_size=3), "resume": True},
@@ -135,6 +152,16 @@ def test_several_processes_train_what_one_does(name: str, place: Path, folder: P
         for key in {"step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss"} & set(mine):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-5), key
     assert together[0]["eval_loss_after"] == pytest.approx(result.eval_loss_after, rel=1e-6)
+
+
+def test_each_process_makes_and_judges_answers(folder: Path, outcomes: list[Any]) -> None:
+    together = [outcome["rewarded"] for outcome in outcomes]
+    assert together[0] == {**together[1], "wall_seconds": together[0]["wall_seconds"]}
+    assert (together[0]["processes"], together[0]["steps"]) == (COUNT, 2)
+    assert [line["step"] for line in metrics(folder / "rewarded") if "reward" in line] == [1, 2]
+    assert "use strategy ddp" in outcomes[0]["rewarded and sharded"]
+    assert outcomes[1]["rewarded and sharded"].startswith("EndedElsewhere")
+    assert not (folder / "no").exists()
 
 
 def test_interrupted_runs_go_on_in_as_many_processes_or_others(place: Path, folder: Path, outcomes: list[Any]) -> None:
@@ -195,7 +222,7 @@ def test_a_killed_process_ends_the_command(place: Path, folder: Path, outcomes: 
     script = folder / "killed.py"
     script.write_text(_KILLED, encoding="utf-8")
     chosen = options(place, folder, "killed")
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items() if name not in ("progress", "sft")]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items() if name not in ("progress", "trl")]
     command = [str(script), "train", *flags, "--trl=adam_epsilon=0.001", "--no-progress"]
     done = launch(command)  # which waits for 300 seconds at most
     assert done.returncode == 1
