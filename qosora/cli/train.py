@@ -118,8 +118,8 @@ def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
     found = preview(config)
     planned = plan(
         found.source,
-        batch_size=config.batch_size,
-        seq_len=config.max_length if config.packing else found.longest,
+        batch_size=config.batch_size * (2 if config.method in ("dpo", "orpo") else 1),
+        seq_len=config.max_length if config.packing else found.longest + found.answer,
         packing=config.packing,
         vectors=config.vectors,
         update_rank=config.update_rank,
@@ -141,9 +141,10 @@ def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
     for number, tokens in enumerate(found.shown, 1):
         print(f"--- example {number} of {len(found.shown)}: {_LEGEND[colour]}")
         print(_marked(tokens, colour))
+    trained_on = f"of which {found.supervised:,} are trained on; " * (found.supervised > 0)
     print(
-        f"--- {found.examples:,} examples, {found.tokens:,} tokens, of which {found.supervised:,} are trained on; the "
-        f"longest has {found.longest:,}"
+        f"--- {found.examples:,} examples, {found.tokens:,} tokens, {trained_on}the longest sequence has "
+        f"{found.longest:,}"
     )
     if found.cut or found.dropped:
         print(
@@ -155,6 +156,8 @@ def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
     if found.evaluated:
         print(f"evaluated on {found.evaluated:,} examples before and after")
     print(f"\n{usage_table(planned.usage, None)}")
+    if config.method in _NOT_PLANNED:
+        print(_NOT_PLANNED[config.method])
     if planned.verdict is not None:
         words = {"fits": "fits into", "tight": "fits tightly, if at all, into", "no": "does not fit into"}
         print(f"\n{words[planned.verdict]} {planned.card.name}")
@@ -163,6 +166,11 @@ def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
     print("nothing was trained: leave out --dry-run")
 
 
+#: What a step takes beside that of SFT on as many sequences.
+_NOT_PLANNED = {
+    "orpo": "not counted: TRL's orpo builds the logits of all tokens",
+    "grpo": "not counted: keys and values while answers are written, when nothing is kept for backward",
+}
 _LEGEND = {
     False: "tokens end at |, and those in [[ ]] are trained on",
     True: "tokens end at |, and the coloured ones are trained on",

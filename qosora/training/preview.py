@@ -34,7 +34,8 @@ class Preview:
         cut: Examples that are longer than `max_length`, whose end is dropped.
         lost: Supervised tokens that are dropped with them.
         dropped: Examples that are left out, as there is nothing to train on in them.
-        longest: Tokens of the longest example.
+        longest: Tokens of the longest example; a preference is two of them, and a prompt has its answer in addition.
+        answer: Tokens of an answer at most, where answers are rewarded.
         steps: Optimizer steps; None where packing decides.
         evaluated: Examples to evaluate on.
         precision: "bf16", "fp16" or "fp32".
@@ -49,6 +50,7 @@ class Preview:
     lost: int
     dropped: int
     longest: int
+    answer: int
     steps: int | None
     evaluated: int
     precision: str
@@ -76,6 +78,7 @@ def preview(config: TrainConfig) -> Preview:
         lost=data.lost,
         dropped=data.dropped,
         longest=max(lengths),
+        answer=run.arguments.max_completion_length if config.method == "grpo" else 0,
         steps=_steps(run),
         evaluated=len(run.held_out) if run.held_out else 0,
         precision=run.precision,

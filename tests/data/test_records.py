@@ -233,7 +233,7 @@ def test_what_cannot_be_compared_is_told(rows: list[dict[str, Any]], form: str, 
 def test_pairs_that_prefer_nothing_are_left_out_and_told(caplog: pytest.LogCaptureFixture):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
     assert load_records(rows, form="preference").rows == rows[1:]
-    assert "1 of 2 examples are left out, whose chosen is their rejected" in caplog.text
+    assert "1 of 2 examples are left out, as chosen and rejected are the same in them" in caplog.text
 
 
 def test_chats_of_what_is_compared():

@@ -17,11 +17,20 @@ from qosora.layers.tiling import Tiling
 from qosora.memory.profile import profile
 from qosora.memory.step import Batch, prepare_model, register_model, register_optimizer, training_step
 from qosora.memory.tracer import Tracer
-from qosora.training.trainer import QosoraTrainer
+from qosora.training.trainer import TRAINERS
+
+#: Options of a run, and the sequences that an example makes.
+METHODS: dict[str, tuple[dict[str, Any], int]] = {
+    "sft": ({}, 1),
+    "dpo": ({}, 2),
+    "kto": ({}, 1),
+    "grpo": ({"reward": ["regex:b"], "max_completion_length": 21}, 1),
+}
 
 
 @pytest.mark.slow
-def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("method", METHODS)
+def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str):
     base = make_base(
         tmp_path / "base",
         make_checkpoint(tmp_path / "llama", "llama-text", intermediate_size=512),
@@ -29,16 +38,20 @@ def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     rows = [{"prompt": "a" * 20, "completion": "b" * 20} for _ in range(8)]
     data = str(write_jsonl(tmp_path / "data.jsonl", rows))
+    pairs = [{"prompt": "a" * 20, "chosen": "b" * 20, "rejected": "c" * 20} for _ in range(8)]
+    given = str(write_jsonl(tmp_path / "pairs.jsonl", pairs)) if method in ("dpo", "kto") else data
+    own, sequences = METHODS[method]
     peaks = []
-    step = QosoraTrainer.training_step
+    trainer = TRAINERS[method]
+    step = trainer.training_step
 
-    def traced(self: QosoraTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def traced(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         tracer = Tracer()
         backbone, layers = decoder_layers(self.model.get_base_model())
         with tracer, tracer.following(self.model, backbone, layers):
             register_optimizer(tracer, self.optimizer.optimizer)
             register_model(tracer, self.model)
-            tracer.register(inputs.values(), "batch")
+            tracer.register(inputs.values() if isinstance(inputs, dict) else [], "batch")
             tracer.enter_phase("forward")
             loss = step(self, model, inputs, *args, **kwargs)
         peaks.append({site.phase: 0 for site in tracer.sites})
@@ -46,23 +59,29 @@ def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             peaks[-1][site.phase] = max(peaks[-1][site.phase], peak.total)
         return loss
 
-    monkeypatch.setattr(QosoraTrainer, "training_step", traced)
+    monkeypatch.setattr(trainer, "training_step", traced)
     for checkpointing in (True, False):
-        options: dict[str, Any] = {"batch_size": 2, "gradient_checkpointing": checkpointing}
+        options: dict[str, Any] = {"gradient_checkpointing": checkpointing}
         qosora.train(
             qosora.TrainConfig(
                 model=str(base),
-                data=data,
+                data=given,
                 output_dir=str(tmp_path / f"run-{checkpointing}"),
+                method=method,
+                batch_size=2,
                 max_steps=3,
                 save_steps=0,
                 progress=False,
                 **options,
+                **own,
             )
         )
+        options["batch_size"] = 2 * sequences
         measured = profile(base, data=data, steps=1, padding=False, **options).live.phases
-        for phase in ("forward", "loss", "backward"):
-            assert measured[phase] == pytest.approx(peaks[-1][phase], rel=0.005), phase
+        if method == "sft":
+            for phase in ("forward", "loss", "backward"):
+                assert measured[phase] == pytest.approx(peaks[-1][phase], rel=0.005), phase
+        assert max(measured.values()) == pytest.approx(max(peaks[-1].values()), rel=0.005)
 
 
 def test_a_batch_is_rows_of_one_length():
