@@ -160,7 +160,9 @@ def _told_apart(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         raise DataError(f"{name}: chosen and rejected are the same in all {len(rows)} examples")
     if len(apart) < len(rows):
         same = len(rows) - len(apart)
-        logger.warning("%s: %d of %d examples are left out, as chosen and rejected are the same in them", name, same, len(rows))
+        logger.warning(
+            "%s: %d of %d examples are left out, as chosen and rejected are the same in them", name, same, len(rows)
+        )
     return apart
 
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from tiny import make_tokenizer, perturbed
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+from transformers import AutoModelForSequenceClassification
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)  # fmt: skip
 
 from qosora.base.load import load_base
+from qosora.config import OsoraConfig, QosoraConfig
 from qosora.training.optimizer import create_optimizer
 
 pytestmark = [
@@ -96,3 +112,55 @@ def test_an_adapter_by_the_config_of_another_is_its_copy(adapted: Any) -> None:
         assert parameters[name].data_ptr() != twin.data_ptr()
         assert not parameters[name].requires_grad
     assert adapted.peft_config["ref"] is not adapted.peft_config["default"]
+
+
+# ---- the other trainers, on the vectors of a base as it is
+
+
+def experimental(name: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = importlib.import_module(f"trl.experimental.{name.lower()}")
+    prefix = {"online_dpo": "OnlineDPO"}.get(name, name.upper())
+    return getattr(module, f"{prefix}Trainer"), getattr(module, f"{prefix}Config")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "options"),
+    [
+        ("cpo", PAIRS, {"max_length": 32}),
+        ("orpo", PAIRS, {"max_length": 32}),
+        ("rloo", {"prompt": TEXTS}, {"reward_funcs": longer, "num_generations": 4, "max_completion_length": 6}),
+        ("online_dpo", {"prompt": TEXTS}, {"reward_funcs": longer, "max_new_tokens": 6}),
+    ],
+)
+def test_each_trainer_trains_the_vectors_alone(
+    place: Path, tmp_path: Path, name: str, data: dict[str, Any], options: dict[str, Any]
+) -> None:
+    trainer, config = (RLOOTrainer, RLOOConfig) if name == "rloo" else experimental(name)
+    model = get_peft_model(load_base(place / "base"), OsoraConfig(task_type="CAUSAL_LM")).train()
+    losses = logged(trained(trainer, config, model, data, tmp_path, **options), "loss")
+    assert len(losses) == 3
+    assert all(map(math.isfinite, losses))
+
+
+def test_a_reward_model_learns_which_answer_is_better(place: Path, tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(
+        place / "llama", num_labels=1, quantization_config=QosoraConfig(rank=8)
+    )
+    config = OsoraConfig(task_type="SEQ_CLS", modules_to_save=["score"])
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    base.config.pad_token_id = tokenizer.pad_token_id
+    model = get_peft_model(base, config).train()
+    options = {key: value for key, value in OPTIONS.items() if key != "beta"}
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(output_dir=str(tmp_path), **options | {"max_steps": 12}),
+        train_dataset=Dataset.from_dict(PAIRS),
+        processing_class=tokenizer,
+        optimizers=(create_optimizer(model, lr=1e-2, modules_to_save_lr=1e-3), None),
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[-1] < losses[0] - 1e-2
