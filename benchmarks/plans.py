@@ -24,6 +24,7 @@ QUESTION = "What does a step of fine-tuning take, by the plan, against PEFT QLoR
 WAYS: dict[str, tuple[dict[str, Any], str | None]] = {
     "qosora": ({}, "qlora"),
     "embeddings_4bit": ({"embeddings": "4bit"}, None),
+    "embeddings_4bit_host": ({"embeddings": "4bit", "base_on": "host"}, None),
     "embeddings_4bit_offloading": ({"embeddings": "4bit", "activation_offloading": True}, "qlora_offloading"),
 }
 

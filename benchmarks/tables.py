@@ -174,21 +174,29 @@ def memory(found: dict[str, Any], file: str) -> str:
 
 def plans(found: dict[str, Any], file: str) -> str:
     """Return the table of planned totals, with its conditions."""
-    cards, offloading = (8, 12, 16, 24, 48, 80), ("qlora_offloading", "embeddings_4bit_offloading")
+    cards = (4, 6, 8, 12, 16, 24, 48, 80)
+    fitted = ("qlora_offloading", "embeddings_4bit_offloading", "embeddings_4bit_host")
     rows = []
     for name, result in found["results"].items():
         model, _, tokens = name.rpartition("_")
-        peaks = [result[way]["tensors"] for way in ("qlora", "qosora", "embeddings_4bit")]
-        fits = [next((c for c in cards if result[way]["in_all"] <= c * 2**30), None) for way in offloading]
+        ways = ("qlora", "qosora", "embeddings_4bit", "embeddings_4bit_host")
+        peaks = [result[way]["tensors"] for way in ways]
+        fits = [next((c for c in cards if result[way]["in_all"] <= c * 2**30), None) for way in fitted]
         words = ["more than 80 GB" if card is None else f"{card} GB" for card in fits]
-        rows.append([f"{model}, {tokens} tokens", *map(gib, peaks), f"{peaks[2] / peaks[0]:.2f}", *words])
-    head = ["", "QLoRA", "qosora", "`--embeddings 4bit`", "its ratio", "card for QLoRA", "for qosora"]
+        *resident, host = map(gib, peaks)
+        ratio = f"{peaks[2] / peaks[0]:.2f}"
+        rows.append([f"{model}, {tokens} tokens", *resident, ratio, host, *words])
+    head = [
+        "", "QLoRA", "qosora", "`--embeddings 4bit`", "its ratio", "and `--base-on host`", "card for QLoRA",
+        "for qosora", "with the base on the host",
+    ]  # fmt: skip
     config = found["config"]
     note = (
         "Tensors at the peak of a step as planned, batch size 1, checkpointed, "
         f"qosora at r = {config['rank']} and PEFT's LoRA at r = {config['lora_rank']} on NF4. "
-        f"The cards are the smallest of {', '.join(map(str, cards))} GB that hold such a step in all, "
-        "both with activation offloading, qosora with embeddings in 4 bits. "
+        f"The cards are the smallest of {', '.join(map(str, cards))} GB that hold such a step in all: QLoRA and qosora "
+        "with activation offloading, qosora with embeddings in 4 bits, and without offloading where the base is on the "
+        "host. That layers come from there as the plan has it was not measured on a GPU. "
         f"{conditions(found, file, *QLORA)}"
     )
     return table(head, rows, note)

@@ -29,6 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of the card, such as 24GiB (default: this GPU's)")
     parser.add_argument("--gpu", metavar="NAME", help='a card by its name, e.g. "RTX 4090"')
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="to plan for (default: cuda)")
+    parser.add_argument("--gpus", type=at_least_one, default=1, metavar="N", help="cards that train together [1]")
+    parser.add_argument(
+        "--strategy", choices=("ddp", "fsdp"), default="ddp", help="each holds the base, or its part of it (fsdp) [ddp]"
+    )
+    parser.add_argument("--base-on", choices=("gpu", "host"), default="gpu", help="where the base is [gpu]")
+    parser.add_argument(
+        "--link", type=float, metavar="GB/S", help="from host memory to the card, with --base-on host [25]"
+    )
+    parser.add_argument("--tflops", type=float, metavar="X", help="of the card, likewise [half of what its maker says]")
     parser.add_argument("--no-qlora", action="store_true", help="do not compare with PEFT QLoRA, r=16")
     add_report(parser)
     parser.add_argument("--no-grid", action="store_true", help="plan this batch size and length only")
@@ -111,6 +120,11 @@ def run(args: argparse.Namespace) -> None:
         compare=not args.no_qlora,
         grid=not args.no_grid,
         device=args.device,
+        gpus=args.gpus,
+        strategy=args.strategy,
+        base_on=args.base_on,
+        link=args.link,
+        tflops=args.tflops,
         **step_options(args),
     )
     if args.json:
@@ -136,6 +150,13 @@ def _lines(found: Plan) -> list[str]:
         words = {"fits": "fits into", "tight": "fits tightly, if at all, into", "no": "does not fit into"}
         memory = f" ({size(found.card.memory_bytes)})" * (not found.card.name.endswith("GiB"))
         lines += ["", f"{words[found.verdict]} {found.card.name}{memory}"]
+    if (streaming := found.streaming) is not None:
+        free = (
+            f"; from {streaming.free_from:,} tokens in a batch on, copying takes no time"
+            if streaming.free_from is not None
+            else ""
+        )
+        lines.append(f"in host memory: {size(streaming.host_bytes)} of the base in each process{free}")
     if found.largest_batch is not None:
         lines.append(f"largest batch at {batch.length} tokens: {found.largest_batch or 'none fits'}")
         lines.append(f"longest sequence at batch size {batch.size}: {found.longest_sequence or 'none fits'}")

@@ -25,6 +25,14 @@ GPUS = {
     "RTX 4080": 15.5, "RTX 4090": 23.5, "RTX 5080": 15.4, "RTX 5090": 31.3, "V100": 15.7, "L4": 22.0, "A10G": 22.0,
     "A6000": 47.4, "L40S": 44.3, "A100 40GB": 39.3, "A100 80GB": 79.1, "H100": 79.1, "H200": 139.7,
 }  # fmt: skip
+#: Dense products in 16 bits with sums in 32 bits, 10^12 operations a second, as the makers say.
+TFLOPS = {
+    "T4": 65, "RTX 3060": 26, "RTX 3080": 60, "RTX 3090": 71, "RTX 4060 Ti": 44, "RTX 4070": 58, "RTX 4080": 97,
+    "RTX 4090": 165, "RTX 5080": 113, "RTX 5090": 210, "V100": 112, "L4": 121, "A10G": 70, "A6000": 155, "L40S": 362,
+    "A100 40GB": 312, "A100 80GB": 312, "H100": 989, "H200": 989,
+}  # fmt: skip
+ATTAINED = 0.5  # of these; not measured
+LINK = 25.0  # GB/s from host memory, of 32 that PCIe 4.0 x16 has; not measured
 _DATA_CENTRE = ("H100", "H200", "B200")
 _HOPPER = (*_DATA_CENTRE, "RTX 50")  # and Blackwell
 
@@ -49,6 +57,12 @@ ASSUMPTIONS = (
     "attention where there is one",
     "every token is trained on; fewer supervised tokens make the loss cheaper",
 )
+OF_HOST = (
+    "a base that comes to the GPU layer by layer has 3 layers there at once from host memory and 4 from other GPUs: "
+    "the one that computes, the next, and buffers; as FSDP2 does it by its source, not measured on a GPU",
+    f"from host memory come {LINK:g} GB/s (PCIe 4.0 x16), and products run at {ATTAINED:.0%} of the card's peak, if "
+    "nothing else is said; neither is measured",
+)
 OF_FP16 = (
     "fp16 trains under autocast, its loss scaled: the bytes of bf16, but for results that autocast leaves in float32, "
     "those of LayerNorm (not of RMSNorm) and the sums over a token's experts",
@@ -70,6 +84,12 @@ class Card:
 
     name: str
     memory_bytes: int | None
+
+    @property
+    def tflops(self) -> float | None:
+        """What its products attain, 10^12 operations a second; None where the card is unknown."""
+        known = next((peak for name, peak in TFLOPS.items() if self._is_one_of((name,))), None)
+        return None if known is None else ATTAINED * known
 
     @property
     def workspace_bytes(self) -> int:

@@ -11,6 +11,7 @@ the tokens of a tile besides. What is reported as the largest batch and the long
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,20 +24,32 @@ from qosora.checkpoints import base_storage
 from qosora.compat.trl import TOKEN_CHUNK_SIZE
 from qosora.config import EMBEDDINGS, QosoraConfig
 from qosora.errors import ConfigError
-from qosora.memory.cards import ASSUMPTIONS, OF_EXPERTS, OF_FP16, OVERHEAD, Card, the_card
+from qosora.memory.cards import ASSUMPTIONS, LINK, OF_EXPERTS, OF_FP16, OF_HOST, OVERHEAD, Card, the_card
 from qosora.memory.predict import Prediction, StepOptions, TracedModel, has_experts
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch
 from qosora.memory.tracer import CATEGORIES, PHASES, Event, Site
 
-__all__ = ["OUTSIDE", "Advice", "Cell", "Plan", "Usage", "events", "plan", "shape_problems", "storage_of", "usage_of"]
+__all__ = [
+    "OUTSIDE",
+    "Advice",
+    "Cell",
+    "Plan",
+    "Streaming",
+    "Usage",
+    "events",
+    "plan",
+    "shape_problems",
+    "storage_of",
+    "usage_of",
+]
 
 GRID_BATCHES = (1, 2, 4, 8, 16)
 GRID_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 #: Memory that is there before a step and after it.
 LASTING = (
-    "base residual", "factors", "adapter", "embeddings and head", "norms, biases, buffers", "optimizer state",
-    "optimizer state, paged",
+    "base residual", "factors", "layers in use", "adapter", "embeddings and head", "norms, biases, buffers",
+    "optimizer state", "optimizer state, paged",
 )  # fmt: skip
 #: Memory of a process on a GPU that PyTorch does not count as allocated.
 OUTSIDE = ("optimizer state, paged", "allocator overhead", "CUDA context")
@@ -97,6 +110,24 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class Streaming:
+    """A base that comes from host memory, layer by layer.
+
+    Attributes:
+        host_bytes: Of the base, in each process.
+        link: 10^9 bytes a second from host memory to the GPU.
+        tflops: 10^12 operations a second of the GPU; None if unknown.
+        free_from: Tokens of a batch from which a layer computes for longer than the next takes to come; None if
+            unknown.
+    """
+
+    host_bytes: int
+    link: float
+    tflops: float | None
+    free_from: int | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `plan` found.
 
@@ -115,6 +146,7 @@ class Plan:
         grid: Other batch sizes and lengths, interpolated.
         advice: What to change where it does not fit.
         assumptions: What the figures rest on.
+        streaming: Of a base in host memory, or None.
     """
 
     model: str
@@ -131,6 +163,7 @@ class Plan:
     grid: list[Cell]
     advice: list[Advice]
     assumptions: tuple[str, ...]
+    streaming: Streaming | None
 
     @property
     def verdict(self) -> str | None:
@@ -154,6 +187,8 @@ def plan(
     packing: bool = False,
     gpu: str | None = None,
     gpu_memory: str | int | None = None,
+    link: float | None = None,
+    tflops: float | None = None,
     compare: bool = True,
     grid: bool = True,
     trust_remote_code: bool = False,
@@ -172,6 +207,8 @@ def plan(
         packing: Whether several examples are packed into each sequence.
         gpu: Name of a card, such as "RTX 4090".
         gpu_memory: Size of one, such as "24GiB", or bytes.
+        link: 10^9 bytes a second from host memory to the GPU; 25 by default.
+        tflops: 10^12 operations a second of the GPU; half of what its maker says by default.
         compare: Whether to plan PEFT QLoRA, too; not for mixtures of experts.
         grid: Whether to plan other batch sizes and lengths, too.
         trust_remote_code: Whether to run model code that the folder brings.
@@ -194,6 +231,13 @@ def plan(
         problems.append("gpu and gpu_memory are those of a card, and device is cpu: leave them out, or plan for cuda")
     if packing and padding:
         problems.append("packing leaves nothing to pad: leave out one of the two")
+    if step.base_on != "host" and (link, tflops) != (None, None):
+        problems.append("link and tflops are about a base in host memory: give base_on host, too")
+    problems += [
+        f"{name} must be above 0, got {value}"
+        for name, value in (("link", link), ("tflops", tflops))
+        if value is not None and value <= 0
+    ]
     if problems:
         raise ConfigError(problems)
     card = the_card(gpu, gpu_memory) if step.device == "cuda" else Card("cpu", None)
@@ -204,8 +248,9 @@ def plan(
     if memory is not None and usage.lasting_bytes + card.context_bytes > memory:
         raise ConfigError(
             f"the weights alone take {usage.lasting_bytes / 2**30:.2f} GiB and the CUDA context "
-            f"{card.context_bytes / 2**30:.2f} GiB, more than the {memory / 2**30:.2f} GiB of the card: take a smaller "
-            "model"
+            f"{card.context_bytes / 2**30:.2f} GiB, more than the {memory / 2**30:.2f} GiB of the card: "
+            + "keep the base in host memory, with base_on host, or " * (step.away != "host")
+            + "take a smaller model"
         )
     mixture = has_experts(config)
     compare = compare and not mixture
@@ -224,7 +269,11 @@ def plan(
         longest_sequence=planner.longest_sequence(batch_size) if grid and memory is not None else None,
         grid=planner.grid() if grid else [],
         advice=[] if memory is None or usage.verdict(memory) == "fits" else planner.advice(batch, usage),
-        assumptions=ASSUMPTIONS * (step.device == "cuda") + OF_FP16 * (step.precision == "fp16") + OF_EXPERTS * mixture,
+        assumptions=ASSUMPTIONS * (step.device == "cuda")
+        + OF_HOST * (step.away is not None)
+        + OF_FP16 * (step.precision == "fp16")
+        + OF_EXPERTS * mixture,
+        streaming=planner.streaming(link or LINK, tflops or card.tflops) if step.away == "host" else None,
     )
 
 
@@ -279,6 +328,15 @@ class _Planner:
         self.tile = step.tiling.length if step.method == "qosora" else 0
         self._known: dict[Batch, Prediction] = {}
         self._families: dict[Any, dict[Site, _Family]] = {}
+
+    def streaming(self, link: float, tflops: float | None) -> Streaming:
+        """Return how the base comes, and from which batch on that takes no time."""
+        traced = self.traced
+        free = None
+        if tflops is not None and not has_experts(self.config):  # of which a layer's tokens use some
+            for_a_token = 2 * traced.layer_products / (1e12 * tflops)
+            free = math.ceil(traced.largest_layer / (1e9 * link) / for_a_token)
+        return Streaming(traced.host_bytes, link, tflops, free)
 
     def batch(self, size: int, length: int) -> Batch:
         """Return a batch as the options make it."""
@@ -410,6 +468,7 @@ _CHEAPER = (
     ("tile_length", 1024, "--tile-length 1024"),
     ("activation_offloading", True, "--activation-offloading"),
     ("optimizer", "paged_adamw_8bit", "--optimizer paged_adamw_8bit"),
+    ("base_on", "host", "--base-on host"),
 )
 
 

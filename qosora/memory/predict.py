@@ -11,11 +11,12 @@ first layer is a place of its own, as it has no input to give a gradient to.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -29,7 +30,7 @@ from qosora.compat.transformers import attention_of, should_convert_module
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.dtypes import PRECISIONS, dtype_named
 from qosora.errors import CheckpointError, QosoraError
-from qosora.layers import Tiling, decoder_layers, is_taken_apart, stacked_names
+from qosora.layers import QosoraLinear, Tiling, decoder_layers, is_taken_apart, qosora_modules, stacked_names
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
 from qosora.memory.standins import (
     STASH,
@@ -49,6 +50,9 @@ __all__ = [
     "stacked_experts",
 ]  # fmt: skip
 
+#: Decoder layers whose frozen tensors a GPU holds at once where they come from elsewhere: the one that computes, the
+#: next, which comes meanwhile, and the buffer that it comes in; from other GPUs the last one's buffer, too.
+_IN_USE = {"host": 3, "fsdp": 4}
 _GRANULARITY = {"cuda": 512, "cpu": 1}  # bytes; what PyTorch's CUDA allocator rounds to
 
 
@@ -69,6 +73,9 @@ class StepOptions:
         optimizer: One of `qosora.training.flat_buffers.OPTIMIZERS`.
         precision: "bf16", "fp16" or "fp32": of activations, and of what is not in 4 bits.
         device: "cuda" or "cpu": whose kernels and allocator.
+        gpus: That train together. The batch is that of one.
+        strategy: "ddp", or "fsdp" for a base that is divided among them.
+        base_on: "gpu", or "host" for a base in host memory.
     """
 
     method: str = "qosora"
@@ -83,6 +90,16 @@ class StepOptions:
     optimizer: str = "paged_adamw_32bit"
     precision: str = "bf16"
     device: str = "cuda"
+    gpus: int = 1
+    strategy: str = "ddp"
+    base_on: str = "gpu"
+
+    @property
+    def away(self) -> str | None:
+        """Where the base comes from layer by layer: "host", or "fsdp" for other GPUs."""
+        if self.method == "qosora" and self.base_on == "host":
+            return "host"
+        return "fsdp" if self.method == "qosora" and self.strategy == "fsdp" and self.gpus > 1 else None
 
     @property
     def tiling(self) -> Tiling:
@@ -94,10 +111,17 @@ class StepOptions:
         choices = {
             "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"),
             "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS),
-            "precision": tuple(PRECISIONS), "device": tuple(_GRANULARITY),
+            "precision": tuple(PRECISIONS), "device": tuple(_GRANULARITY), "strategy": ("ddp", "fsdp"),
+            "base_on": ("gpu", "host"),
         }  # fmt: skip
         problems = [f"update_rank must be at least 0, got {self.update_rank}"] * (self.update_rank < 0)
         problems += [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
+        problems += [f"gpus must be at least 1, got {self.gpus}"] * (self.gpus < 1)
+        problems += ["strategy fsdp divides a base among several GPUs: say how many with gpus"] * (
+            self.strategy == "fsdp" and self.gpus == 1
+        )
+        if self.device == "cpu" and (self.base_on, self.gpus) != ("gpu", 1):
+            problems.append("base_on and gpus are about GPUs, and device is cpu")
         if self.activation_offloading and self.device == "cpu":
             problems.append("activation_offloading moves activations from a GPU to host memory, and there is no GPU")
         return problems + [
@@ -189,6 +213,36 @@ class TracedModel:
         self.trained_parameters = self._in_all(lambda: sum(p.numel() for p in self._trained()))
         self.buffer_elements = [self._in_all(partial(self._packed, number)) for number in range(len(self._groups()))]
         self.paged_bytes = self._in_all(self._paged_bytes)
+        self.layer_bytes = {name: self._in_all(partial(self._frozen_in_layers, name)) for name in _OF_LAYERS}
+        self.largest_layer = max(sum(_frozen(layer).values()) for layer in self.layers)
+        self.layer_products = max(sum(map(_products, qosora_modules(layer).values())) for layer in self.layers)
+        self.ends_bytes = self._in_all(lambda: sum(p.nbytes for p in self.model.parameters() if not p.requires_grad))
+        self.ends_bytes -= sum(self.layer_bytes.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the base that a process keeps in host memory."""
+        if self.options.away != "host":
+            return 0
+        return (sum(self.layer_bytes.values()) + self.ends_bytes) // self.options.gpus
+
+    def _frozen_in_layers(self, category: str) -> int:
+        return sum(_frozen(layer)[category] for layer in cast("nn.ModuleList", getattr(self.stack, self.attribute)))
+
+    def _placed(self, sites: dict[Site, Peak]) -> dict[Site, Peak]:
+        """Return the peaks with the base where the options have it."""
+        away = self.options.away
+        if away is None:
+            return sites
+        part = 0 if away == "host" else 1 / self.options.gpus
+        change = {name: round(part * found) - found for name, found in self.layer_bytes.items()}
+        change["layers in use"] = _IN_USE[away] * self.largest_layer
+        change["embeddings and head"] = round(part * self.ends_bytes)  # beside the whole of them, which a step keeps
+        total = sum(change.values())
+        return {
+            site: replace(peak, total=peak.total + total, live=dict(Counter(peak.live) + Counter(change)))
+            for site, peak in sites.items()
+        }
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -239,7 +293,7 @@ class TracedModel:
             period = deeper - depth
             sites = _extrapolated(_from_end(sites, depth), _from_end(more, deeper), self._periods(), period)
             sites = {site._replace(layer=self._layer(site.layer)): peak for site, peak in sites.items()}
-        return prediction(sites, self.paged_bytes)
+        return prediction(self._placed(sites), self.paged_bytes)
 
     def events(self, batch: Batch) -> list[Event]:
         """Return the allocations of a step, of the layers that are traced: all, with `full_depth`."""
@@ -285,6 +339,26 @@ class TracedModel:
                 [PackedStandIn(group, tracer, self.options.optimizer, paged, in_all) for group, in_all in groups]
             )
         return PerTensorStandIn(trained, tracer, self.options.optimizer, paged)
+
+
+#: Categories of what is frozen in a decoder layer.
+_OF_LAYERS = ("base residual", "factors")
+
+
+def _frozen(layer: nn.Module) -> dict[str, int]:
+    """Return the bytes of a decoder layer's stored matrices, by category."""
+    found = dict.fromkeys(_OF_LAYERS, 0)
+    for module in qosora_modules(layer).values():
+        for name, p in module.named_parameters(recurse=False):
+            if name != "bias" and not p.requires_grad:
+                found[_OF_LAYERS[not name.startswith("weight")]] += p.nbytes
+    return found
+
+
+def _products(layer: QosoraLinear) -> int:
+    """Return the multiplications of a layer's forward for each token."""
+    ends = layer.in_features + layer.out_features
+    return layer.in_features * layer.out_features + layer.rank * ends
 
 
 def _packed_elements(group: list[nn.Parameter]) -> list[int]:

@@ -31,6 +31,8 @@ _TIED = {"tie_word_embeddings": True}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": _shape("llama", 4096, 11008, 32, 32, 32, 32000, 4096),
     "llama-2-13b": _shape("llama", 5120, 13824, 40, 40, 40, 32000, 4096),
+    "llama-3-8b": _shape("llama", 4096, 14336, 32, 32, 8, 128256, 8192),
+    "llama-3-70b": _shape("llama", 8192, 28672, 80, 64, 8, 128256, 8192),
     "llama-3.1-8b": _shape("llama", 4096, 14336, 32, 32, 8, 128256, 131072),
     "llama-3.1-70b": _shape("llama", 8192, 28672, 80, 64, 8, 128256, 131072),
     "llama-3.2-1b": _shape("llama", 2048, 8192, 16, 32, 8, 128256, 131072, head_dim=64, **_TIED),

@@ -27,10 +27,11 @@ from qosora.compat.torch import TorchDispatchMode, operator_name, storage_key, t
 
 __all__ = ["CATEGORIES", "PHASES", "Event", "Peak", "Site", "Tracer", "Workspace", "category_of"]
 
-#: What memory is for; the first six live as long as the model and the optimizer.
+#: What memory is for; the first seven live as long as the model and the optimizer.
 CATEGORIES = (
-    "base residual", "factors", "adapter", "embeddings and head", "norms, biases, buffers", "gradients",
-    "optimizer state", "batch", "saved activations", "layer temporaries", "logits and loss", "workspace", "rounding",
+    "base residual", "factors", "layers in use", "adapter", "embeddings and head", "norms, biases, buffers",
+    "gradients", "optimizer state", "batch", "saved activations", "layer temporaries", "logits and loss", "workspace",
+    "rounding",
 )  # fmt: skip
 PHASES = ("forward", "loss", "backward", "optimizer")
 

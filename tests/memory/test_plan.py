@@ -14,9 +14,9 @@ from transformers import Gemma2Config, GptOssConfig, MixtralConfig
 from qosora.cli import main
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, QosoraError
-from qosora.memory.cards import the_card
+from qosora.memory.cards import ATTAINED, LINK, TFLOPS, the_card
 from qosora.memory.plan import OUTSIDE, _Planner, plan
-from qosora.memory.predict import StepOptions
+from qosora.memory.predict import StepOptions, TracedModel
 from qosora.memory.shapes import SHAPES, model_config
 from qosora.memory.step import Batch
 
@@ -254,3 +254,55 @@ def test_command_prints_json(tiny: Path, capsys: pytest.CaptureFixture[str]):
     assert found["usage"]["total_bytes"] == sum(found["usage"]["rows"].values())
     assert (found["batch"]["size"], found["batch"]["padding"], found["qlora"]) == (2, True, None)
     assert "CUDA context" not in found["usage"]["rows"]
+
+
+# ---- a base that is not on the GPU
+
+
+def test_a_base_on_the_host_and_when_copying_is_free(tiny: Path):
+    found = plan(tiny, batch_size=1, seq_len=256, gpu="RTX 4090", base_on="host", compare=True, grid=False)
+    streaming = found.streaming
+    assert streaming is not None
+    rate = ATTAINED * TFLOPS["RTX 4090"]
+    assert (streaming.link, streaming.tflops) == (LINK, rate)
+    traced = TracedModel(model_config(tiny), QosoraConfig(), StepOptions(base_on="host"))
+    assert streaming.host_bytes == traced.host_bytes
+    seconds = traced.largest_layer / (LINK * 1e9)
+    for_a_token = 2 * traced.layer_products / (rate * 1e12)
+    assert streaming.free_from is not None
+    assert (streaming.free_from - 1) * for_a_token < seconds <= streaming.free_from * for_a_token
+    slower = plan(tiny, batch_size=1, seq_len=256, gpu="RTX 4090", base_on="host", grid=False, link=5, tflops=200)
+    assert slower.streaming is not None
+    assert slower.streaming.free_from is not None
+    assert slower.streaming.free_from > 10 * streaming.free_from
+    resident = plan(tiny, batch_size=1, seq_len=256, gpu="RTX 4090", grid=False)
+    assert resident.streaming is None
+    assert found.qlora == resident.qlora
+    unknown = plan(tiny, batch_size=1, seq_len=256, gpu_memory="8GiB", base_on="host", grid=False).streaming
+    assert unknown is not None
+    assert unknown.free_from is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"strategy": "fsdp"}, "say how many with gpus"),
+        ({"base_on": "disk"}, "base_on must be one of gpu, host, got 'disk'"),
+        ({"gpus": 0}, "gpus must be at least 1, got 0"),
+        ({"base_on": "host", "device": "cpu"}, "base_on and gpus are about GPUs, and device is cpu"),
+        ({"link": 5.0}, "link and tflops are about a base in host memory"),
+        ({"base_on": "host", "link": -1.0}, "link must be above 0"),
+    ],
+)
+def test_what_cannot_be_planned_of_a_base_elsewhere(tiny: Path, options: dict[str, Any], expected: str):
+    with pytest.raises(ConfigError, match=expected):
+        plan(tiny, batch_size=1, seq_len=64, **options)
+
+
+@pytest.mark.slow
+def test_a_base_on_the_host_is_advised_where_it_helps():
+    small = plan("llama-3.2-1b", batch_size=1, seq_len=256, gpu_memory="1600MiB", compare=False, grid=False)
+    assert small.verdict != "fits"
+    assert "--base-on host" in [advice.change for advice in small.advice]
+    with pytest.raises(ConfigError, match="keep the base in host memory, with base_on host, or take a smaller model"):
+        plan("llama-3-70b", batch_size=1, seq_len=512, gpu="RTX 4090", compare=False, grid=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
@@ -93,6 +94,38 @@ def test_extrapolated_layers_with_offloading():
 def test_depths(kinds: str, expected: tuple[int, ...]):
     assert _depths(list(kinds), least=2) == expected
     assert _depths(list(kinds), least=len(kinds)) == (len(kinds),)
+
+
+AWAY: list[dict[str, Any]] = [
+    {"base_on": "host"}, {"strategy": "fsdp", "gpus": 2}, {"base_on": "host", "strategy": "fsdp", "gpus": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", AWAY)
+def test_a_base_that_comes_layer_by_layer(options: dict[str, Any]):
+    resident, away = (TracedModel(CONFIGS["llama"], STORAGE, StepOptions(**o)) for o in ({}, options))
+    before, after = (model.predict(Batch(2, 64)) for model in (resident, away))
+    host = "base_on" in options
+    part = 0 if host else 1 / options["gpus"]
+    for name in ("base residual", "factors"):
+        kept = after.live.get(name, 0)
+        assert before.live[name] - kept == away.layer_bytes[name] - round(part * away.layer_bytes[name])
+    layers = CONFIGS["llama"].num_hidden_layers
+    assert after.live["layers in use"] == (3 if host else 4) * sum(away.layer_bytes.values()) // layers
+    same = set(before.live) - {"base residual", "factors", "embeddings and head"}
+    assert {name: after.live[name] for name in same} == {name: before.live[name] for name in same}
+    assert after.live["embeddings and head"] - before.live["embeddings and head"] == round(part * away.ends_bytes)
+    assert after.site == before.site
+    assert sum(after.live.values()) == after.peak_bytes
+    frozen = sum(p.nbytes for p in whole_base("llama") if not p.requires_grad)
+    assert sum(away.layer_bytes.values()) + away.ends_bytes == frozen
+    assert away.host_bytes == (frozen // options.get("gpus", 1) if host else 0)
+    assert resident.host_bytes == 0
+
+
+def whole_base(name: str) -> list[torch.Tensor]:
+    """Return the parameters of all of a model."""
+    return list(TracedModel(CONFIGS[name], STORAGE, StepOptions(), full_depth=True).model.parameters())
 
 
 def test_flash_backward_has_its_float32_accumulator():
