@@ -1,4 +1,4 @@
-"""What the README's tables are made of."""
+"""What the tables of README and docs are made of."""
 
 from __future__ import annotations
 

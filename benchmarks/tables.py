@@ -1,7 +1,7 @@
-"""Write the tables of README.md from the files in benchmarks/results.
+"""Write the tables of README.md and docs from the files in benchmarks/results.
 
 python benchmarks/tables.py           # rewrite what stands between the markers <!-- table: NAME --> and <!-- /table -->
-python benchmarks/tables.py --check   # exit with 1 if the README says anything else than the results
+python benchmarks/tables.py --check   # exit with 1 if a page says anything else than the results
 """
 
 from __future__ import annotations
@@ -202,6 +202,48 @@ def plans(found: dict[str, Any], file: str) -> str:
     return table(head, rows, note)
 
 
+def processes(found: dict[str, Any], file: str) -> str:
+    """Return the table of ways to divide a run, with its conditions."""
+    words = {"ddp": "the base whole in each", "fsdp": "`--strategy fsdp`", "host": "`--base-on host`"}
+    rows = []
+    for name, result in found["results"].items():
+        way, _, count = name.rpartition("_")
+        several = int(count) > 1
+        if several or way != "ddp":
+            sizes = [mib(size) for size in (max(result["base_bytes"]), result["peak_rss_bytes"])]
+            said = "both" if way == "host" and several else words[way]
+            rows.append([f"{count} process{'es' * several}, {said}", f"{result['difference']:.1e}", *sizes])
+    config = found["config"]
+    note = (
+        f"A random model of Llama's kind ({config['layers']} layers of width {config['width']}), "
+        f"{config['steps']} steps in float32 with the same examples in every step: the largest difference of a trained "
+        "vector to that of one process with a resident base, relative to the vector's largest entry; the bytes of the "
+        "frozen base that a process keeps between layers; the largest resident set of a process, Python and libraries "
+        f"included. {conditions(found, file, 'torch', 'transformers', 'accelerate')}"
+    )
+    return table(["", "largest difference", "base in a process", "resident set"], rows, note)
+
+
+def reward(found: dict[str, Any], file: str) -> str:
+    """Return the table of reinforcement learning, with its conditions."""
+    results, config = found["results"], found["config"]
+    names = {"qosora": "qosora's vectors, r = 64", "lora_r16": "LoRA, r = 16, on NF4"}
+    rows = []
+    for name, words in names.items():
+        runs = [run for key, run in results.items() if key.startswith(f"{name}_seed")]
+        first, last = ([sum(run["rewards"][part]) / 10 for run in runs] for part in (slice(10), slice(-10, None)))
+        shares = [f"{sum(s) / len(s):.2f} ({min(s):.2f} to {max(s):.2f})" for s in (first, last)]
+        rows.append([words, f"{runs[0]['parameters']:,}", f"{runs[0]['rate']:g}", *shares])
+    note = (
+        f"GRPO on the demo's task, {config['steps']} steps of {config['batch']} answers, 8 to each prompt, after "
+        f"{config['warm_steps']} steps on examples, merged: the share of sampled answers that are right, mean and "
+        f"range over {config['seeds']} seeds, at the best of {len(config['rates']['qosora'])} learning rates on the "
+        f"first. {conditions(found, file, *QLORA, 'trl')}"
+    )
+    head = ["", "trained parameters", "learning rate", "right in the first 10 steps", "in the last 10"]
+    return table(head, rows, note)
+
+
 def _worst_plan(results: dict[str, Any]) -> float:
     """Return the largest relative difference of plan and measurement."""
     measured = [result for name, result in results.items() if name.startswith("measured")]
@@ -243,33 +285,43 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], str], str]]] = {
     "load": ("load_cpu.json", load),
     "gpu": ("gpu/summary.json", gpu),
     "launches": ("launches.json", launches),
+    "processes": ("processes.json", processes),
+    "reward": ("reward_cpu.json", reward),
 }
 
 
-def filled(text: str) -> str:
-    """Return a page with its tables as the results make them."""
+def filled(text: str, root: str = "") -> str:
+    """Return a page with its tables as the results make them.
+
+    Args:
+        text: Of the page.
+        root: From its folder to that of the README.
+    """
 
     def replaced(match: re.Match[str]) -> str:
         file, make = TABLES[match["name"]]
         found = json.loads((ROOT / "benchmarks" / "results" / file).read_text(encoding="utf-8"))
-        return f"{match[1]}{make(found, file)}{match[3]}"
+        made = make(found, file).replace("](benchmarks/", f"]({root}benchmarks/")
+        return f"{match[1]}{made}{match[3]}"
 
     return MARKED.sub(replaced, text)
 
 
 def main() -> int:
-    """Rewrite or check the README."""
+    """Rewrite or check the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if the tables are not up to date")
     args = parser.parse_args()
-    page = ROOT / "README.md"
-    old = page.read_text(encoding="utf-8")
-    new = filled(old)
-    if args.check:
-        print("README.md is up to date" if new == old else "README.md: run python benchmarks/tables.py")
-        return int(new != old)
-    page.write_text(new, encoding="utf-8")
-    return 0
+    changed = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        old = page.read_text(encoding="utf-8")
+        new = filled(old, "" if page.parent == ROOT else "../")
+        if new != old:
+            changed.append(page.name)
+            if not args.check:
+                page.write_text(new, encoding="utf-8")
+    print(f"{', '.join(changed)}: run python benchmarks/tables.py" if args.check and changed else "up to date")
+    return int(args.check and bool(changed))
 
 
 if __name__ == "__main__":
