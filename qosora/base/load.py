@@ -187,12 +187,15 @@ def _quick_dtype(config: PreTrainedConfig) -> torch.dtype | str:
     return quick
 
 
-def load_adapter(model: PreTrainedModel, adapter: str | Path, *, is_trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel | PeftModel, adapter: str | Path, *, name: str = "default", is_trainable: bool = False
+) -> PeftModel:
     """Put an adapter on its base.
 
     Args:
-        model: The base.
+        model: The base, or the base with other adapters; it is left with the one in use that was.
         adapter: Folder or hub id.
+        name: What PEFT calls it.
         is_trainable: Whether to train on.
 
     Raises:
@@ -206,7 +209,13 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, is_trainable: b
     with warnings.catch_warnings():
         warnings.filterwarnings("error", missing_keys_warning(), UserWarning)
         try:
-            adapted = PeftModel.from_pretrained(model, expanded(adapter), is_trainable=is_trainable)
+            if isinstance(model, PeftModel):
+                model.load_adapter(expanded(adapter), adapter_name=name, is_trainable=is_trainable)
+                adapted = model
+            else:
+                adapted = PeftModel.from_pretrained(
+                    model, expanded(adapter), adapter_name=name, is_trainable=is_trainable
+                )
         except (QosoraError, torch.OutOfMemoryError):
             raise
         except (OSError, RuntimeError, UserWarning, SafetensorError, *_ODD) as error:

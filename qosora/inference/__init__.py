@@ -3,6 +3,7 @@
 | module | one line |
 |---|---|
 | `generation` | text from prompts |
+| `chat` | a conversation, with one adapter or another |
 | `evaluation` | loss, perplexity, exact match |
 """
 
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from qosora._lazy import door
 
 if TYPE_CHECKING:
+    from qosora.inference.chat import Chat as Chat
     from qosora.inference.evaluation import EvalResult as EvalResult
     from qosora.inference.evaluation import batch_losses as batch_losses
     from qosora.inference.evaluation import evaluate as evaluate
@@ -25,6 +27,7 @@ __getattr__, __dir__ = door(
     __name__,
     {
         "generation": ["generate", "inference"],
+        "chat": ["Chat"],
         "evaluation": ["EvalResult", "batch_losses", "evaluate", "mean_loss", "perplexity"],
     },
 )

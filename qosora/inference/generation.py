@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from qosora.checkpoints import require_language_model
 from qosora.data import (
@@ -44,6 +44,7 @@ def generate(
     chat: bool = False,
     template_options: Sequence[Mapping[str, Any]] | None = None,
     written: Callable[[int, str], None] | None = None,
+    streamed: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Return what the model writes after each prompt, without special tokens.
 
@@ -59,6 +60,7 @@ def generate(
         chat: Whether to wrap texts into the chat template, as the user's message.
         template_options: What else the chat template gets for each prompt, such as tools.
         written: Called with the index of a prompt and what was written after it, as soon as that is known.
+        streamed: Called with each piece of the text after a single prompt, as it comes.
 
     Raises:
         CheckpointError: It is no causal language model.
@@ -70,6 +72,8 @@ def generate(
             "max_new_tokens and batch_size must be at least 1, temperature at least 0 and top_p in (0, 1]; got "
             f"{max_new_tokens}, {batch_size}, {temperature}, {top_p}"
         )
+    if streamed is not None and len(prompts) != 1:
+        raise ConfigError(f"the answer to one prompt can be streamed, not those to {len(prompts)}")
     require_language_model(model.config, model.name_or_path, "generation")
     options = template_options or [{}] * len(prompts)
     encoded = [
@@ -84,7 +88,9 @@ def generate(
     with inference(model), _seeded(seed):
         for start in range(0, len(encoded), batch_size):
             chosen = by_length[start : start + batch_size]
-            for i, ids in zip(chosen, _continue(model, [encoded[i] for i in chosen], config), strict=True):
+            streamer = None if streamed is None else _Streamer(tokenizer, streamed)
+            new = _continue(model, [encoded[i] for i in chosen], config, streamer)
+            for i, ids in zip(chosen, new, strict=True):
                 texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
                 if written is not None:
                     written(i, texts[i])
@@ -178,13 +184,28 @@ def _generation_config(
     )
 
 
-def _continue(model: Any, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+class _Streamer(TextStreamer):
+    """Hands text on as soon as its last word is whole."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show = show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Show a piece."""
+        if text:
+            self.show(text)
+
+
+def _continue(
+    model: Any, prompts: list[list[int]], config: GenerationConfig, streamer: TextStreamer | None = None
+) -> list[list[int]]:
     """Return the new tokens after each prompt, without the stop token."""
     device = model.get_input_embeddings().weight.device
     ids = padded(prompts, config.pad_token_id, left=True).to(device)
     mask = padded([[1] * len(p) for p in prompts], 0, left=True).to(device)
     try:
-        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
     except (TypeError, ValueError, AttributeError, LookupError) as error:
         _blame_generation_config(model, error)
         raise
