@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from qosora import QosoraConfig, TrainConfig, quantize, train
 from qosora.demo import assets
 from qosora.training import Processes, QosoraTrainer
+from qosora.training.trainer import TRAINERS
 
 QUESTION = "Do several processes train what one does, and what does each of them hold?"
 WAYS = {"ddp": {}, "fsdp": {"strategy": "fsdp"}, "host": {"strategy": "fsdp", "base_on": "host"}}
@@ -51,7 +52,7 @@ class Measured(QosoraTrainer):
 
 def work(options: dict[str, Any]) -> None:
     """Train, as one of the processes, and write what it held."""
-    with patch("qosora.training.run.QosoraTrainer", Measured):
+    with patch.dict(TRAINERS, sft=Measured):
         result = train(TrainConfig(**options))
     processes = Processes.here()
     held = processes.gathered(Measured.base_bytes)

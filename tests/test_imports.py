@@ -20,7 +20,7 @@ PACKAGE = Path(qosora.__file__).parent
 #: `checkpoints` lies above `config`, and that above `decompose`, as what is stored says in which of its formats.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("_lazy", "errors"),
-    ("compat", "dtypes", "formats", "patterns", "remembered"),
+    ("compat", "dtypes", "formats", "pages", "patterns", "remembered"),
     ("register", "decompose", "places"),
     ("config",),
     ("checkpoints", "layers"),

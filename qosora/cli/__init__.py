@@ -11,13 +11,27 @@ import warnings
 from collections.abc import Sequence
 
 import qosora
-from qosora.cli import chat, demo, doctor, evaluate, export, generate, inspect, plan, profile, quantize, train, verify
+from qosora.cli import (
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    plan,
+    profile,
+    quantize,
+    report,
+    train,
+    verify,
+)
 from qosora.cli.output import escaped
 from qosora.errors import ConfigError, EndedElsewhere, QosoraError, first_line
 
 __all__ = ["main"]
 
-_COMMANDS = (plan, quantize, train, profile, evaluate, generate, chat, export, inspect, verify, doctor, demo)
+_COMMANDS = (plan, quantize, train, report, profile, evaluate, generate, chat, export, inspect, verify, doctor, demo)
 
 _DESCRIPTION = """\
 Quantized OSoRA: fine-tune large language models on one consumer GPU.

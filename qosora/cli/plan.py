@@ -107,9 +107,10 @@ def step_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from qosora.memory import events, require_plots
+    from qosora.memory import events
     from qosora.memory.plan import plan
     from qosora.memory.report import report
+    from qosora.pages import require_plots
 
     if args.report:
         require_plots()

@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qosora.data import Columns
-    from qosora.memory import require_plots
     from qosora.memory.profile import profile
     from qosora.memory.report import report
+    from qosora.pages import require_plots
 
     if args.report:
         require_plots()

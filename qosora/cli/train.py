@@ -93,7 +93,9 @@ def run(args: argparse.Namespace) -> None:
     if args.gpu:
         raise ConfigError("--gpu names a card to plan for with --dry-run; CUDA_VISIBLE_DEVICES chooses where to train")
 
+    from qosora.pages import can_draw
     from qosora.training import Processes, train
+    from qosora.training.report import report
 
     result = train(config)
     Processes.leave()
@@ -104,6 +106,8 @@ def run(args: argparse.Namespace) -> None:
         return
     for line in result.summary():
         print(line)
+    if can_draw():
+        print(f"curves, and what was learned where: {report([config.output_dir])}")
     print(f"next: qosora generate {config.output_dir} --prompt ...; qosora export {config.output_dir} OUT")
 
 

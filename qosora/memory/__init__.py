@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from qosora.memory.profile import measure as measure
     from qosora.memory.profile import offloading as offloading
     from qosora.memory.profile import random_model as random_model
-    from qosora.memory.report import require_plots as require_plots
     from qosora.memory.shapes import model_config as model_config
     from qosora.memory.step import Batch as Batch
     from qosora.memory.step import prepare_model as prepare_model
@@ -53,7 +52,6 @@ __getattr__, __dir__ = door(
         "cards": ["Card", "the_card"],
         "shapes": ["model_config"],
         "plan": ["LASTING", "Plan", "Usage", "events", "usage_of"],
-        "report": ["require_plots"],
         "profile": ["Measurement", "fill_at_random", "measure", "offloading", "random_model"],
     },
 )

@@ -9,10 +9,7 @@ Memory Timeline"; it is a pickle, as that page wants it, of lists, dicts, number
 
 from __future__ import annotations
 
-import base64
 import html
-import importlib.util
-import io
 import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from qosora.checkpoints import write_atomically
-from qosora.errors import ConfigError
 from qosora.memory.plan import OUTSIDE, Plan, Usage
 from qosora.memory.profile import Measurement
 from qosora.memory.tracer import CATEGORIES, Event, category_of
+from qosora.pages import page, picture, png, require_plots
+from qosora.pages import rows as page_rows
 
-__all__ = ["Timeline", "report", "require_plots", "snapshot", "timeline"]
+__all__ = ["Timeline", "report", "snapshot", "timeline"]
 
 #: In the order of stacking: what lasts in blues and greys, what a step makes in warm colours.
 _COLOURS = {
-    "base residual": "#1f4e79", "embeddings and head": "#4a7fb0", "factors": "#8db4d6",
+    "base residual": "#1f4e79", "layers in use": "#2e75b6", "embeddings and head": "#4a7fb0", "factors": "#8db4d6",
     "norms, biases, buffers": "#c9d9e8", "adapter": "#2f7d5b", "gradients": "#6fb08f", "optimizer state": "#b5d8c4",
     "batch": "#999999", "saved activations": "#e08e2b", "layer temporaries": "#c8442f", "logits and loss": "#8e44ad",
     "workspace": "#f2c14e", "rounding": "#dddddd", "cuBLAS workspaces": "#f7dc9b", "not traced": "#f7dc9b",
@@ -96,12 +94,6 @@ def snapshot(events: Sequence[Event], path: str | Path) -> None:
         actions = ["alloc"] if event.nbytes > 0 else ["free_requested", "free_completed"]
         trace += [{**entry, "action": action, "frames": frames} for action in actions]
     write_atomically(path, pickle.dumps({"segments": [], "device_traces": [trace]}))
-
-
-def require_plots() -> None:
-    """Raise ConfigError if nothing can be drawn: before the work, too, for whoever wants pictures of it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("pictures need matplotlib: pip install 'qosora[plots]'")
 
 
 def report(found: Plan | Measurement, events: Sequence[Event], folder: str | Path) -> list[Path]:
@@ -183,7 +175,7 @@ def _steps(found: Plan | Measurement, line: Timeline) -> bytes:
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     axes.set_title(_title(found), loc="left", fontsize=11)
-    return _png(figure)
+    return png(figure)
 
 
 def _across(line: Timeline) -> tuple[list[float], list[float]]:
@@ -220,7 +212,7 @@ def _peak(found: Plan | Measurement, columns: Mapping[str, Usage]) -> bytes:
     axes.set_xlabel(f"at the peak, {unit}")
     figure.legend(loc="outside lower center", ncol=4, frameon=False)
     axes.set_title(_title(found), loc="left", fontsize=11)
-    return _png(figure)
+    return png(figure)
 
 
 def _ink(background: str) -> str:
@@ -236,12 +228,6 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    return buffer.getvalue()
-
-
 def _unit(top: int) -> tuple[str, int]:
     return ("GiB", 2**30) if top >= 2**29 else ("MiB", 2**20)
 
@@ -251,27 +237,10 @@ def _page(found: Plan | Measurement, pictures: Mapping[str, bytes], columns: Map
     names = [name for name in _COLOURS if any(name in usage.rows for usage in columns.values())]
     rows = {name: [usage.rows.get(name, 0) for usage in columns.values()] for name in names}
     rows["in all"] = [usage.total_bytes for usage in columns.values()]
-    cells = "".join(
-        f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{v / 2**20:,.1f}</td>" for v in values) + "</tr>"
-        for name, values in rows.items()
-    )
-    head = "".join(f"<th>{html.escape(name)}, MiB</th>" for name in columns)
-    images = "".join(
-        f'<figure><img alt="{_ALT[name]}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></figure>'
-        for name, data in pictures.items()
-    )
+    head = ["", *(f"{name}, MiB" for name in columns)]
+    table = page_rows(head, ([name, *(f"{v / 2**20:,.1f}" for v in values)] for name, values in rows.items()))
+    images = "".join(picture(_ALT[name], data) for name, data in pictures.items())
     notes = found.assumptions if isinstance(found, Plan) else ()
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    style = (  # on a phone, pictures and table keep a size that can be read, and scroll sideways
-        "body{font:15px system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
-        "figure,div{margin:1em 0;overflow-x:auto}img{width:100%;min-width:720px}table{border-collapse:collapse}"
-        "td,th{padding:2px 14px 2px 0;text-align:right}td:first-child{text-align:left}tr:last-child{font-weight:bold}"
-    )
-    title = html.escape(_title(found))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{style}</style>'
-        f"<h1>Memory of a training step</h1><p>{title}</p>{images}"
-        f"<div><table><tr><th></th>{head}</tr>{cells}</table></div>"
-        f"<ul>{listed}</ul></html>\n"
-    )
+    last = "tr:last-child{font-weight:bold}"
+    return page("Memory of a training step", _title(found), f"{images}{table}<ul>{listed}</ul>", last)

@@ -14,6 +14,7 @@
 | `checks` | a run, checked and resolved before its model is loaded |
 | `preview` | what a run would train on |
 | `trainer` | TRL's trainers with our evaluation, checkpoints and record |
+| `report` | what runs did, on one page |
 | `run` | `train` |
 """
 

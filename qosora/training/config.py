@@ -28,7 +28,14 @@ RUN_CONFIG, METRICS = "train_config.yaml", "metrics.jsonl"
 #: Fields as they were called before there were methods.
 _EARLIER_NAMES = {"sft": "trl"}
 STRATEGIES = ("ddp", "fsdp")
-METHODS = ("sft", "dpo", "kto", "orpo", "grpo")
+#: Ways of learning, and what their logs show success by, the first for the progress bar.
+METHODS = {
+    "sft": ("loss",),
+    "dpo": ("loss", "rewards/accuracies", "rewards/margins"),
+    "kto": ("loss", "rewards/margins"),
+    "orpo": ("loss", "rewards/accuracies", "rewards/margins"),
+    "grpo": ("reward",),
+}
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -76,7 +83,7 @@ class TrainConfig:
         "sft",
         "learn from examples (sft), pairs of a better and a worse answer (dpo, orpo), answers that are good or not "
         "(kto), or rewards of the model's own answers (grpo)",
-        choices=METHODS,
+        choices=tuple(METHODS),
     )
     eval_data: str | None = _option(None, "held-out data, evaluated before and after training", path=True)
     data_split: str | None = _option(None, "split of a hub data set [train]; slices such as train[:1000] work")

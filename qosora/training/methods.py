@@ -1,4 +1,4 @@
-"""The ways of learning that TRL has trainers for: what each is configured by, learns from, and is judged by."""
+"""The ways of learning that TRL has trainers for: what each is configured by, and learns from."""
 
 from __future__ import annotations
 
@@ -20,20 +20,18 @@ class Method:
         config: TRL's configuration of it.
         form: Of its data, as `load_records` takes it.
         learning_rate: Of the vectors, by default.
-        figures: What its logs show success by, the first for the progress bar.
     """
 
     config: type[TrainingArguments]
     form: str
     learning_rate: float
-    figures: tuple[str, ...]
 
 
 #: By the name in `TrainConfig`.
 METHODS = {
-    "sft": Method(SFTConfig, "language", 1e-2, ("loss",)),
-    "dpo": Method(DPOConfig, "preference", 1e-3, ("loss", "rewards/accuracies", "rewards/margins")),
-    "kto": Method(KTOConfig, "labeled", 1e-3, ("loss", "rewards/margins")),
-    "orpo": Method(orpo("ORPOConfig"), "preference", 1e-3, ("loss", "rewards/accuracies", "rewards/margins")),
-    "grpo": Method(GRPOConfig, "prompts", 1e-3, ("reward",)),
+    "sft": Method(SFTConfig, "language", 1e-2),
+    "dpo": Method(DPOConfig, "preference", 1e-3),
+    "kto": Method(KTOConfig, "labeled", 1e-3),
+    "orpo": Method(orpo("ORPOConfig"), "preference", 1e-3),
+    "grpo": Method(GRPOConfig, "prompts", 1e-3),
 }

@@ -66,7 +66,7 @@ def vectors(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def test_one_table_for_all():
-    assert tuple(METHODS) == NAMES == tuple(TRAINERS) == ("sft", *OWN)
+    assert list(METHODS) == list(NAMES) == list(TRAINERS) == ["sft", *OWN]
 
 
 def test_what_each_begins_at(runs: dict[str, TrainResult]):
