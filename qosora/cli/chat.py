@@ -22,8 +22,10 @@ NAME = "chat"
 HELP = "talk to a base, or to adapters on it"
 EXAMPLES = """\
   qosora chat ./my-adapter
-  qosora chat ./my-adapter --adapter ./my-other-adapter --system "Answer in one sentence."
-in the chat:
+  qosora chat ./my-adapter --adapter ./my-other-adapter --system "Answer in one sentence."\
+"""
+_COMMANDS = """\
+In the chat:
   /adapter NAME    have an adapter answer, or the base; an adapter's folder is loaded first
   /compare TEXT    have all of them answer; nothing is remembered
   /system TEXT     begin anew, with that said by the system
@@ -33,6 +35,7 @@ in the chat:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    parser.description = f"{parser.description}\n\n{_COMMANDS}"
     add_model(parser)
     parser.add_argument("--adapter", action="append", default=[], metavar="DIR", help="another adapter; repeatable")
     parser.add_argument("--system", metavar="TEXT", help="what the system says first")

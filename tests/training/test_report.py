@@ -1,0 +1,106 @@
+"""A page of one run or several: what is on it, and that the movements are those of the vectors."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qosora.cli import main
+from qosora.errors import CheckpointError, ConfigError
+from qosora.training.report import movements, report
+from qosora.training.run import TrainResult
+
+
+def test_a_page_of_one_run(place: Path, run: TrainResult, tmp_path: Path):
+    folder = tmp_path / "my run"
+    shutil.copytree(place / "run", folder)
+    file = report([folder])
+    assert file == folder / "report.html"
+    text = file.read_text(encoding="utf-8")
+    assert text.count("data:image/png;base64,iVBORw0KGgo") == 2
+    assert "<p>my run (sft)</p>" in text
+    assert f"<td>trained parameters</td><td>{run.trained_parameters:,}</td>" in text
+    assert "<td>gradient_accumulation</td><td>2</td>" in text
+    assert "<td>packing</td>" not in text  # as it is by default
+    assert not re.search(r'(src|href)="(?!data:)', text)  # it needs no network
+
+
+def test_runs_beside_each_other(place: Path, run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("a", "b/a"):
+        shutil.copytree(place / "run", tmp_path / name)
+    (tmp_path / "b/a/result.json").unlink()  # it has not ended
+    output = tmp_path / "both.html"
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b/a"), "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    text = output.read_text(encoding="utf-8")
+    assert f"<th>{tmp_path / 'a'}</th><th>{tmp_path / 'b/a'}</th>" in text
+    assert f"<td>steps</td><td>{run.steps}</td><td></td>" in text
+
+
+def test_a_run_that_has_not_ended(place: Path, run: TrainResult, tmp_path: Path):
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    for name in ("metrics.jsonl", "train_config.yaml"):
+        shutil.copy(place / "run" / name, folder)
+    text = report([folder], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "not finished yet" in text
+    assert text.count("data:image/png") == 1
+
+
+def test_movements(place: Path, run: TrainResult):
+    moved = movements(place / "run")
+    adapter, base = load_file(place / "run" / "adapter_model.safetensors"), load_file(place / "base/model.safetensors")
+    assert set(moved) == {"s", "o"}
+    places = {("mlp.down_proj", 0), ("self_attn.q_proj", 1)}
+    assert places <= set(moved["s"]) == set(moved["o"])
+    for projection, layer in places:
+        name = f"model.layers.{layer}.{projection}"
+        s, o = (adapter[f"base_model.model.{name}.osora_{vector}"] for vector in ("s", "o"))
+        before = base[f"{name}.s"]
+        assert moved["s"][projection, layer] == pytest.approx(float((s - before).norm() / before.norm()), rel=1e-5)
+        assert moved["o"][projection, layer] == pytest.approx(float((o - 1).square().mean().sqrt()), rel=1e-5)
+    assert all(value > 0 for vector in moved.values() for value in vector.values())
+
+
+def test_without_its_base_only_o_is_compared(
+    place: Path, run: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(place / "run", tmp_path / "run")  # whose base is not beside it
+    monkeypatch.setattr("qosora.training.report.split_source", _no_base)
+    assert set(movements(tmp_path / "run")) == {"o"}
+
+
+def _no_base(source: str) -> tuple[str, str]:
+    raise CheckpointError(f"no base of {source}")
+
+
+def test_what_is_no_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(CheckpointError, match=r"holds no run: it has no train_config\.yaml and metrics\.jsonl"):
+        report([tmp_path])
+    monkeypatch.setattr("qosora.pages.can_draw", lambda: False)
+    with pytest.raises(ConfigError, match="pip install 'qosora\\[plots\\]'"):
+        report([tmp_path])
+
+
+def test_experts_are_taken_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    class Reader:
+        def __init__(self, *_: object) -> None: ...
+
+        def __enter__(self) -> Reader:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def names(self) -> list[str]:
+            return [f"base_model.model.model.layers.3.mlp.experts.{i}.up_proj.osora_o" for i in (0, 1)]
+
+        def tensor(self, name: str) -> torch.Tensor:
+            return torch.full((4,), 1.5 if ".0.up" in name else 1.25)
+
+    monkeypatch.setattr("qosora.training.report.CheckpointReader", Reader)
+    assert movements(tmp_path) == {"o": {("mlp.experts.*.up_proj", 3): 0.375}}
