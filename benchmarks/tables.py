@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent / "quality"))
+
+import quality_page
 from gpu_tables import gpu, launches
 from page import QLORA, conditions, gib, mib, table
 from speed_tables import generate, layer_step, load, optimizer_step, train_step
@@ -42,6 +45,23 @@ def gsm8k(found: dict[str, Any], file: str) -> str:
         f"{qosora['learning_rate']:g} (of {rates}); one seed. "
         f"{conditions(found, file, 'torch', 'transformers', 'bitsandbytes')}"
     )
+    return table(head, rows, note)
+
+
+def quality(folder: Path, file: str) -> str:
+    """Return the table of what is learned, with its conditions."""
+    methods = quality_page.read(folder)["gsm8k"]
+    done = [method for method in methods.values() if method.finals]
+    rows = [
+        [
+            method.run["label"], f"{method.run['trained_parameters']:,}", method.loss.text(3),
+            quality_page.behind(method, methods), method.forgotten.text(2), str(len(method.finals)),
+        ]
+        for method in done
+    ]  # fmt: skip
+    head = ["", "trained parameters", "test loss", "against QLoRA", "forgotten", "seeds"]
+    model = "Gemma 3 270M (Q4_K_M GGUF, dequantized) on GSM8K, each method at the best of its learning rates"
+    note = f"{model}. {quality_page.conditions(done)} [All figures](benchmarks/results/quality/README.md)."
     return table(head, rows, note)
 
 
@@ -270,7 +290,8 @@ def _last(losses: dict[str, float]) -> float:
     return losses[max(losses, key=int)]
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any], str], str]]] = {
+TABLES: dict[str, tuple[str, Callable[[Any, str], str]]] = {
+    "quality": ("quality", quality),
     "gsm8k": ("gsm8k_gemma3_270m.json", gsm8k),
     "start": ("start_gemma3_270m.json", start),
     "embeddings": ("start_embeddings_gemma3_270m.json", embeddings),
@@ -300,7 +321,8 @@ def filled(text: str, root: str = "") -> str:
 
     def replaced(match: re.Match[str]) -> str:
         file, make = TABLES[match["name"]]
-        found = json.loads((ROOT / "benchmarks" / "results" / file).read_text(encoding="utf-8"))
+        where = ROOT / "benchmarks" / "results" / file
+        found = where if where.is_dir() else json.loads(where.read_text(encoding="utf-8"))
         made = make(found, file).replace("](benchmarks/", f"]({root}benchmarks/")
         return f"{match[1]}{made}{match[3]}"
 

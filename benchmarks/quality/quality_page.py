@@ -119,9 +119,6 @@ def results_table(methods: dict[str, Method]) -> str:
     score = next(iter(done[0].run["score"]), "")
     rows = []
     for m in done:
-        difference = (
-            m.against(methods[RIVAL]) if RIVAL in methods and m.name != RIVAL and methods[RIVAL].finals else None
-        )
         rows.append(
             [
                 m.run["label"],
@@ -130,7 +127,7 @@ def results_table(methods: dict[str, Method]) -> str:
                 f"{m.run['learning_rate']:g}",
                 f"{m.run['losses'][0]['test']:.3f}",
                 m.loss.text(3),
-                "" if difference is None else ("+" if difference.value > 0 else "") + difference.text(1, percent=True),
+                behind(m, methods),
                 Mean.of([run["score"][score] for run in m.finals.values()]).text(1, percent=True) if score else "",
                 m.forgotten.text(3),
                 str(len(m.finals)),
@@ -148,6 +145,15 @@ def results_table(methods: dict[str, Method]) -> str:
         "forgotten",
     ]
     return table([*head, "seeds"], rows, conditions(done))
+
+
+def behind(method: Method, methods: dict[str, Method]) -> str:
+    """Return how much more a method's loss is than the rival's, if that is known."""
+    rival = methods.get(RIVAL)
+    if rival is None or not rival.finals or method.name == RIVAL:
+        return ""
+    difference = method.against(rival)
+    return "" if difference is None else ("+" if difference.value > 0 else "") + difference.text(1, percent=True)
 
 
 def conditions(methods: Sequence[Method]) -> str:
