@@ -302,7 +302,12 @@ class OsoraModel(BaseTuner):
 
         Embeddings and output layer in 4 bits have no vectors, and cannot be trained in full.
         """
-        of_vocabulary = (n for n, m in self.model.named_modules() if isinstance(m, (QosoraEmbedding, QosoraHead)))
+        of_vocabulary = [n for n, m in self.model.named_modules() if isinstance(m, (QosoraEmbedding, QosoraHead))]
+        if of_vocabulary and config.trainable_token_indices:
+            raise ConfigError(
+                f"trainable_token_indices: {of_vocabulary[0]} is stored in 4 bits, so none of its rows can be trained; "
+                "make the base without embeddings in 4 bits"
+            )
         for name in of_vocabulary:
             if any(name == saved or name.endswith(f".{saved}") for saved in config.modules_to_save or ()):
                 raise ConfigError(

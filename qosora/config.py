@@ -241,6 +241,8 @@ class OsoraConfig(PeftConfig):
         layers_to_transform: Indices of the transformer layers to adapt; all by default.
         layers_pattern: Name of the layer list, where it is not "layers" or "h".
         modules_to_save: Other modules to train and save in full, as with LoRA.
+        trainable_token_indices: Tokens whose embeddings are trained, such as new ones, as with LoRA: ids, or ids by the
+            name of the embeddings.
         base_fingerprint: Identity of the base that the adapter was trained on; filled in.
         weights_sha256: Of the adapter's tensors, in what is saved; filled in.
         format_version: Of what is saved; filled in.
@@ -257,12 +259,14 @@ class OsoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     base_fingerprint: str | None = None
     weights_sha256: str | None = None
     format_version: int = formats.ADAPTER
 
     def __post_init__(self) -> None:
         formats.require_known(ADAPTER_CONFIG, self.format_version, formats.ADAPTER)
+        self.format_version = self._version()
         super().__post_init__()
         self.peft_type = OSORA
         problems = []
@@ -278,6 +282,10 @@ class OsoraConfig(PeftConfig):
         indices = layers if isinstance(layers, (list, tuple)) else [layers]
         if layers is not None and not all(type(i) is int and i >= 0 for i in indices):
             problems.append(f"layers_to_transform must be an index or a list of them, got {layers!r}")
+        tokens = self.trainable_token_indices
+        for ids in tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]:
+            if not isinstance(ids, (list, tuple)) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+                problems.append(f"trainable_token_indices must be ids of tokens, at least one, got {ids!r}")
         if problems:
             raise ConfigError(problems)
         for name in ("target_modules", "exclude_modules"):  # PEFT tests membership
@@ -302,7 +310,11 @@ class OsoraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain data; sets are sorted, so that equal configs make equal files."""
         plain = asdict(self)
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()} | {"peft_type": str(OSORA)}
+        own = {"peft_type": str(OSORA), "format_version": self._version()}  # TRL may have added tokens
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()} | own
+
+    def _version(self) -> int:
+        return formats.ADAPTER if self.trainable_token_indices else formats.ADAPTER_WITHOUT_TOKENS
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write adapter_config.json as any PEFT config does, with a hash of the adapter's tensors if they are there.

@@ -6,6 +6,7 @@
                 4: `embeddings`: embeddings and output layer are decomposed, too
     adapter     `format_version` in adapter_config.json
                 1, or none: vectors.  2: `update_rank`, and A and B of each layer
+                3: `trainable_token_indices`, and rows of embeddings
     manifest    `format_version` in qosora_manifest.json; 1, or none: bases', adapters' and exports'
     unfinished  `format_version` in OUT.partial/job.json; 1, or none
     run         `format_version` in made_of.json; 1, or none: a training run and its checkpoints
@@ -22,6 +23,7 @@ from qosora.errors import CheckpointError
 
 __all__ = [
     "ADAPTER",
+    "ADAPTER_WITHOUT_TOKENS",
     "BASE",
     "BASE_WITHOUT_EMBEDDINGS",
     "BASE_WITHOUT_STACKS",
@@ -35,7 +37,9 @@ BASE: Final = 4
 #: Of bases whose embeddings are in 16 bits, and of those that have no such experts either: an older qosora reads them.
 BASE_WITHOUT_EMBEDDINGS: Final = 3
 BASE_WITHOUT_STACKS: Final = 2
-ADAPTER: Final = 2
+ADAPTER: Final = 3
+#: Of adapters without such rows: an older qosora reads them.
+ADAPTER_WITHOUT_TOKENS: Final = 2
 MANIFEST: Final = 1
 UNFINISHED: Final = 1
 RUN: Final = 1

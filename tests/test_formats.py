@@ -54,9 +54,10 @@ def test_older_ones_are_read(version: int, tmp_path: Path):
     assert describe(base)["decomposed_layers"] == (7 if version < 3 else 8)
 
 
-def test_an_adapter_with_an_update():
-    expected = json.loads((STORED / "logits-2.json").read_text())["adapter-2-update"]
-    model = load_model(STORED / "adapter-2-update", dtype=torch.float32)
+@pytest.mark.parametrize("name", ["adapter-2-update", "adapter-2-tokens"])
+def test_an_adapter_with_more_than_vectors(name: str):
+    expected = json.loads((STORED / "logits-2.json").read_text())[name]
+    model = load_model(STORED / name, dtype=torch.float32)
     torch.testing.assert_close(logits(model), torch.tensor(expected), rtol=1e-4, atol=2e-6)
 
 
@@ -73,7 +74,7 @@ def test_all_say_their_version(tmp_path: Path):
         for folder, name in ((trained.base, "config.json"), (trained.adapter, "adapter_config.json"))
     )
     assert base["quantization_config"]["format_version"] == formats.BASE_WITHOUT_STACKS
-    assert adapter["format_version"] == formats.ADAPTER
+    assert adapter["format_version"] == formats.ADAPTER_WITHOUT_TOKENS
     manifest = json.loads((trained.base / "qosora_manifest.json").read_text())
     assert manifest["format_version"] == formats.MANIFEST
 
@@ -159,6 +160,7 @@ def test_what_is_made_is_of_the_newest():
         stored = QosoraConfig(embeddings="4bit" if version == formats.BASE else None).to_dict()
         stored["format_version"] = version
         assert QosoraConfig.from_dict(stored).to_dict() == stored
-    assert OsoraConfig().to_dict()["format_version"] == formats.ADAPTER
+    assert OsoraConfig().to_dict()["format_version"] == formats.ADAPTER_WITHOUT_TOKENS
+    assert OsoraConfig(trainable_token_indices=[1]).to_dict()["format_version"] == formats.ADAPTER
     require_known("file", None, 1)
     require_known("file", 1, 1)

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from qosora.base.describe import verify as verify
     from qosora.base.layout import PlainModel as PlainModel
     from qosora.base.layout import natural_order as natural_order
+    from qosora.base.load import TABLE_OF_TOKENS as TABLE_OF_TOKENS
     from qosora.base.load import fit_vocabulary as fit_vocabulary
     from qosora.base.load import load_adapted as load_adapted
     from qosora.base.load import load_adapter as load_adapter
     from qosora.base.load import load_base as load_base
     from qosora.base.load import load_model as load_model
     from qosora.base.load import load_tokenizer as load_tokenizer
+    from qosora.base.load import rows_brought as rows_brought
     from qosora.base.structure import decompose_structure as decompose_structure
     from qosora.base.structure import skipped_modules as skipped_modules
 
@@ -43,6 +45,15 @@ __getattr__, __dir__ = door(
         "convert": ["ConversionReport", "quantize"],
         "check": ["Divergence", "divergence"],
         "describe": ["verify"],
-        "load": ["fit_vocabulary", "load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer"],
+        "load": [
+            "TABLE_OF_TOKENS",
+            "fit_vocabulary",
+            "load_adapted",
+            "load_adapter",
+            "load_base",
+            "load_model",
+            "load_tokenizer",
+            "rows_brought",
+        ],
     },
 )

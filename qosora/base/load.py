@@ -32,8 +32,13 @@ from qosora.compat.transformers import says_other_shapes
 from qosora.errors import CheckpointError, QosoraError, first_line
 from qosora.layers import fast_dtype
 
-__all__ = ["fit_vocabulary", "load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer"]
+__all__ = [
+    "TABLE_OF_TOKENS", "fit_vocabulary", "load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer",
+    "rows_brought",
+]  # fmt: skip
 
+#: What PEFT calls embeddings of which single rows are trained, below the module's name.
+TABLE_OF_TOKENS = "token_adapter.base_layer.weight"
 #: Errors of code that was given what it did not expect.
 _ODD = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -235,10 +240,22 @@ def fit_vocabulary(model: PreTrainedModel, adapter: str | Path) -> None:
         return
     with CheckpointReader(folder, ADAPTER_STEM) as reader:
         name = next(name for name, module in model.named_modules() if module is wanted)
-        key = f"base_model.model.{name}.weight"
-        rows = reader.shape(key)[0] if key in reader else len(wanted.weight)
-    if rows != len(wanted.weight):
+        rows = rows_brought(reader, name)
+    if rows not in (None, len(wanted.weight)):
         model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def rows_brought(reader: CheckpointReader, embedding: str) -> int | None:
+    """Return how many rows the embeddings have that an adapter brings whole, or None.
+
+    Args:
+        reader: Of the adapter.
+        embedding: Name of the module in the model.
+    """
+    for end in ("weight", TABLE_OF_TOKENS):
+        if (key := f"base_model.model.{embedding}.{end}") in reader:
+            return reader.shape(key)[0]
+    return None
 
 
 def load_tokenizer(*sources: str | Path | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qosora.base import PlainModel
+from qosora.base import TABLE_OF_TOKENS, PlainModel
 from qosora.checkpoints import (
     ADAPTER_CONFIG,
     ADAPTER_STEM,
@@ -25,7 +26,7 @@ from qosora.compat.peft import check_target_module_exists
 from qosora.config import OsoraConfig
 from qosora.errors import CheckpointError, ConfigError, FingerprintError
 
-__all__ = ["Adapter", "AdapterChoice", "Vectors", "combined", "read_adapter", "weighted"]
+__all__ = ["TOKENS", "Adapter", "AdapterChoice", "Vectors", "combined", "read_adapter", "weighted"]
 
 #: An adapter, or several with their weights.
 AdapterChoice = str | Path | Mapping[str, float] | Mapping[Path, float]
@@ -34,9 +35,13 @@ Vectors = tuple[torch.Tensor, torch.Tensor]
 #: B (out_features, k) and A (k, in_features), float32.
 Update = tuple[torch.Tensor, torch.Tensor]
 
+#: Ids of tokens, and what was trained of each (ids, width).
+Rows = tuple[list[int], torch.Tensor]
+
 #: What PEFT puts before the names of a model's tensors.
 PEFT_PREFIX = "base_model.model."
 _COPY = ".modules_to_save."
+TOKENS = ".token_adapter.trainable_tokens_delta"
 _TRAINED = {"both": {"s", "o"}, "s": {"s"}, "o": {"o"}}
 _UPDATE = {"A", "B"}
 _KINDS = _TRAINED["both"] | _UPDATE
@@ -52,6 +57,7 @@ class Adapter:
         vectors: By module name: "s" (rank,) and "o" (out_features,), float32, where trained.
         updates: By module name: B and A of an update, where there is one.
         full: Tensors that were trained in full (`modules_to_save`), by name in the model: what they are, how to read.
+        tokens: Rows of embeddings that were trained, by module name: their ids, and the rows (ids, width).
         files: That all of these are read from.
     """
 
@@ -60,6 +66,7 @@ class Adapter:
     vectors: dict[str, dict[str, torch.Tensor]]
     updates: dict[str, Update]
     full: dict[str, tuple[StoredSpec, Callable[[], torch.Tensor]]]
+    tokens: dict[str, Rows]
     files: tuple[Path, ...]
 
 
@@ -109,8 +116,12 @@ def read_adapter(
     reader = stack.enter_context(CheckpointReader(folder, ADAPTER_STEM))
     trained: dict[str, dict[str, torch.Tensor]] = {}
     full: dict[str, tuple[StoredSpec, Callable[[], torch.Tensor]]] = {}
+    tokens: dict[str, Rows] = {}
     names = {key.removeprefix(PEFT_PREFIX): key for key in reader.names()}
-    for name, key in names.items():
+    for key in names.values():
+        name = key.removeprefix(PEFT_PREFIX)
+        if name.endswith(f".{TABLE_OF_TOKENS}"):
+            name = f"{name.removesuffix(TABLE_OF_TOKENS)}weight"
         plain_name, copy, _ = name.replace(".original_module.", _COPY).partition(_COPY)
         if copy and f"{plain_name}.{name.rpartition('.')[2]}" in names:
             continue  # PEFT saves embeddings of another size once more as what its wrapper holds
@@ -122,6 +133,8 @@ def read_adapter(
             k = min(config.update_rank, m, n)
             shapes: dict[str, tuple[int, ...]] = {"s": (rank,), "o": (m,), "A": (k, n), "B": (m, k)}
             trained.setdefault(module, {})[kind] = _trained(reader, key, shapes[kind])
+        elif name.endswith(TOKENS):
+            tokens[name.removesuffix(TOKENS)] = _rows(reader, key, name.removesuffix(TOKENS), config, plain)
         elif plain.shapes.get(name) == reader.shape(key):
             full[name] = StoredSpec(reader.dtype(key), reader.shape(key)), partial(reader.tensor, key)
         elif name in plain.shapes:
@@ -135,7 +148,21 @@ def read_adapter(
     vectors = {module: {kind: t for kind, t in own.items() if kind in "so"} for module, own in trained.items()}
     updates = {module: (own["B"], own["A"]) for module, own in trained.items() if own.keys() >= {"A", "B"}}
     files = tuple(dict.fromkeys(reader.file(key) for key in reader.names()))
-    return Adapter(folder, config, vectors, updates, full, files)
+    return Adapter(folder, config, vectors, updates, full, tokens, files)
+
+
+def _rows(reader: CheckpointReader, key: str, module: str, config: OsoraConfig, plain: PlainModel) -> Rows:
+    """Return the trained rows of a module's embeddings."""
+    ids: Any = config.trainable_token_indices or []
+    if isinstance(ids, dict):
+        ids = next((found for name, found in ids.items() if f".{module}".endswith(f".{name}")), [])
+    rows, width = plain.shapes.get(f"{module}.weight", (0, 0))
+    if not ids or max(ids) >= rows:
+        raise CheckpointError(
+            f"{reader.folder}: {key} has rows of {module}, of which its {ADAPTER_CONFIG} names {ids or 'none'} and "
+            f"{plain.class_name} has {rows}; get the whole adapter"
+        )
+    return list(ids), _trained(reader, key, (len(ids), width))
 
 
 def _trained(reader: CheckpointReader, key: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -180,10 +207,11 @@ def combined(
             module: (own.get("s", base_vectors[module][0]), own.get("o", base_vectors[module][1]))
             for module, own in adapters[0].vectors.items()
         }
-    if in_full := next((a for a in adapters if a.full), None):
+    if in_full := next((a for a in adapters if a.full or a.tokens), None):
+        brought = min([*in_full.full, *in_full.tokens])
         raise CheckpointError(
-            f"{in_full.folder} brings {min(in_full.full)}, trained in full: only vectors are combined. Export this "
-            "adapter by itself, with weight 1"
+            f"{in_full.folder} brings {brought}, trained in full: only vectors are combined. Export this adapter by "
+            "itself, with weight 1"
         )
     found = {}
     for module in dict.fromkeys(module for adapter in adapters for module in adapter.vectors):

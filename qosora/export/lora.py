@@ -17,6 +17,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from qosora.base import natural_order
 from qosora.checkpoints import ADAPTER_STEM, Progress, StoredSpec, Unit, copy_files, refuse_input_as_output
 from qosora.compat.peft import check_target_module_exists, convert_peft_config_for_transformers
 from qosora.errors import CheckpointError, ConfigError, first_line
-from qosora.export.adapters import Adapter, AdapterChoice
+from qosora.export.adapters import TOKENS, Adapter, AdapterChoice
 from qosora.export.merged import checked_dtype
 from qosora.export.original import original_of
 from qosora.export.run import Export, Reports
@@ -172,7 +173,7 @@ def export_lora(
             rank=config.r,
             adapted_layers=len(adapted.vectors),
             rank_error=_rank_error(reports),
-            replaced=natural_order(name for adapter in adapted.adapters for name in adapter.full),
+            replaced=natural_order(name for a in adapted.adapters for name in [*a.full, *a.tokens]),
         )
 
 
@@ -222,8 +223,10 @@ def _unit(adapted: AdaptedBase, layer: Layer, target: int | None, rank: int, dty
 
 def _in_full(adapter: Adapter, dtype: torch.dtype) -> Iterator[Unit]:
     """Return the tensors that were trained in full, which a LoRA brings as they are."""
-    for name, (spec, read) in adapter.full.items():
-        key = _PREFIX + name
+    brought = {f"{_PREFIX}{name}": what for name, what in adapter.full.items()}
+    for module, (_, rows) in adapter.tokens.items():
+        brought[f"{_PREFIX}{module}{TOKENS}"] = StoredSpec(rows.dtype, tuple(rows.shape)), partial(torch.clone, rows)
+    for key, (spec, read) in brought.items():
         cast = StoredSpec(dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape)
 
         def make(tensor: torch.Tensor, key: str = key) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -285,6 +288,7 @@ def _config(adapted: AdaptedBase, ranks: Mapping[str, int], original: str) -> Lo
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         target_modules=targets,
+        trainable_token_indices=next((a.config.trainable_token_indices for a in adapted.adapters if a.tokens), None),
         modules_to_save=[name for adapter in adapted.adapters for name in adapter.config.modules_to_save or ()] or None,
         fan_in_fan_out=any(adapted.layers[module].transposed for module in ranks),
     )

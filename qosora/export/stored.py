@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qosora.base import PlainModel, natural_order
+from qosora.base import PlainModel, natural_order, rows_brought
 from qosora.checkpoints import (
     ADAPTER_CONFIG,
     ADAPTER_STEM,
@@ -28,7 +28,7 @@ from qosora.config import QosoraConfig
 from qosora.decompose import Factors, FourBitTensor, nf4, parts, reconstruct
 from qosora.dtypes import dtype_name
 from qosora.errors import CheckpointError
-from qosora.export.adapters import PEFT_PREFIX, Adapter, Vectors, combined, combined_updates, read_adapter
+from qosora.export.adapters import Adapter, Vectors, combined, combined_updates, read_adapter
 
 __all__ = ["AdaptedBase", "Layer", "Stored"]
 
@@ -143,6 +143,7 @@ class AdaptedBase:
             self.updates = combined_updates(self.adapters, self.weights)
             for adapter in self.adapters:
                 self._take_full(adapter)
+                self._take_rows(adapter)
             self._check_vocabulary()
             self._stack = stack.pop_all()
 
@@ -163,8 +164,8 @@ class AdaptedBase:
         name = self.plain.embedding
         for folder in adapters:
             with CheckpointReader(folder, ADAPTER_STEM) as reader:
-                key = f"{PEFT_PREFIX}{name}"
-                if key in reader and (rows := reader.shape(key)[0]) != self.plain.shapes[name][0]:
+                rows = rows_brought(reader, name.removesuffix(".weight"))
+                if rows not in (None, self.plain.shapes[name][0]):
                     return rows
         return None
 
@@ -325,6 +326,23 @@ class AdaptedBase:
                 del self.tensors[disk]  # trained together, or not at all
             else:
                 self.untied.append(disk)
+
+    def _take_rows(self, adapter: Adapter) -> None:
+        """Put trained rows into embeddings; an output layer that is tied to them has these, too."""
+        for module, (ids, trained) in adapter.tokens.items():
+            names = {f"{module}.weight", *self.plain.tied_to(f"{module}.weight")}
+            disk = next((disk for disk, stored in self.tensors.items() if stored.name in names), None)
+            if disk is None:
+                raise CheckpointError(
+                    f"{adapter.folder}: rows of {module} were trained, and {self.base} does not hold it in 16 bits"
+                )
+            stored = self.tensors[disk]
+
+            def read(stored: Stored = stored, ids: list[int] = ids, trained: torch.Tensor = trained) -> torch.Tensor:
+                whole = stored.read()
+                return whole.index_copy(0, torch.tensor(ids), trained.to(whole.dtype))
+
+            self.tensors[disk] = replace(stored, read=read, files=(*stored.files, *adapter.files), trained=True)
 
     def _disk_name(self, name: str) -> str:
         """Return the name on disk of a tensor, which a tied one has only in theory."""
