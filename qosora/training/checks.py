@@ -32,7 +32,7 @@ from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError
 from qosora.layers import Tiling
 from qosora.training.config import TrainConfig
-from qosora.training.methods import METHODS, Method
+from qosora.training.methods import METHODS
 from qosora.training.optimizer import UPDATE_RATE
 from qosora.training.processes import Processes
 from qosora.training.rewards import load_rewards, reward_digests
@@ -48,7 +48,6 @@ class Run:
 
     Args:
         config: As given.
-        method: Of learning.
         folder: Not made yet.
         precision: "bf16", "fp16" or "fp32".
         dtype: That of the precision.
@@ -72,7 +71,6 @@ class Run:
     """
 
     config: TrainConfig
-    method: Method
     folder: RunFolder
     precision: str
     dtype: torch.dtype
@@ -107,7 +105,6 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
     precision = choose_precision(config.precision)
     strategy, on_host = choose_strategy(config)
     sharded = on_host or (strategy == "fsdp" and processes.count > 1)
-    method = METHODS[config.method]
     if config.method == "grpo" and sharded and processes.count > 1:
         raise ConfigError(
             "method grpo has each process generate for itself, which a base that is divided among them cannot: use "
@@ -128,19 +125,17 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
     _pad_within(tokenizer, model_config)
     answer = arguments.max_completion_length if config.method == "grpo" else 0
     _check_fit(config, source, model_config, [data, *([held_out] if held_out else [])], answer)
-    learning_rate = config.learning_rate or method.learning_rate
     tile_length = 0 if config.compile else config.tile_length
     return Run(
         config=config,
-        method=method,
         folder=folder,
         precision=precision,
         dtype=dtype_named(precision),
         tiling=Tiling.of(tile_length, gradient_checkpointing=config.gradient_checkpointing),
         arguments=arguments,
-        learning_rate=learning_rate,
-        update_learning_rate=config.update_learning_rate or UPDATE_RATE * learning_rate,
-        modules_to_save_learning_rate=config.modules_to_save_learning_rate or learning_rate / 100,
+        learning_rate=config.learning_rate,
+        update_learning_rate=config.update_learning_rate or UPDATE_RATE * config.learning_rate,
+        modules_to_save_learning_rate=config.modules_to_save_learning_rate or config.learning_rate / 100,
         adapter=adapter,
         begun=begun,
         source=source,

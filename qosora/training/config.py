@@ -36,6 +36,8 @@ METHODS = {
     "orpo": ("loss", "rewards/accuracies", "rewards/margins"),
     "grpo": ("reward",),
 }
+#: Learning rates of the vectors by default: measured for examples (benchmarks/quality), a tenth of it for the others.
+LEARNING_RATES = {"sft": 1e-2, "dpo": 1e-3, "kto": 1e-3, "orpo": 1e-3, "grpo": 1e-3}
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -120,7 +122,7 @@ class TrainConfig:
     max_steps: int | None = _option(None, "optimizer steps in all", least=1)
     batch_size: int = _option(4, "examples on the device at once", least=1, live=True)
     gradient_accumulation: int = _option(1, "batches per optimizer step", least=1, live=True)
-    learning_rate: float | None = _option(
+    learning_rate: float = _option(
         None, "of the vectors: about 20 times what LoRA takes [1e-2; dpo, kto, orpo, grpo: 1e-3]", above=0
     )
     update_learning_rate: float | None = _option(None, "of an update's A and B [0.4 learning_rate]", above=0)
@@ -183,6 +185,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if values["learning_rate"] is None:
+            values["learning_rate"] = LEARNING_RATES.get(str(self.method), LEARNING_RATES["sft"])
         coerced, problems = _check(values)
         if problems:
             raise _FieldErrors(problems)

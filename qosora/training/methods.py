@@ -19,19 +19,17 @@ class Method:
     Args:
         config: TRL's configuration of it.
         form: Of its data, as `load_records` takes it.
-        learning_rate: Of the vectors, by default.
     """
 
     config: type[TrainingArguments]
     form: str
-    learning_rate: float
 
 
 #: By the name in `TrainConfig`.
 METHODS = {
-    "sft": Method(SFTConfig, "language", 1e-2),
-    "dpo": Method(DPOConfig, "preference", 1e-3),
-    "kto": Method(KTOConfig, "labeled", 1e-3),
-    "orpo": Method(orpo("ORPOConfig"), "preference", 1e-3),
-    "grpo": Method(GRPOConfig, "prompts", 1e-3),
+    "sft": Method(SFTConfig, "language"),
+    "dpo": Method(DPOConfig, "preference"),
+    "kto": Method(KTOConfig, "labeled"),
+    "orpo": Method(orpo("ORPOConfig"), "preference"),
+    "grpo": Method(GRPOConfig, "prompts"),
 }

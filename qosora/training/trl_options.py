@@ -145,7 +145,7 @@ def _options(config: TrainConfig, precision: str, output_dir: Path) -> dict[str,
             "per_device_eval_batch_size": config.eval_batch_size,
             "gradient_accumulation_steps": config.gradient_accumulation,
             "num_train_epochs": config.epochs,
-            "learning_rate": config.learning_rate or METHODS[config.method].learning_rate,
+            "learning_rate": config.learning_rate,
             "lr_scheduler_type": config.schedule,
             "warmup_steps": config.warmup_ratio,  # below 1 it is a part of all steps
             "max_grad_norm": config.max_grad_norm,

@@ -132,3 +132,16 @@ def test_what_resuming_may_change():
 def test_nothing_heavy_is_imported():
     code = "import qosora.training.config, sys; sys.exit(bool({'torch', 'transformers', 'trl'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_learning_rate_is_that_of_the_method():
+    assert TrainConfig(**NEEDED).learning_rate == 1e-2
+    assert TrainConfig(**NEEDED, method="dpo").learning_rate == 1e-3
+    assert TrainConfig(**NEEDED, method="dpo", learning_rate=0.5).learning_rate == 0.5
+    assert TrainConfig(**NEEDED).changed_since(TrainConfig(**NEEDED, learning_rate=1e-2)) == []
+
+
+def test_options_of_earlier_versions_are_read(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: base\ndata: a.jsonl\noutput_dir: run\nsft: {adam_epsilon: 1e-6}\n")
+    assert TrainConfig.load(file).trl == {"adam_epsilon": "1e-6"}
