@@ -52,11 +52,12 @@ HOOKS: dict[str, tuple[str, ...]] = {
         f"{_QUANTIZER}.is_serializable",
         f"{_QUANTIZER}.is_trainable",
     ),
-    "qosora.training.trainer.QosoraTrainer": (
+    "qosora.training.trainer._OfVectors": (
         "transformers.Trainer._save(output_dir, state_dict)",
-        "transformers.Trainer._get_train_sampler(train_dataset)",
-        "trl.SFTTrainer.create_model_card",
+        "transformers.Trainer: optimizer_cls_and_kwargs",
+        *(f"trl.{name}Trainer.create_model_card" for name in ("SFT", "DPO", "KTO", "GRPO")),
     ),
+    "qosora.training.trainer.QosoraTrainer": ("transformers.Trainer._get_train_sampler(train_dataset)",),
 }
 
 #: Tables of classes by what a config names, which `qosora.register` fills; and a prefix of tensors' names.

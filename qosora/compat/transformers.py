@@ -345,17 +345,6 @@ def attention_of(config: Any) -> str:
     return name
 
 
-@uses("accelerate.Accelerator: _is_accelerate_prepared")
-def prepare_again(trainer: Any) -> None:
-    """Have a trainer prepare its model for training, which it has evaluated before.
-
-    It would take it for prepared, and leave it without DistributedDataParallel: each of several processes would train
-    a model of its own.
-    """
-    if trainer.accelerator.num_processes > 1:
-        trainer.model._is_accelerate_prepared = False
-
-
 @uses("transformers.TrainingArguments: _n_gpu")
 def use_one_gpu(arguments: Any) -> None:
     """Keep Trainer from wrapping the model in `nn.DataParallel` where there are several GPUs."""

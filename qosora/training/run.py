@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from qosora.base import load_adapter, load_base
 from qosora.checkpoints import adapter_config
 from qosora.compat.torch import says_peer_is_gone
-from qosora.compat.transformers import TRAINER_LOGGER, is_of_mtime, old_names_warning, prepare_again
+from qosora.compat.transformers import TRAINER_LOGGER, is_of_mtime, old_names_warning
 from qosora.compat.trl import liger_warning
 from qosora.data import no_progress_bars
 from qosora.errors import CheckpointError, ConfigError, EndedElsewhere, FingerprintError, QosoraError, first_line
@@ -233,26 +233,23 @@ def _run(trainer: Any, run: Run) -> tuple[list[dict[str, float]], int | None]:
             folder.begin(-1 if resumed_from is None else resumed_from, run.made_of)
     if resumed_from is not None:
         logger.info("resuming after step %d", resumed_from)
-    found = []
-
-    def evaluate() -> dict[str, float]:
-        trainer.evaluate()
-        last: dict[str, float] = processes.from_main(folder.metrics.evaluations)[-1]
-        return last
-
-    if run.held_out:
-        evaluations = processes.from_main(folder.metrics.evaluations)
-        found.append(evaluations[0] if evaluations else evaluate())
-        prepare_again(trainer)
+    evaluations = processes.from_main(folder.metrics.evaluations)
+    if run.held_out and not evaluations:
+        if run.config.method == "sft":
+            trainer.evaluate()
+        else:  # after an evaluation accelerate takes the model for prepared: processes would each train their own
+            trainer.args.eval_on_start = True
     if checkpoint is None or not trainer.take_up_finished(checkpoint):
         if isinstance(trainer, QosoraTrainer) and torch.cuda.is_available() and not run.config.packing:
             trainer.try_longest_batch(run.data.tokenized.examples)  # packed ones are of one length
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if run.held_out:
         last = processes.from_main(folder.metrics.evaluations)[-1]
-        done = last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
-        found.append(last if done else evaluate())
-    return found, resumed_from
+        if last["step"] != trainer.state.global_step or trainer.args.load_best_model_at_end:
+            trainer.evaluate()
+        evaluations = processes.from_main(folder.metrics.evaluations)
+        evaluations = [evaluations[0], evaluations[-1]]
+    return evaluations, resumed_from
 
 
 def _check_base(trainer: Any, checkpoint: Path) -> None:
