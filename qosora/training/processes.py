@@ -6,6 +6,7 @@ each does by itself before training is done under `agreed`, so that an error of 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ class Processes:
         A process that ends without it may be aborted by what still listens to the others.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gc.collect()  # of what holds the group, so that its threads end before the interpreter does
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
 
