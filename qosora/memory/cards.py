@@ -88,8 +88,8 @@ class Card:
     @property
     def tflops(self) -> float | None:
         """What its products attain, 10^12 operations a second; None where the card is unknown."""
-        known = next((peak for name, peak in TFLOPS.items() if self._is_one_of((name,))), None)
-        return None if known is None else ATTAINED * known
+        known = max((name for name in TFLOPS if name in self.name), key=len, default=None)  # L40S is no L4
+        return None if known is None else ATTAINED * TFLOPS[known]
 
     @property
     def workspace_bytes(self) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from qosora.errors import ConfigError
 from qosora.memory import StepOptions, TracedModel, model_config, usage_of
-from qosora.memory.cards import ASSUMPTIONS, GIB, GPUS, MIB, Card, parse_bytes, the_card
+from qosora.memory.cards import ASSUMPTIONS, ATTAINED, GIB, GPUS, MIB, TFLOPS, Card, parse_bytes, the_card
 from qosora.memory.plan import storage_of
 from qosora.memory.step import Batch
 
@@ -70,3 +70,9 @@ def test_it_is_told_what_was_measured_and_what_not():
     assert "900 MiB on H100, H200, B200 (H200: 767 to 897 MiB measured) and 450 MiB" in context
     assert context.endswith("(not measured)")
     assert "H200" in ASSUMPTIONS[0]
+
+
+def test_each_card_has_its_own_rate() -> None:
+    assert TFLOPS.keys() == GPUS.keys()
+    assert {name: the_card(name).tflops for name in GPUS} == {name: ATTAINED * peak for name, peak in TFLOPS.items()}
+    assert the_card(memory="24GiB").tflops is None
