@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qosora.cli.options import add_json, at_least_one
 from qosora.cli.output import print_json, size, table
-from qosora.training import OPTIMIZER_NAMES, TrainConfig
+from qosora.training import OPTIMIZER_NAMES, PLACES, STRATEGIES, TrainConfig
 
 if TYPE_CHECKING:
     from qosora.memory import Plan, Usage
@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="to plan for (default: cuda)")
     parser.add_argument("--gpus", type=at_least_one, default=1, metavar="N", help="cards that train together [1]")
     parser.add_argument(
-        "--strategy", choices=("ddp", "fsdp"), default="ddp", help="each holds the base, or its part of it (fsdp) [ddp]"
+        "--strategy", choices=STRATEGIES, default="ddp", help="each holds the base, or its part of it (fsdp) [ddp]"
     )
-    parser.add_argument("--base-on", choices=("gpu", "host"), default="gpu", help="where the base is [gpu]")
+    parser.add_argument("--base-on", choices=PLACES, default="gpu", help="where the base is [gpu]")
     parser.add_argument(
         "--link", type=float, metavar="GB/S", help="from host memory to the card, with --base-on host [25]"
     )

@@ -131,19 +131,15 @@ def tokenize_prompts(records: Records, tokenizer: PreTrainedTokenizerBase) -> To
         DataError: A chat cannot be rendered.
     """
     _require_template(records, tokenizer)
-    examples = []
+    texts = []
     for number, row in enumerate(records.rows, 1):
-        if isinstance(row["prompt"], str):
-            ids = encode(tokenizer, [row["prompt"]])[0]
-        else:
-            try:
-                text = render(tokenizer, row["prompt"], generation=True)
-            except DataError as error:
-                raise DataError(f"{records.name} example {number}: {error}") from None
-            ids = encode(tokenizer, [text], special_tokens=False)[0]
-        examples.append(_example(ids, []))
-    tokens = sum(len(e.input_ids) for e in examples)
-    return Tokenized(examples, tokens=tokens, supervised=0, lost=0, cut=0, dropped=0)
+        try:
+            prompt = row["prompt"]
+            texts.append(prompt if isinstance(prompt, str) else render(tokenizer, prompt, generation=True))
+        except DataError as error:
+            raise DataError(f"{records.name} example {number}: {error}") from None
+    ids = encode(tokenizer, texts, special_tokens=not _has_messages(records))
+    return Tokenized([_example(i, []) for i in ids], tokens=sum(map(len, ids)), supervised=0, lost=0, cut=0, dropped=0)
 
 
 def _require_template(records: Records, tokenizer: PreTrainedTokenizerBase) -> None:

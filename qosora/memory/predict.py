@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -43,7 +43,7 @@ from qosora.memory.standins import (
 )
 from qosora.memory.step import Batch, prepare_model, register_model, training_step
 from qosora.memory.tracer import Event, Peak, Site, Tracer
-from qosora.training import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL
+from qosora.training import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL, PLACES, STRATEGIES
 
 __all__ = [
     "Prediction", "StepOptions", "TracedModel", "has_experts", "meta_model", "prediction", "quantize_linears",
@@ -97,9 +97,9 @@ class StepOptions:
     @property
     def away(self) -> str | None:
         """Where the base comes from layer by layer: "host", or "fsdp" for other GPUs."""
-        if self.method == "qosora" and self.base_on == "host":
-            return "host"
-        return "fsdp" if self.method == "qosora" and self.strategy == "fsdp" and self.gpus > 1 else None
+        if self.method != "qosora":
+            return None
+        return "host" if self.base_on == "host" else "fsdp" if self.strategy == "fsdp" and self.gpus > 1 else None
 
     @property
     def tiling(self) -> Tiling:
@@ -111,8 +111,8 @@ class StepOptions:
         choices = {
             "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"),
             "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS),
-            "precision": tuple(PRECISIONS), "device": tuple(_GRANULARITY), "strategy": ("ddp", "fsdp"),
-            "base_on": ("gpu", "host"),
+            "precision": tuple(PRECISIONS), "device": tuple(_GRANULARITY), "strategy": STRATEGIES,
+            "base_on": PLACES,
         }  # fmt: skip
         problems = [f"update_rank must be at least 0, got {self.update_rank}"] * (self.update_rank < 0)
         problems += [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
@@ -213,11 +213,27 @@ class TracedModel:
         self.trained_parameters = self._in_all(lambda: sum(p.numel() for p in self._trained()))
         self.buffer_elements = [self._in_all(partial(self._packed, number)) for number in range(len(self._groups()))]
         self.paged_bytes = self._in_all(self._paged_bytes)
-        self.layer_bytes = {name: self._in_all(partial(self._frozen_in_layers, name)) for name in _OF_LAYERS}
-        self.largest_layer = max(sum(_frozen(layer).values()) for layer in self.layers)
-        self.layer_products = max(sum(map(_products, qosora_modules(layer).values())) for layer in self.layers)
-        self.ends_bytes = self._in_all(lambda: sum(p.nbytes for p in self.model.parameters() if not p.requires_grad))
-        self.ends_bytes -= sum(self.layer_bytes.values())
+
+    @cached_property
+    def layer_bytes(self) -> dict[str, int]:
+        """Bytes of all decoder layers' stored matrices, by category."""
+        return {name: self._in_all(partial(self._frozen_in_layers, name)) for name in _OF_LAYERS}
+
+    @cached_property
+    def largest_layer(self) -> int:
+        """Bytes of the largest of them."""
+        return max(sum(_frozen(layer).values()) for layer in self.layers)
+
+    @property
+    def layer_products(self) -> int:
+        """Multiplications of a decoder layer's forward for each token."""
+        return max(sum(map(_products, qosora_modules(layer).values())) for layer in self.layers)
+
+    @cached_property
+    def ends_bytes(self) -> int:
+        """Bytes of all else that is frozen."""
+        frozen = self._in_all(lambda: sum(p.nbytes for p in self.model.parameters() if not p.requires_grad))
+        return frozen - sum(self.layer_bytes.values())
 
     @property
     def host_bytes(self) -> int:

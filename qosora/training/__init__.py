@@ -26,6 +26,8 @@ from qosora._lazy import door
 
 if TYPE_CHECKING:
     from qosora.training.config import OPTIMIZER_NAMES as OPTIMIZER_NAMES
+    from qosora.training.config import PLACES as PLACES
+    from qosora.training.config import STRATEGIES as STRATEGIES
     from qosora.training.config import TrainConfig as TrainConfig
     from qosora.training.flat_buffers import ALIGNMENT as ALIGNMENT
     from qosora.training.flat_buffers import OPTIMIZERS as OPTIMIZERS
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door(
     __name__,
     {
-        "config": ["OPTIMIZER_NAMES", "TrainConfig"],
+        "config": ["OPTIMIZER_NAMES", "PLACES", "STRATEGIES", "TrainConfig"],
         "trl_options": ["choose_precision", "trl_config"],
         "processes": ["Processes"],
         "run_folder": ["MetricsLog"],

@@ -64,6 +64,7 @@ class Run:
         data: To train on.
         held_out: To evaluate on.
         rewards: Of answers, where they are learned from.
+        answer: Tokens of an answer at most; 0 where none are learned from.
         made_of: What else determines the run: hashes, by what a message calls it, and the examples of a step.
         processes: That train together.
         sharded: Whether each process holds a part of the base only, or none on its GPU.
@@ -87,6 +88,7 @@ class Run:
     data: Prepared
     held_out: Prepared | None
     rewards: list[Callable[..., Any]]
+    answer: int
     made_of: dict[str, Any]
     processes: Processes
     sharded: bool
@@ -110,7 +112,7 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
             "method grpo has each process generate for itself, which a base that is divided among them cannot: use "
             "strategy ddp with base_on gpu, or one process"
         )
-    arguments = trl_config(config, precision, folder.path, stays=sharded)
+    arguments = trl_config(config, precision, folder.path, stays=sharded, processes=processes.count)
     adapter = _adapter_config(config)
     model, begun = split_source(config.model)
     if begun is not None:
@@ -144,6 +146,7 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
         data=data,
         held_out=held_out,
         rewards=rewards,
+        answer=answer,
         made_of=_made_of(begun, data, held_out)
         | reward_digests(config.reward)
         | {STEP_EXAMPLES: config.batch_size * config.gradient_accumulation * processes.count},

@@ -28,8 +28,10 @@ RUN_CONFIG, METRICS = "train_config.yaml", "metrics.jsonl"
 #: Fields as they were called before there were methods.
 _EARLIER_NAMES = {"sft": "trl"}
 STRATEGIES = ("ddp", "fsdp")
+#: Where a base can be.
+PLACES = ("gpu", "host")
 #: Ways of learning, and what their logs show success by, the first for the progress bar.
-METHODS = {
+FIGURES = {
     "sft": ("loss",),
     "dpo": ("loss", "rewards/accuracies", "rewards/margins"),
     "kto": ("loss", "rewards/margins"),
@@ -85,7 +87,7 @@ class TrainConfig:
         "sft",
         "learn from examples (sft), pairs of a better and a worse answer (dpo, orpo), answers that are good or not "
         "(kto), or rewards of the model's own answers (grpo)",
-        choices=tuple(METHODS),
+        choices=tuple(FIGURES),
     )
     eval_data: str | None = _option(None, "held-out data, evaluated before and after training", path=True)
     data_split: str | None = _option(None, "split of a hub data set [train]; slices such as train[:1000] work")
@@ -155,7 +157,7 @@ class TrainConfig:
     base_on: str = _option(
         "gpu",
         "where the base is: host memory, from which each layer comes to the GPU as it is needed, takes less of the GPU",
-        choices=("gpu", "host"),
+        choices=PLACES,
         live=True,
     )
     activation_offloading: bool = _option(False, "keep activations in host memory (CUDA)")
@@ -350,7 +352,7 @@ def _of_another_method(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     problems = [
         (name, f"{name} is for method {' or '.join(methods)}, and this is {method}")
         for name, methods in _ONLY.items()
-        if method in METHODS and method not in methods and values.get(name) not in (None, False, [])
+        if method in FIGURES and method not in methods and values.get(name) not in (None, False, [])
     ]
     if method == "grpo" and values.get("reward") == []:
         problems.append(("reward", "method grpo needs a reward: FILE.py:FUNCTION, exact, number, regex:PATTERN, think"))

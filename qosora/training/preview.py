@@ -78,7 +78,7 @@ def preview(config: TrainConfig) -> Preview:
         lost=data.lost,
         dropped=data.dropped,
         longest=max(lengths),
-        answer=run.arguments.max_completion_length if config.method == "grpo" else 0,
+        answer=run.answer,
         steps=_steps(run),
         evaluated=len(run.held_out) if run.held_out else 0,
         precision=run.precision,

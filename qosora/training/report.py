@@ -22,7 +22,7 @@ import torch
 from qosora.checkpoints import ADAPTER_STEM, CheckpointReader, split_source, write_atomically
 from qosora.errors import CheckpointError, QosoraError
 from qosora.pages import page, picture, png, require_plots, rows
-from qosora.training.config import METHODS, METRICS, RUN_CONFIG, TrainConfig
+from qosora.training.config import FIGURES, METRICS, RUN_CONFIG, TrainConfig
 from qosora.training.run_folder import RESULT, MetricsLog
 
 __all__ = ["movements", "report"]
@@ -102,7 +102,7 @@ def _read(folder: Path, all_folders: Sequence[str | Path]) -> _Run:
 def _curves(runs: Sequence[_Run]) -> bytes:
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    figures = dict.fromkeys(name for run in runs for name in METHODS[run.config.method])
+    figures = dict.fromkeys(name for run in runs for name in FIGURES[run.config.method])
     panels = {name: (name, 1.0) for name in figures} | _PANELS
     panels = {key: named for key, named in panels.items() if any(key in line for run in runs for line in run.lines)}
     columns = 2

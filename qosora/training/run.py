@@ -31,7 +31,7 @@ from qosora.errors import CheckpointError, ConfigError, EndedElsewhere, Fingerpr
 from qosora.inference import perplexity
 from qosora.layers import apply_tiling, compile_layers, qosora_modules
 from qosora.training.checks import Run, resolve_run
-from qosora.training.config import METHODS, TrainConfig
+from qosora.training.config import FIGURES, TrainConfig
 from qosora.training.optimizer import trainer_optimizer
 from qosora.training.processes import Processes
 from qosora.training.run_folder import RunFolder
@@ -149,7 +149,7 @@ def train(config: TrainConfig) -> TrainResult:
 def _trainer(run: Run) -> tuple[Any, Recorder]:
     """Load the base and build the trainer; nothing stays on disk if that fails."""
     config = run.config
-    recorder = Recorder(run.folder.metrics, config.progress, run.processes.main, METHODS[config.method][0])
+    recorder = Recorder(run.folder.metrics, config.progress, run.processes.main, FIGURES[config.method][0])
     try:
         model: Any = load_base(
             run.source,
@@ -276,7 +276,7 @@ def _finish(
     steps = processes.from_main(lambda: [line for line in run.folder.metrics.read() if "loss" in line])
     tenth = max(1, len(steps) // 10)
     figures = {}
-    for name in METHODS[run.config.method]:
+    for name in FIGURES[run.config.method]:
         for key, lines in ((name, [steps[:tenth], steps[-tenth:]]), (f"eval_{name}", [[e] for e in evaluations])):
             known = [[line[key] for line in some if key in line] for some in lines]
             if all(known) and known:

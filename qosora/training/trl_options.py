@@ -103,7 +103,9 @@ def _staying(arguments: type[TrainingArguments]) -> type[TrainingArguments]:
     return type("Staying", (arguments,), {"place_model_on_device": property(lambda _: False)})
 
 
-def trl_config(config: TrainConfig, precision: str, output_dir: Path, *, stays: bool = False) -> Any:
+def trl_config(
+    config: TrainConfig, precision: str, output_dir: Path, *, stays: bool = False, processes: int = 1
+) -> Any:
     """Return TRL's configuration of a run.
 
     Args:
@@ -111,6 +113,7 @@ def trl_config(config: TrainConfig, precision: str, output_dir: Path, *, stays: 
         precision: "bf16", "fp16" or "fp32".
         output_dir: Of the trainer.
         stays: Whether the trainer leaves the model where it is.
+        processes: That train together.
 
     Raises:
         ConfigError: With every problem of `config.trl`, and what TRL refuses.
@@ -119,7 +122,7 @@ def trl_config(config: TrainConfig, precision: str, output_dir: Path, *, stays: 
     if problems:
         raise ConfigError(problems)
     kind = METHODS[config.method].config
-    options = {**_options(config, precision, output_dir), **_numbers(config.trl)}
+    options = {**_options(config, precision, output_dir, processes), **_numbers(config.trl)}
     with warnings.catch_warnings():
         # TRL points to kernels of the hub instead of Liger; its FutureWarning is for programmers
         warnings.filterwarnings("ignore", message=liger_warning())
@@ -131,48 +134,46 @@ def trl_config(config: TrainConfig, precision: str, output_dir: Path, *, stays: 
     return arguments
 
 
-def _options(config: TrainConfig, precision: str, output_dir: Path) -> dict[str, Any]:
+def _options(config: TrainConfig, precision: str, output_dir: Path, processes: int) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     schedule: dict[str, Any] = {} if config.max_steps is None else {"max_steps": config.max_steps}
     if config.schedule == "cosine_with_min_lr":  # transformers has no default for where it ends
         schedule["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
-    return (
-        schedule
-        | _of_method(config)
-        | {
-            "output_dir": str(output_dir),
-            "per_device_train_batch_size": config.batch_size,
-            "per_device_eval_batch_size": config.eval_batch_size,
-            "gradient_accumulation_steps": config.gradient_accumulation,
-            "num_train_epochs": config.epochs,
-            "learning_rate": config.learning_rate,
-            "lr_scheduler_type": config.schedule,
-            "warmup_steps": config.warmup_ratio,  # below 1 it is a part of all steps
-            "max_grad_norm": config.max_grad_norm,
-            "weight_decay": config.weight_decay,
-            "seed": config.seed,
-            "bf16": precision == "bf16" and bool(config.modules_to_save),
-            "fp16": precision == "fp16",
-            "activation_checkpointing": config.gradient_checkpointing,
-            "activation_checkpointing_kwargs": {"use_reentrant": False},
-            "use_liger_kernel": config.use_liger,
-            "trust_remote_code": config.trust_remote_code,
-            "logging_steps": config.logging_steps,
-            "logging_nan_inf_filter": False,  # it would show the last loss in place of NaN
-            "save_strategy": "steps" if config.save_steps else "no",
-            "save_steps": config.save_steps or 500,
-            "save_total_limit": config.save_total_limit,
-            "eval_strategy": "steps" if config.eval_steps else "no",
-            "eval_steps": config.eval_steps,
-            "report_to": config.report_to or "none",
-            "disable_tqdm": True,
-            "use_cpu": not cuda,
-            "dataloader_pin_memory": cuda,
-        }
-    )
+    return {
+        **schedule,
+        **_of_method(config, processes),
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.eval_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "num_train_epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": config.warmup_ratio,  # below 1 it is a part of all steps
+        "max_grad_norm": config.max_grad_norm,
+        "weight_decay": config.weight_decay,
+        "seed": config.seed,
+        "bf16": precision == "bf16" and bool(config.modules_to_save),
+        "fp16": precision == "fp16",
+        "activation_checkpointing": config.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "use_liger_kernel": config.use_liger,
+        "trust_remote_code": config.trust_remote_code,
+        "logging_steps": config.logging_steps,
+        "logging_nan_inf_filter": False,  # it would show the last loss in place of NaN
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "save_total_limit": config.save_total_limit,
+        "eval_strategy": "steps" if config.eval_steps else "no",
+        "eval_steps": config.eval_steps,
+        "report_to": config.report_to or "none",
+        "disable_tqdm": True,
+        "use_cpu": not cuda,
+        "dataloader_pin_memory": cuda,
+    }
 
 
-def _of_method(config: TrainConfig) -> dict[str, Any]:
+def _of_method(config: TrainConfig, processes: int) -> dict[str, Any]:
     """Return the options that not all trainers have."""
     beta = {} if config.beta is None else {"beta": config.beta}
     if config.method == "sft":
@@ -185,7 +186,7 @@ def _of_method(config: TrainConfig) -> dict[str, Any]:
             "include_num_input_tokens_seen": "non_padding",
         }
     if config.method == "grpo":
-        step = config.batch_size * config.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+        step = config.batch_size * config.gradient_accumulation * processes
         return beta | {
             "num_generations": config.num_generations or min(8, step),
             "max_completion_length": config.max_completion_length or ANSWER_LENGTH,

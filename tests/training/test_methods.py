@@ -16,7 +16,7 @@ from training_runs import config, metrics
 
 from qosora.base.load import load_model
 from qosora.errors import ConfigError, DataError
-from qosora.training.config import METHODS as NAMES
+from qosora.training.config import FIGURES
 from qosora.training.methods import METHODS
 from qosora.training.run import TrainResult, train
 from qosora.training.trainer import TRAINERS
@@ -66,7 +66,7 @@ def vectors(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def test_one_table_for_all():
-    assert list(METHODS) == list(NAMES) == list(TRAINERS) == ["sft", *OWN]
+    assert list(METHODS) == list(FIGURES) == list(TRAINERS) == ["sft", *OWN]
 
 
 def test_what_each_begins_at(runs: dict[str, TrainResult]):
