@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from qosora.config import QosoraConfig as QosoraConfig
     from qosora.doctor import diagnose as diagnose
     from qosora.errors import QosoraError as QosoraError
+    from qosora.export.gguf import export_gguf as export_gguf
     from qosora.export.lora import export_lora as export_lora
     from qosora.export.merged import export_merged as export_merged
     from qosora.inference.evaluation import evaluate as evaluate
@@ -70,6 +71,7 @@ _MODULES = {
     "config": ["OsoraConfig", "QosoraConfig"],
     "doctor": ["diagnose"],
     "errors": ["QosoraError"],
+    "export.gguf": ["export_gguf"],
     "export.lora": ["export_lora"],
     "export.merged": ["export_merged"],
     "inference.evaluation": ["evaluate"],

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qosora.checkpoints.folders import locked as locked
     from qosora.checkpoints.folders import read_json as read_json
     from qosora.checkpoints.folders import refuse_input_as_output as refuse_input_as_output
+    from qosora.checkpoints.folders import require_space as require_space
     from qosora.checkpoints.folders import tokenizer_folder as tokenizer_folder
     from qosora.checkpoints.folders import write_atomically as write_atomically
     from qosora.checkpoints.folders import write_json as write_json
@@ -83,6 +84,7 @@ __getattr__, __dir__ = door(
             "locked",
             "read_json",
             "refuse_input_as_output",
+            "require_space",
             "tokenizer_folder",
             "write_atomically",
             "write_json",

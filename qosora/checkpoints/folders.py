@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from qosora.checkpoints.names import ADAPTER_CONFIG, CONFIG_NAME
+from qosora.checkpoints.names import ADAPTER_CONFIG, CONFIG_NAME, MANIFEST_NAME
 from qosora.errors import CheckpointError, first_line
 
 __all__ = [
@@ -151,7 +151,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     held = {entry.name for entry in target.iterdir()}
     if held and not overwrite:
         raise CheckpointError(f"{target} exists and is not empty; name another folder, or ask to overwrite it")
-    if held and not held & {CONFIG_NAME, ADAPTER_CONFIG}:
+    if held and not held & {CONFIG_NAME, ADAPTER_CONFIG, MANIFEST_NAME}:
         raise CheckpointError(
             f"{target} holds {min(held)!r} and no model ({CONFIG_NAME}), so it is not overwritten; name another folder"
         )

@@ -70,7 +70,7 @@ class Shards:
         folder: An existing folder.
         specs: The tensors by name, in the order in which they fill the shards.
         max_shard_bytes: A shard grows up to this size; a larger tensor has a shard of its own.
-        stem: What stands for "model" in the files' names.
+        stem: What stands for "model" in the files' names; None where there are to be no files.
 
     Attributes:
         total_bytes: Of all tensors.
@@ -82,13 +82,13 @@ class Shards:
         folder: str | os.PathLike[str],
         specs: Mapping[str, StoredSpec],
         max_shard_bytes: int,
-        stem: str = "model",
+        stem: str | None = "model",
     ) -> None:
         self.folder = Path(folder)
         self._single = f"{stem}.safetensors"
         self.specs = dict(specs)
         self.total_bytes = sum(spec.nbytes for spec in specs.values())
-        groups = _fill(specs, max_shard_bytes)
+        groups = [] if stem is None else _fill(specs, max_shard_bytes)
         self.count = len(groups)
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}

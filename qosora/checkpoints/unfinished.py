@@ -70,7 +70,7 @@ class UnfinishedFolder:
         units: Its units of work: name -> the tensors that each makes, in the order in which they fill the shards.
         job: What determines the tensors besides the files they are made of: plain data.
         max_shard_bytes: Size of the shards.
-        stem: What stands for "model" in their names.
+        stem: What stands for "model" in their names; None where no shard is to be.
 
     Attributes:
         path: Where it is until it is complete.
@@ -84,7 +84,7 @@ class UnfinishedFolder:
         units: Mapping[str, Mapping[str, StoredSpec]],
         job: Mapping[str, Any],
         max_shard_bytes: int,
-        stem: str = "model",
+        stem: str | None = "model",
     ) -> None:
         self.target = Path(os.path.realpath(expanded(target)))
         self.path = self.target.with_name(f"{self.target.name}.partial")

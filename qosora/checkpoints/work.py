@@ -137,7 +137,7 @@ def stream(
     *,
     job: Mapping[str, Any],
     max_shard_bytes: int,
-    stem: str = "model",
+    stem: str | None = "model",
     check: Callable[[Path, Mapping[str, dict[str, Any]]], Mapping[str, Any]] | None = None,
     before: Callable[[Path], object] | None = None,
     overwrite: bool = False,
@@ -153,7 +153,7 @@ def stream(
         finish: Writes the other files into a folder, given all units' reports, and returns what the manifest says.
         job: What determines the tensors besides the units' files: plain data. A later call must have the same.
         max_shard_bytes: Size of the shards.
-        stem: What stands for "model" in their names.
+        stem: What stands for "model" in their names; None where no shard is to be.
         check: Called like `finish` when the folder can be loaded and is not yet in its place; returns more for the
             manifest. If it raises a CheckpointError, nothing of the folder is left.
         before: Called ahead of the work with a file for what it needs besides, which a later call finds again; in the

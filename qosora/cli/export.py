@@ -11,11 +11,12 @@ from qosora.cli.output import print_json, progress_bar, size
 from qosora.errors import ConfigError
 
 NAME = "export"
-HELP = "write adapters as an ordinary checkpoint, or as a LoRA of the original model"
+HELP = "write adapters as an ordinary checkpoint, a LoRA of the original model, or a GGUF file"
 EXAMPLES = """\
   qosora export ./my-adapter ./my-model --verify
   qosora export ./my-adapter ./my-model --onto original --original meta-llama/Llama-2-7b-hf
   qosora export ./my-adapter ./my-lora --format lora --rank-reduce 16
+  qosora export ./my-adapter ./my-gguf --format gguf --quant q4_k_m --llama-cpp ~/llama.cpp --ollama --verify
   qosora export ./my-base ./my-model --adapter ./maths=0.7 --adapter ./code=0.3
   qosora export ./my-base ./dequantized"""
 
@@ -44,7 +45,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "likewise (default: 1)",
     )
     parser.add_argument(
-        "--format", choices=("merged", "lora"), default="merged", help="checkpoint, or PEFT LoRA (default: merged)"
+        "--format",
+        choices=("merged", "lora", "gguf"),
+        default="merged",
+        help="checkpoint, PEFT LoRA, or a file for llama.cpp (default: merged)",
+    )
+    parser.add_argument(
+        "--quant",
+        metavar="KIND",
+        help="of a GGUF file: f32, f16, bf16, q8_0, or what llama-quantize makes, such as q4_k_m (default: q8_0)",
+    )
+    parser.add_argument(
+        "--llama-cpp",
+        metavar="DIR",
+        help="for GGUF: folder of llama.cpp, a checkout or a release (default: its programs on the path)",
+    )
+    parser.add_argument(
+        "--ollama",
+        action="store_true",
+        default=None,
+        help="write a Modelfile for Ollama beside the GGUF file: chat template, where a reply stops",
     )
     parser.add_argument(
         "--onto",
@@ -70,8 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="compare logits with the adapted model's, in a process that cannot import qosora; if they differ, OUT is "
-        "not made. Needs memory for the whole model",
+        help="compare logits with the adapted model's, in a process that cannot import qosora, and of a GGUF file what "
+        "llama.cpp's server says follows; if they differ, OUT is not made. Needs memory for the whole model",
     )
     parser.add_argument("--max-shard-size", type=float, metavar="GB", help="of a checkpoint's files (default: 1)")
     add_overwrite(parser)
@@ -81,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from qosora.export import export_lora, export_merged
+    from qosora.export import export_gguf, export_lora, export_merged
 
     base, adapters = _source(args)
     shared = {
@@ -95,12 +115,25 @@ def run(args: argparse.Namespace) -> None:
     with progress_bar("exporting", hidden=args.json) as show:
         report: Any
         if args.format == "lora":
-            _refuse(args, "lora", "onto", "max_shard_size")
+            _refuse(args, "lora", "onto", "max_shard_size", "quant", "llama_cpp", "ollama")
             if not adapters:
                 raise ConfigError(f"{base} is a base; name the adapter that is to become a LoRA")
             report = export_lora(base, args.output, adapters, rank=args.rank_reduce, progress=show, **shared)
+        elif args.format == "gguf":
+            _refuse(args, "gguf", "rank_reduce", "max_shard_size")
+            report = export_gguf(
+                base,
+                args.output,
+                adapters or None,
+                quant=args.quant or "q8_0",
+                llama_cpp=args.llama_cpp,
+                ollama=bool(args.ollama),
+                onto=args.onto or "dequantized",
+                progress=show,
+                **shared,
+            )
         else:
-            _refuse(args, "merged", "rank_reduce")
+            _refuse(args, "merged", "rank_reduce", "quant", "llama_cpp", "ollama")
             report = export_merged(
                 base,
                 args.output,
@@ -150,7 +183,25 @@ def _refuse(args: argparse.Namespace, form: str, *options: str) -> None:
             raise ConfigError(f"--{option.replace('_', '-')} says nothing about --format {form}; leave it out")
 
 
+def _gguf_lines(result: dict[str, Any]) -> list[str]:
+    lines = [f"{result['output']}/{result['file']}: {size(result['total_bytes'])}, for llama.cpp"]
+    if result["modelfile"]:
+        lines.append(
+            f"ollama create MY-MODEL -f {result['output']}/Modelfile"
+            + ("" if result["template"] else " (without a chat template; the file says why)")
+        )
+    if found := result["verification"]:
+        lines.append(
+            f"verified with llama.cpp: the tokenizer's own {found['tokens']} tokens of some texts; what follows "
+            f"differs from the merged model by {found['mean_difference']:.2g} nats on average, at {found['places']} "
+            f"places; {found['equal_top_tokens']:.1%} equal top tokens"
+        )
+    return lines
+
+
 def _lines(args: argparse.Namespace, result: dict[str, Any]) -> list[str]:
+    if args.format == "gguf":
+        return _gguf_lines(result)
     bytes_ = size(result["total_bytes"])
     if args.format == "lora":
         lines = [f"{args.output}: rank {result['rank']}, {bytes_} in {result['dtype']}, a LoRA of {result['original']}"]

@@ -10,6 +10,10 @@
 | `run` | one run of an export, of either kind |
 | `merged` | a checkpoint of merged weights, onto dequantized or original ones |
 | `lora` | a PEFT LoRA of the original model |
+| `gguf_converter` | llama.cpp's converter, for tokenizers that it has no name for |
+| `llama_cpp` | llama.cpp's programs: found, and run |
+| `modelfile` | what Ollama wants beside a GGUF file |
+| `gguf` | a GGUF file of merged weights |
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ from typing import TYPE_CHECKING
 from qosora._lazy import door
 
 if TYPE_CHECKING:
+    from qosora.export.gguf import GGUF_KINDS as GGUF_KINDS
+    from qosora.export.gguf import GgufReport as GgufReport
+    from qosora.export.gguf import export_gguf as export_gguf
     from qosora.export.lora import LoraReport as LoraReport
     from qosora.export.lora import export_lora as export_lora
     from qosora.export.merged import ExportReport as ExportReport
@@ -29,5 +36,6 @@ __getattr__, __dir__ = door(
     {
         "merged": ["ExportReport", "export_merged"],
         "lora": ["LoraReport", "export_lora"],
+        "gguf": ["GGUF_KINDS", "GgufReport", "export_gguf"],
     },
 )

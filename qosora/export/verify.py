@@ -33,7 +33,7 @@ from qosora.export.original import Original
 from qosora.export.stored import AdaptedBase, Layer
 from qosora.layers import QosoraLinear, VocabularyMatrix, layers_on_disk, plain_vocabulary
 
-__all__ = ["Reference", "Verification", "verify_export"]
+__all__ = ["TEXTS", "TOKENS", "Reference", "Verification", "logits_elsewhere", "padded", "verify_export"]
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
@@ -42,7 +42,7 @@ TEXTS = (
     "Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist Verpflichtung aller staatlichen Gewalt.",
 )
 #: Tokens of a text that are used, and of a random one where there is no tokenizer.
-_LENGTH = 64
+TOKENS = 64
 #: Of sound, where a model takes that as it is.
 _SAMPLES = 8000
 #: Largest relative difference of logits, by the dtype of the export's weights. Rounding a weight to bfloat16 or float16
@@ -101,26 +101,23 @@ class Reference:
         folders = [*(adapter.folder for adapter in self.adapted.adapters), self.adapted.base]
         if folders := list(filter(has_tokenizer, folders)):
             tokenizer = load_tokenizer(*folders, trust_remote_code=self.trust_remote_code)
-            rows = [tokenizer(text)["input_ids"][:_LENGTH] for text in TEXTS]
+            rows = [tokenizer(text)["input_ids"][:TOKENS] for text in TEXTS]
         else:
             vocabulary = self.adapted.plain.model.config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(0)
-            rows = [torch.randint(vocabulary, (_LENGTH,), generator=generator).tolist() for _ in TEXTS]
+            rows = [torch.randint(vocabulary, (TOKENS,), generator=generator).tolist() for _ in TEXTS]
             end = self.adapted.plain.model.config.eos_token_id
             rows = [
                 [*row[:-1], end if isinstance(end, int) and 0 <= end < vocabulary else row[-1]] for row in rows
             ]  # classifiers may need it
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         model: Any = self.adapted.plain.model
-        given = {"input_ids": ids, "attention_mask": mask}
+        given = padded(rows)
         if (name := model.main_input_name) in ("input_features", "input_values"):
             config, noise = model.config, torch.Generator().manual_seed(0)
             bins = (config.num_mel_bins, 2 * config.max_source_positions) if name == "input_features" else (_SAMPLES,)
             given = {name: torch.randn(len(rows), *bins, generator=noise)}
         if model.config.is_encoder_decoder and model.can_generate():
-            given["decoder_input_ids"] = ids[:, : min(map(len, rows))].clone()
+            given["decoder_input_ids"] = padded(rows)["input_ids"][:, : min(map(len, rows))].clone()
         return given
 
     def logits(
@@ -179,6 +176,14 @@ class Reference:
         return add
 
 
+def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Return rows of tokens padded on the right, (rows, longest), and the mask of what are tokens."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def _add_update(
     B: torch.Tensor, A: torch.Tensor, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> torch.Tensor:
@@ -211,7 +216,7 @@ def verify_export(
     expected = reference.logits(inputs, plain_dtype)
     learned = expected - reference.logits(inputs, plain_dtype, with_adapters=False) if rank_error else None
     gc.collect()
-    got = _logits_elsewhere(folder, model, inputs, reference.trust_remote_code)
+    got = logits_elsewhere(folder, model, inputs, reference.trust_remote_code)
     difference = (got - expected).abs()
     size = torch.linalg.vector_norm(expected - expected.mean(-1, keepdim=True))
     tolerance = _TOLERANCES[dtype]
@@ -237,7 +242,7 @@ def verify_export(
     return found
 
 
-def _logits_elsewhere(
+def logits_elsewhere(
     folder: Path, model: str | None, inputs: dict[str, torch.Tensor], trust_remote_code: bool
 ) -> torch.Tensor:
     """Return an export's logits, (tokens, vocabulary), from a program that cannot import qosora."""
