@@ -13,8 +13,8 @@ from typing import Any
 
 from qosora.cli.options import add_json
 from qosora.cli.output import escaped, print_json
-from qosora.errors import ConfigError, EndedElsewhere
-from qosora.training import TrainConfig
+from qosora.errors import ConfigError, EndedElsewhere, QosoraError
+from qosora.training import AUTO, TrainConfig
 
 NAME = "train"
 HELP = "fine-tune the vectors of a base on your data"
@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             kind = next(iter(kinds))
             options |= {"type": kind if kind in (int, float) else str, "metavar": _METAVARS.get(kind, "VALUE")}
+            if field.metadata.get("auto"):
+                options |= {"type": _number_or_auto, "metavar": "N|auto"}
             if choices := field.metadata.get("choices"):
                 options |= {"choices": choices, "metavar": None}
         parser.add_argument(flag, *_EARLIER_FLAGS.get(flag, []), **options)
@@ -56,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpu", metavar="NAME", help="with --dry-run: the card to plan for [that of this machine]")
     add_json(parser)
+
+
+def _number_or_auto(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}")
+    return text if text == "auto" else int(text)
 
 
 _EARLIER_FLAGS = {"--trl": ["--sft"]}
@@ -82,16 +90,21 @@ def run(args: argparse.Namespace) -> None:
     first = os.environ.get("RANK", "0") == "0"  # or one of several processes, which find the same
     try:
         config = TrainConfig.load(args.config, given)
-    except ConfigError as error:
+        if args.gpu and not args.dry_run:
+            raise ConfigError(
+                "--gpu names a card to plan for with --dry-run; CUDA_VISIBLE_DEVICES chooses where to train"
+            )
+        if config.batch_size == AUTO:
+            from qosora.memory import fit_batch_size
+
+            config = fit_batch_size(config, gpu=args.gpu)
+    except QosoraError as error:
         if first:
             raise
         raise EndedElsewhere(str(error)) from error
-
     if args.dry_run:
         look(config, args.gpu, as_json=args.json)
         return
-    if args.gpu:
-        raise ConfigError("--gpu names a card to plan for with --dry-run; CUDA_VISIBLE_DEVICES chooses where to train")
 
     from qosora.pages import can_draw
     from qosora.training import Processes, train
@@ -113,31 +126,12 @@ def run(args: argparse.Namespace) -> None:
 
 def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
     """Print what a run would train on, and what a step would take."""
-    import torch
-
     from qosora.cli.plan import usage_table
-    from qosora.memory.plan import plan
-    from qosora.training.preview import preview
+    from qosora.memory import plan_run
+    from qosora.training import preview_run
 
-    found = preview(config)
-    planned = plan(
-        found.source,
-        batch_size=config.batch_size * (2 if config.method in ("dpo", "orpo") else 1),
-        seq_len=config.max_length if config.packing else found.longest + found.answer,
-        packing=config.packing,
-        vectors=config.vectors,
-        update_rank=config.update_rank,
-        gradient_checkpointing=config.gradient_checkpointing,
-        tile_length=config.tile_length,
-        activation_offloading=config.activation_offloading,
-        optimizer=config.optimizer,
-        precision="bf16" if gpu and config.precision == "auto" else found.precision,  # that of the card, not of here
-        gpu=gpu,
-        device="cuda" if gpu or torch.cuda.is_available() else "cpu",
-        compare=False,
-        grid=False,
-        trust_remote_code=config.trust_remote_code,
-    )
+    found = preview_run(config)
+    planned = plan_run(config, found, gpu=gpu)
     if as_json:
         print_json({"data": asdict(found), "plan": planned.to_dict()})
         return

@@ -13,6 +13,7 @@ memory, `profile` on real ones.
 | `cards` | sizes of GPUs, and what CUDA adds |
 | `shapes` | shapes of well-known models |
 | `plan` | `plan` |
+| `run` | the plan of a training run, and the batch that fits |
 | `profile` | `profile` |
 | `report` | timelines and snapshots |
 """
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from qosora.memory.profile import measure as measure
     from qosora.memory.profile import offloading as offloading
     from qosora.memory.profile import random_model as random_model
+    from qosora.memory.run import fit_batch_size as fit_batch_size
+    from qosora.memory.run import plan_run as plan_run
     from qosora.memory.shapes import model_config as model_config
     from qosora.memory.step import Batch as Batch
     from qosora.memory.step import prepare_model as prepare_model
@@ -52,6 +55,7 @@ __getattr__, __dir__ = door(
         "cards": ["Card", "the_card"],
         "shapes": ["model_config"],
         "plan": ["LASTING", "Plan", "Usage", "events", "usage_of"],
+        "run": ["fit_batch_size", "plan_run"],
         "profile": ["Measurement", "fill_at_random", "measure", "offloading", "random_model"],
     },
 )

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 from qosora._lazy import door
 
 if TYPE_CHECKING:
+    from qosora.training.config import AUTO as AUTO
+    from qosora.training.config import BATCH_SIZE as BATCH_SIZE
     from qosora.training.config import OPTIMIZER_NAMES as OPTIMIZER_NAMES
     from qosora.training.config import PLACES as PLACES
     from qosora.training.config import STRATEGIES as STRATEGIES
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from qosora.training.optimizer import PackedPagedOptimizer as PackedPagedOptimizer
     from qosora.training.optimizer import create_optimizer as create_optimizer
     from qosora.training.optimizer import trainer_optimizer as trainer_optimizer
+    from qosora.training.preview import Preview as Preview
+    from qosora.training.preview import preview_run as preview_run
     from qosora.training.processes import Processes as Processes
     from qosora.training.run import TrainResult as TrainResult
     from qosora.training.run import train as train
@@ -48,8 +52,9 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door(
     __name__,
     {
-        "config": ["OPTIMIZER_NAMES", "PLACES", "STRATEGIES", "TrainConfig"],
+        "config": ["AUTO", "BATCH_SIZE", "OPTIMIZER_NAMES", "PLACES", "STRATEGIES", "TrainConfig"],
         "trl_options": ["choose_precision", "trl_config"],
+        "preview": ["Preview", "preview_run"],
         "processes": ["Processes"],
         "run_folder": ["MetricsLog"],
         "flat_buffers": ["ALIGNMENT", "OPTIMIZERS", "PAGED_NUMEL", "why_unpaged"],

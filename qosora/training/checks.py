@@ -31,7 +31,7 @@ from qosora.data import Columns, Prepared, load_records, prepare, refuse_foreign
 from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError
 from qosora.layers import Tiling
-from qosora.training.config import TrainConfig
+from qosora.training.config import AUTO, TrainConfig
 from qosora.training.methods import METHODS
 from qosora.training.optimizer import UPDATE_RATE
 from qosora.training.processes import Processes
@@ -103,6 +103,8 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
         DataError: Data that cannot be used.
         CheckpointError: The model is no qosora base.
     """
+    if config.batch_size == AUTO:
+        raise ConfigError("batch_size auto is not yet settled; train(qosora.memory.fit_batch_size(config))")
     _check_schedule(config)
     precision = choose_precision(config.precision)
     strategy, on_host = choose_strategy(config)

@@ -23,6 +23,8 @@ __all__ = ["TrainConfig"]
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay")
 OPTIMIZER_NAMES = ("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit")
+#: Examples on the device at once by default; and what stands for those that the plan fits.
+BATCH_SIZE, AUTO = 4, 0
 #: Files of a run's folder: its configuration, and a line for each logged step.
 RUN_CONFIG, METRICS = "train_config.yaml", "metrics.jsonl"
 #: Fields as they were called before there were methods.
@@ -46,8 +48,8 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 def _option(default: Any, help: str, **metadata: Any) -> Any:
     """Return a dataclass field.
 
-    `least` and `above` bound it; `live` says that resuming may change it, `path` that it may lie elsewhere by then: its
-    content is compared.
+    `least` and `above` bound it, and with `auto` it may also be "auto", which is kept as `AUTO`; `live` says that
+    resuming may change it, `path` that it may lie elsewhere by then: its content is compared.
     """
     metadata["help"] = help
     if isinstance(default, (list, dict)):
@@ -122,7 +124,14 @@ class TrainConfig:
 
     epochs: float = _option(1.0, "passes over the data, where max_steps does not say otherwise", above=0)
     max_steps: int | None = _option(None, "optimizer steps in all", least=1)
-    batch_size: int = _option(4, "examples on the device at once", least=1, live=True)
+    batch_size: int = _option(
+        BATCH_SIZE,
+        "examples on the device at once; auto: the most that the plan fits, of a step of "
+        f"{BATCH_SIZE} gradient_accumulation",
+        least=1,
+        auto=True,
+        live=True,
+    )
     gradient_accumulation: int = _option(1, "batches per optimizer step", least=1, live=True)
     learning_rate: float = _option(
         None, "of the vectors: about 20 times what LoRA takes [1e-2; dpo, kto, orpo, grpo: 1e-3]", above=0
@@ -285,6 +294,9 @@ def _check(values: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]
     for f in fields(TrainConfig):
         if f.name not in values:
             continue
+        if f.metadata.get("auto") and values[f.name] == "auto":
+            coerced[f.name] = AUTO
+            continue
         try:
             value = coerced[f.name] = _coerce(values[f.name], hints[f.name])
         except TypeError:
@@ -298,6 +310,8 @@ def _check(values: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]
 
 
 def _out_of_limits(value: Any, metadata: Mapping[str, Any]) -> str | None:
+    if metadata.get("auto") and value == AUTO:
+        return None
     if "choices" in metadata:
         return None if value in metadata["choices"] else "one of " + ", ".join(metadata["choices"])
     if isinstance(value, float) and not math.isfinite(value):

@@ -15,7 +15,7 @@ from qosora.training.config import TrainConfig
 from qosora.training.processes import Processes
 from qosora.training.run_folder import RunFolder
 
-__all__ = ["Preview", "preview"]
+__all__ = ["Preview", "preview_run"]
 
 #: A token's text, and whether the loss is about it.
 Token = tuple[str, bool]
@@ -58,7 +58,7 @@ class Preview:
     shown: list[list[Token]]
 
 
-def preview(config: TrainConfig) -> Preview:
+def preview_run(config: TrainConfig) -> Preview:
     """Check a run as `train` does, and return what it would train on. Nothing is written.
 
     Raises:

@@ -16,7 +16,7 @@ from qosora.cli.train import _marked
 from qosora.data import IGNORED, Example
 from qosora.errors import ConfigError
 from qosora.training import train
-from qosora.training.preview import preview, tokens_of
+from qosora.training.preview import preview_run, tokens_of
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from qosora.training.preview import preview, tokens_of
 )
 def test_counts_and_steps_are_the_runs(place: Path, tmp_path: Path, options: dict[str, Any]):
     settings = config(place, tmp_path / "run", eval_data=str(place / "test.jsonl"), batch_size=3, **options)
-    found = preview(settings)
+    found = preview_run(settings)
     assert not (tmp_path / "run").exists()
     result = train(settings)
     assert (found.examples, found.supervised, found.steps) == (
@@ -38,17 +38,17 @@ def test_counts_and_steps_are_the_runs(place: Path, tmp_path: Path, options: dic
 def test_what_is_cut_and_left_out(place: Path, tmp_path: Path):
     rows = [*sums(3), {"prompt": "a" * 60, "completion": "b"}, {"prompt": "1", "completion": "c" * 60}]
     data = write_jsonl(tmp_path / "data.jsonl", rows)
-    found = preview(config(place, tmp_path / "run", data=str(data), max_length=24))
+    found = preview_run(config(place, tmp_path / "run", data=str(data), max_length=24))
     assert (found.examples, found.cut, found.dropped, found.longest) == (4, 2, 1, 24)
     assert found.lost > 0
 
 
 def test_packing_decides_the_steps(place: Path, tmp_path: Path):
-    assert preview(config(place, tmp_path / "run", max_steps=None, packing=True)).steps is None
+    assert preview_run(config(place, tmp_path / "run", max_steps=None, packing=True)).steps is None
 
 
 def test_texts_of_tokens_are_the_example(place: Path, tmp_path: Path):
-    found = preview(config(place, tmp_path / "run"))
+    found = preview_run(config(place, tmp_path / "run"))
     for tokens in found.shown:
         whole = "".join(text for text, _ in tokens)
         trained = "".join(text for text, trained in tokens if trained)
@@ -92,4 +92,4 @@ def test_the_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([*argv[:-1], "--gpu", "RTX 4090"]) == 2
     assert "with --dry-run" in capsys.readouterr().err
     with pytest.raises(ConfigError):
-        preview(config(place, place / "base"))
+        preview_run(config(place, place / "base"))

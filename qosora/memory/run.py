@@ -1,0 +1,86 @@
+"""The plan of a training run, and the batch that fits."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from qosora.errors import ConfigError
+from qosora.memory.plan import Plan, plan
+from qosora.training import AUTO, BATCH_SIZE, Preview, TrainConfig, preview_run
+
+__all__ = ["fit_batch_size", "plan_run"]
+
+logger = logging.getLogger(__name__)
+
+
+def plan_run(config: TrainConfig, found: Preview, *, gpu: str | None = None, gpu_memory: str | None = None) -> Plan:
+    """Predict the memory of a run's step, on its longest examples.
+
+    Args:
+        config: Of the run.
+        found: What it trains on, as `preview_run` has it.
+        gpu: Name of a card to plan for; that of this machine by default.
+        gpu_memory: Size of one, such as "24GiB".
+
+    Raises:
+        CheckpointError: The model is no qosora base.
+        ConfigError: A card that nobody knows, or that is too small for the weights alone.
+    """
+    elsewhere = gpu is not None or gpu_memory is not None
+    return plan(
+        found.source,
+        batch_size=config.batch_size * (2 if config.method in ("dpo", "orpo") else 1),
+        seq_len=config.max_length if config.packing else found.longest + found.answer,
+        packing=config.packing,
+        vectors=config.vectors,
+        update_rank=config.update_rank,
+        gradient_checkpointing=config.gradient_checkpointing,
+        tile_length=config.tile_length,
+        activation_offloading=config.activation_offloading,
+        base_on=config.base_on,
+        optimizer=config.optimizer,
+        precision="bf16" if elsewhere and config.precision == "auto" else found.precision,  # that of the card
+        gpu=gpu,
+        gpu_memory=gpu_memory,
+        device="cuda" if elsewhere or torch.cuda.is_available() else "cpu",
+        compare=False,
+        grid=False,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def fit_batch_size(config: TrainConfig, *, gpu: str | None = None, gpu_memory: str | None = None) -> TrainConfig:
+    """Return a configuration whose batch is the largest that the plan fits into the card.
+
+    A step has as many examples as it would have by default, 4 gradient_accumulation, on the device at once as far as
+    they fit, and accumulated for the rest. On a CPU, where no plan says what fits, at most 4 are taken at once.
+
+    Args:
+        config: With batch_size "auto"; any other is returned as it is.
+        gpu: Name of a card to plan for; that of this machine by default.
+        gpu_memory: Size of one, such as "24GiB".
+
+    Raises:
+        ConfigError: If not even one example fits, or the configuration cannot work.
+        CheckpointError: The model is no qosora base.
+        DataError: Data that cannot be used.
+    """
+    if config.batch_size != AUTO:
+        return config
+    if config.method == "grpo":
+        raise ConfigError("batch_size auto does not know what grpo's answers take; give a number")
+    in_all = BATCH_SIZE * config.gradient_accumulation
+    found = preview_run(replace(config, batch_size=1, gradient_accumulation=in_all))
+    for size in (n for n in range(in_all, 0, -1) if in_all % n == 0):
+        settled = replace(config, batch_size=size, gradient_accumulation=in_all // size)
+        planned = plan_run(settled, found, gpu=gpu, gpu_memory=gpu_memory)
+        if planned.verdict is None:
+            settled = replace(config, batch_size=BATCH_SIZE, gradient_accumulation=config.gradient_accumulation)
+        if planned.verdict in (None, "fits") or (planned.verdict == "tight" and size == 1):
+            logger.info("batch_size %d, gradient_accumulation %d", settled.batch_size, settled.gradient_accumulation)
+            return settled
+    helps = "; ".join(advice.change for advice in planned.advice) or "take a smaller model, or a larger card"
+    raise ConfigError(f"not even one example of {found.longest} tokens fits into {planned.card.name}: {helps}")

@@ -1,0 +1,85 @@
+"""The plan of a training run, and the batch that it fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny import make_base, make_checkpoint, sums, write_jsonl
+
+from qosora import QosoraConfig
+from qosora.errors import ConfigError
+from qosora.memory import fit_batch_size, plan_run, run
+from qosora.training import TrainConfig, preview_run, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted")
+    make_base(folder / "base", make_checkpoint(folder / "source", "llama-text"), QosoraConfig(rank=8))
+    write_jsonl(folder / "train.jsonl", sums(24))
+    return folder
+
+
+def config(folder: Path, **more: Any) -> TrainConfig:
+    more = {"batch_size": "auto", **more}
+    return TrainConfig(
+        model=str(folder / "base"), data=str(folder / "train.jsonl"), output_dir=str(folder / "out"), **more
+    )
+
+
+def test_the_largest_that_fits(folder: Path):
+    """By plans of cards whose memory lies between what two batches take."""
+    asked = config(folder, gradient_accumulation=8, precision="bf16")
+    found = preview_run(config(folder, batch_size=1, precision="bf16"))
+    takes = {
+        n: plan_run(config(folder, batch_size=n, precision="bf16"), found, gpu_memory="24GiB").usage.total_bytes
+        for n in (1, 8, 16, 32)
+    }
+    assert sorted(takes.values()) == list(takes.values())
+    for size, memory in ((32, takes[32] + 2**20), (8, takes[16] - 2**16)):
+        settled = fit_batch_size(asked, gpu_memory=f"{memory}B")
+        assert (settled.batch_size, settled.gradient_accumulation) == (size, 32 // size)
+    with pytest.raises(ConfigError, match=r"not even one example of \d+ tokens fits into .*: "):
+        fit_batch_size(asked, gpu_memory=f"{takes[1] - 2**22}B")
+
+
+def test_without_a_card_it_is_the_default(folder: Path):
+    settled = fit_batch_size(config(folder, gradient_accumulation=2))
+    assert (settled.batch_size, settled.gradient_accumulation) == (4, 2)
+    given = config(folder, batch_size=3)
+    assert fit_batch_size(given) is given
+
+
+def test_what_is_tight_is_taken_for_one_example_only(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+
+    def planned(settled: TrainConfig, *_: Any, **__: Any) -> Any:
+        asked.append(settled.batch_size)
+        return SimpleNamespace(verdict="tight")
+
+    monkeypatch.setattr(run, "plan_run", planned)
+    settled = fit_batch_size(config(folder, gradient_accumulation=3))
+    assert asked == [12, 6, 4, 3, 2, 1]
+    assert (settled.batch_size, settled.gradient_accumulation) == (1, 12)
+
+
+def test_where_nobody_has_settled_it(folder: Path):
+    with pytest.raises(ConfigError, match=r"train\(qosora.memory.fit_batch_size\(config\)\)"):
+        train(config(folder))
+    with pytest.raises(ConfigError, match="does not know what grpo's answers take"):
+        fit_batch_size(config(folder, method="grpo", reward=["exact"]))
+
+
+def test_as_it_is_written(folder: Path, tmp_path: Path):
+    asked = config(folder)
+    asked.save(tmp_path / "run.yaml")
+    assert TrainConfig.load(tmp_path / "run.yaml") == asked
+    (tmp_path / "run.yaml").write_text("model: a\ndata: b\noutput_dir: c\nbatch_size: auto\n")
+    assert TrainConfig.load(tmp_path / "run.yaml").batch_size == asked.batch_size
+    with pytest.raises(ConfigError, match="batch_size must be an integer, got 'most'"):
+        config(folder, batch_size="most")
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, got -1"):
+        config(folder, batch_size=-1)
