@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import platform
 import shutil
 import subprocess
 import warnings
@@ -17,10 +18,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qosora import __version__
 from qosora.compat import names
 from qosora.errors import QosoraError, first_line
 
-__all__ = ["Diagnosis", "Finding", "diagnose"]
+__all__ = ["Diagnosis", "Finding", "diagnose", "versions"]
 
 GIB = 2**30
 _UNBOUND = ("accelerate", "safetensors", "datasets")  # used as they are documented, in any version
@@ -116,6 +118,18 @@ def diagnose() -> Diagnosis:
                 findings.append(Finding(check.name, found, f"{first_line(error)}; {advice}", check.needed))
         device = _gpu_name()
     return Diagnosis(findings, device)
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions that a report of an error needs, without importing any package."""
+    packages: dict[str, str | None] = {}
+    for package in (*names.TRIED, *_UNBOUND):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = None
+    found = {"qosora": __version__, "python": platform.python_version(), "system": platform.platform()}
+    return {**found, "machine": platform.machine(), "packages": packages}
 
 
 @contextmanager

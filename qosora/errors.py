@@ -5,11 +5,11 @@
     ├── DataError(ValueError)         training or evaluation data that cannot be used
     ├── CheckpointError(ValueError)   a model folder, shard or tensor that is missing, damaged or unsuitable
     ├── FingerprintError(ValueError)  an adapter and a base that do not belong together
-    ├── DependencyError               another package, of a version that qosora does not work with
+    ├── DependencyError               another package or program, missing or of a version that does not work
     └── EndedElsewhere                another process of the same run failed, and says why
 
 Every message says what must hold, what was got and what to do, and names the module, tensor, file, line or key.
-The command line prints the message alone and exits with 1 (`ConfigError`: 2); a traceback from it is a bug.
+The command line prints the message with its class's code and exits with 1 (`ConfigError`: 2); a traceback is a bug.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ __all__ = [
 
 
 class QosoraError(Exception):
-    """Base class of all errors that qosora raises on purpose."""
+    """Base class of all errors that qosora raises on purpose.
+
+    Attributes:
+        code: Of its class, for good; docs/errors.md has causes and cures.
+    """
+
+    code = "Q-RUN"
 
 
 class ConfigError(QosoraError, ValueError):
@@ -33,6 +39,8 @@ class ConfigError(QosoraError, ValueError):
     Args:
         problems: One sentence per problem; all problems of a configuration are reported together.
     """
+
+    code = "Q-CONFIG"
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -43,17 +51,25 @@ class ConfigError(QosoraError, ValueError):
 class DataError(QosoraError, ValueError):
     """Training or evaluation data that cannot be used."""
 
+    code = "Q-DATA"
+
 
 class CheckpointError(QosoraError, ValueError):
     """A model folder, shard or tensor that is missing, damaged or unsuitable."""
+
+    code = "Q-CHECKPOINT"
 
 
 class FingerprintError(QosoraError, ValueError):
     """An adapter and a base that do not belong together."""
 
+    code = "Q-FINGERPRINT"
+
 
 class DependencyError(QosoraError):
-    """Another package has a version that qosora does not work with; the message says which do."""
+    """Another package or program is missing, or of a version that does not work; the message says which do."""
+
+    code = "Q-DEPENDENCY"
 
 
 class EndedElsewhere(QosoraError):

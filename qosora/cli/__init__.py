@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import qosora
 from qosora.cli import (
@@ -26,7 +27,7 @@ from qosora.cli import (
     train,
     verify,
 )
-from qosora.cli.output import escaped
+from qosora.cli.output import escaped, print_json
 from qosora.errors import ConfigError, EndedElsewhere, QosoraError, first_line
 
 __all__ = ["main"]
@@ -49,12 +50,32 @@ try it:
   qosora export my-adapter my-model"""
 
 
+class _Completion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, _: argparse.Namespace, shell: Any, *__: Any) -> None:
+        import shtab
+
+        for command in parser.get_default("commands").choices.values():
+            for action in command._actions:
+                if action.metavar and action.choices is None and action.type in (None, str):  # may be a place
+                    action.complete = shtab.FILE
+        print(shtab.complete(parser, shell=shell))
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="qosora", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", action="version", version=f"qosora {qosora.__version__}")
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"qosora {qosora.__version__}",
+        help="show the version (--version --json: also those of packages and system) and exit",
+    )
+    parser.add_argument(
+        "--print-completion", action=_Completion, choices=("bash", "zsh", "tcsh"), help="print a script for your shell"
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in _COMMANDS:
         command = commands.add_parser(
@@ -69,11 +90,18 @@ def build_parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run, name=module.NAME)
+    parser.set_defaults(commands=commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 for a failure, 2 for wrong usage or configuration."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv == ["--version", "--json"]:
+        from qosora.doctor import versions
+
+        print_json(versions())
+        return 0
     args = build_parser().parse_args(argv)
     _set_up_messages(args.verbose, downloads=args.name == quantize.NAME)
     try:
@@ -86,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader of our output has gone: nobody to tell
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        print(escaped(f"qosora {args.name}: error: {error}"), file=sys.stderr)
+        code = error.code if isinstance(error, QosoraError) else "Q-FILE"
+        print(escaped(f"qosora {args.name}: error: {error} [{code}]"), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except Exception as error:
         if args.verbose:

@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="train nothing: show examples as the model sees them, and the plan"
     )
+    parser.add_argument(
+        "--schema", action="store_true", help="print a JSON schema of configuration files, for editors, and do no more"
+    )
     parser.add_argument("--gpu", metavar="NAME", help="with --dry-run: the card to plan for [that of this machine]")
     add_json(parser)
 
@@ -81,6 +84,9 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     import yaml
 
+    if args.schema:
+        print_json(TrainConfig.json_schema())
+        return
     given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
     if "trl" in given:
         pairs = (item.partition("=") for item in given["trl"])

@@ -242,6 +242,26 @@ class TrainConfig:
             raise ConfigError(problems)
         return config
 
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """Return a JSON schema (draft 2020-12) of a configuration file, for editors."""
+        hints = get_type_hints(cls)
+        properties: dict[str, Any] = {}
+        for f in fields(cls):
+            entry = properties[f.name] = {"description": f.metadata["help"], **_schema(hints[f.name], f.metadata)}
+            if f.default is not MISSING and f.default is not None:
+                entry["default"] = f.default
+            elif f.default_factory is not MISSING:
+                entry["default"] = f.default_factory()
+        return {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": "A training run of qosora",
+            "type": "object",
+            "properties": properties,
+            "required": [f.name for f in fields(cls) if f.default is f.default_factory is MISSING],
+            "additionalProperties": False,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return all values as plain data."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -396,6 +416,26 @@ def _coerce(value: Any, hint: Any) -> Any:
     elif hint is str and isinstance(value, Path):
         return str(value)
     raise TypeError
+
+
+def _schema(hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of what `_coerce` and `_out_of_limits` take."""
+    if get_origin(hint) in (Union, types.UnionType):
+        inner, _ = get_args(hint)
+        return {"anyOf": [_schema(inner, metadata), {"type": "null"}]}
+    if get_origin(hint) is list:
+        text = {"type": "string"}
+        return {"anyOf": [{"type": "array", "items": text}, text]}
+    if get_origin(hint) is dict:
+        return {"type": "object"}
+    found: dict[str, Any] = {"type": {int: "integer", float: "number", bool: "boolean"}.get(hint, "string")}
+    words = {"least": "minimum", "above": "exclusiveMinimum", "below": "exclusiveMaximum", "choices": "enum"}
+    found |= {word: metadata[ours] for ours, word in words.items() if ours in metadata}
+    if "enum" in found:
+        found["enum"] = list(found["enum"])
+    if hint is str and "choices" not in metadata:
+        found["minLength"] = 1
+    return {"anyOf": [found, {"const": "auto"}]} if metadata.get("auto") else found
 
 
 def _type_name(hint: Any) -> str:

@@ -328,6 +328,7 @@ def _advice(run: Run) -> Iterator[None]:
         advice += [] if config.activation_offloading else ["turn activation_offloading on"]
         tiled = 0 < run.tiling.length <= _SHORT_TILE or config.batch_size * config.max_length <= _SHORT_TILE
         advice += [] if tiled else [f"set tile_length to {_SHORT_TILE}{', without compile' * config.compile}"]
+        advice += ["put the base into host memory (base_on host)"] * (config.base_on == "gpu")
         reason = str(error).splitlines()[0]
         raise QosoraError(f"out of GPU memory: {'; or '.join(advice)} ({reason})") from error
     except (RuntimeError, SafetensorError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import make_base, make_checkpoint, perturbed, sums, write_jsonl
 
+import qosora
 from qosora import cli
 from qosora.base.load import load_base
 from qosora.cli.output import size, table
@@ -292,3 +293,35 @@ def test_help_of_quantize_names_the_defaults(option: str, capsys: pytest.Capture
     options = " ".join(run(capsys, "quantize", "--help")[1].split()).partition("options:")[2]
     text = options.partition(f"--{option.replace('_', '-')} ")[2].partition(" --")[0]
     assert f"(default: {getattr(QosoraConfig(), option)})" in text
+
+
+def test_versions_for_a_report(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["--version", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["qosora"] == qosora.__version__
+    assert found["packages"]["torch"]
+    assert {"python", "system", "machine"} <= found.keys()
+
+
+def test_the_schema_is_printed_without_a_run(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["train", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["required"] == ["model", "data", "output_dir"]
+
+
+def test_a_shell_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Commands, options, choices, and files where an option takes a place."""
+    with pytest.raises(SystemExit, match="^0$"):
+        cli.main(["--print-completion", "bash"])
+    script = tmp_path / "qosora.bash"
+    script.write_text(capsys.readouterr().out)
+    (tmp_path / "my-model").mkdir()
+
+    def completed(*words: str) -> set[str]:
+        line = f"COMP_WORDS=(qosora {shlex.join(words)}); COMP_CWORD={len(words)}; _shtab_qosora; "
+        command = ["bash", "-c", f'source {script}; {line} printf "%s\\n" "${{COMPREPLY[@]}}"']
+        return set(subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout.split())
+
+    assert completed("qu") == {"quantize"}
+    assert {"--method", "--batch-size"} <= completed("train", "--")
+    assert completed("train", "--method", "d") == {"dpo"}
+    assert completed("export", "my") == {"my-model"}

@@ -40,7 +40,7 @@ def test_what_stops_training_is_exit_status_1(found: list[Finding], capsys: pyte
     assert main(["doctor"]) == 1
     shown = capsys.readouterr()
     assert "! trl: training needs it" in shown.out
-    assert shown.err == "qosora doctor: error: training cannot work here: see trl\n"
+    assert shown.err == "qosora doctor: error: training cannot work here: see trl [Q-RUN]\n"
 
 
 @pytest.mark.parametrize("stops", [False, True])
@@ -66,7 +66,7 @@ sys.exit(main(["doctor"]))
 def test_a_broken_installation_in_a_process_of_its_own():
     run = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)
     assert run.returncode == 1
-    assert run.stderr == "qosora doctor: error: training cannot work here: see inside trl\n"
+    assert run.stderr == "qosora doctor: error: training cannot work here: see inside trl [Q-RUN]\n"
     assert "! inside trl: qosora works with trl <" in run.stdout
     assert "- memory: " in run.stdout
     assert "4 bits and optimizer" in run.stdout

@@ -8,7 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+import yaml
 
 from qosora.errors import ConfigError
 from qosora.training.config import TrainConfig
@@ -145,3 +147,29 @@ def test_options_of_earlier_versions_are_read(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("model: base\ndata: a.jsonl\noutput_dir: run\nsft: {adam_epsilon: 1e-6}\n")
     assert TrainConfig.load(file).trl == {"adam_epsilon": "1e-6"}
+
+
+def test_the_schema_takes_what_the_configuration_takes(tmp_path: Path):
+    """And refuses what it refuses, as far as a schema can: types, bounds, choices, names, what is required."""
+    schema = TrainConfig.json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    needed: dict[str, Any] = {"model": "m", "data": "d", "output_dir": "o"}
+    assert validator.is_valid(yaml.safe_load(TrainConfig(**needed).to_yaml()))
+    for good in (
+        {"batch_size": "auto"},
+        {"reward": "exact", "method": "grpo"},
+        {"target_modules": ["a"]},
+        {"epochs": 2},
+    ):
+        assert validator.is_valid({**needed, **good}), good
+        TrainConfig(**{**needed, **good})
+    for bad in (
+        {"batch_size": 0.5}, {"batch_size": "most"}, {"epochs": 0}, {"schedule": "zigzag"}, {"warmup_ratio": 1},
+        {"model": ""}, {"model": None}, {"learning_rat": 1e-3}, {"packing": "yes"}, {"reward": [1]}, {"trl": []},
+    ):  # fmt: skip
+        assert not validator.is_valid({**needed, **bad}), bad
+        with pytest.raises(ConfigError):
+            TrainConfig.load(None, {**needed, **bad})
+    assert not validator.is_valid({"model": "m", "data": "d"})
+    assert all(entry["description"] for entry in schema["properties"].values())
