@@ -310,7 +310,7 @@ def test_the_schema_is_printed_without_a_run(capsys: pytest.CaptureFixture[str])
 
 def test_a_shell_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Commands, options, choices, and files where an option takes a place."""
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         cli.main(["--print-completion", "bash"])
     script = tmp_path / "qosora.bash"
     script.write_text(capsys.readouterr().out)

@@ -156,6 +156,8 @@ def test_the_schema_takes_what_the_configuration_takes(tmp_path: Path):
     validator = jsonschema.Draft202012Validator(schema)
     needed: dict[str, Any] = {"model": "m", "data": "d", "output_dir": "o"}
     assert validator.is_valid(yaml.safe_load(TrainConfig(**needed).to_yaml()))
+    good: dict[str, Any]
+    bad: dict[str, Any]
     for good in (
         {"batch_size": "auto"},
         {"reward": "exact", "method": "grpo"},
