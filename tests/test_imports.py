@@ -30,7 +30,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("inference",),
     ("training", "export"),
     ("memory",),
-    ("demo", "doctor"),
+    ("demo", "doctor", "hub"),
     ("cli",),
     ("__main__",),
 )

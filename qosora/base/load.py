@@ -145,7 +145,7 @@ def load_model(source: str | Path, *, base: str | Path | None = None, **kwargs: 
     """Load a base, or a base with an adapter, for inference.
 
     Args:
-        source: A base, or the folder of an adapter.
+        source: A base, or an adapter; folder or hub id.
         base: The adapter's base, where it is no longer where the adapter's config says.
         **kwargs: Handed to `load_base`. On a CPU that is slow in the base's 16 bits, the dtype is float32 unless it is
             given.

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedConfig
 
-from qosora.checkpoints.folders import expanded, read_json
+from qosora.checkpoints.folders import expanded, local_folder, read_json
 from qosora.checkpoints.names import ADAPTER_CONFIG, CONFIG_NAME
 from qosora.config import QUANT_METHOD, OsoraConfig, QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, QosoraError, first_line
@@ -123,14 +125,27 @@ def adapter_config(adapter: str | Path) -> OsoraConfig:
     return config
 
 
+def _is_adapter_there(name: str) -> bool:
+    """Say whether a name is the hub id of an adapter; False also where nothing can be known of it."""
+    if Path(name).is_absolute() or name.startswith("."):
+        return False
+    try:
+        hf_hub_download(name, ADAPTER_CONFIG)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
+        return False
+    return True
+
+
 def split_source(source: str | Path, base: str | Path | None = None) -> tuple[str, str | None]:
     """Tell what a user's MODEL is: return (base, adapter or None).
 
     Args:
-        source: A base, or the folder of an adapter.
+        source: A base, or an adapter: a folder or a hub id, of which an adapter's is downloaded.
         base: The adapter's base, where it is no longer where the adapter's config says.
     """
     source, base = expanded(source), None if base is None else expanded(base)
+    if base is None and not Path(source).exists() and _is_adapter_there(source):
+        source = str(local_folder(source))
     if not (Path(source) / ADAPTER_CONFIG).is_file():
         return base or source, source if base else None
     recorded = adapter_config(source).base_model_name_or_path

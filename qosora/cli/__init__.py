@@ -22,6 +22,7 @@ from qosora.cli import (
     inspect,
     plan,
     profile,
+    push,
     quantize,
     report,
     train,
@@ -32,7 +33,22 @@ from qosora.errors import ConfigError, EndedElsewhere, QosoraError, first_line
 
 __all__ = ["main"]
 
-_COMMANDS = (plan, quantize, train, report, profile, evaluate, generate, chat, export, inspect, verify, doctor, demo)
+_COMMANDS = (
+    plan,
+    quantize,
+    train,
+    report,
+    profile,
+    evaluate,
+    generate,
+    chat,
+    export,
+    push,
+    inspect,
+    verify,
+    doctor,
+    demo,
+)
 
 _DESCRIPTION = """\
 Quantized OSoRA: fine-tune large language models on one consumer GPU.

@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from qosora.cli.options import add_json, add_overwrite
+from qosora.cli.options import add_json, add_overwrite, add_push, pushed
 from qosora.cli.output import print_json, progress_bar, size
 from qosora.errors import ConfigError
 
@@ -33,7 +33,7 @@ load it beside the original model."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = f"{parser.description}{_WHICH}"
-    parser.add_argument("model", metavar="MODEL", help="folder of an adapter; or a base, as it is or with --adapter")
+    parser.add_argument("model", metavar="MODEL", help="an adapter; or a base, as it is or with --adapter")
     parser.add_argument("output", metavar="OUT", help="folder to make; transformers or PEFT load it, without qosora")
     parser.add_argument("--base", metavar="BASE", help="the adapter's base, where it is not where the adapter says")
     parser.add_argument(
@@ -95,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-shard-size", type=float, metavar="GB", help="of a checkpoint's files (default: 1)")
     add_overwrite(parser)
+    add_push(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that the base brings")
     add_json(parser)
 
@@ -144,10 +145,13 @@ def run(args: argparse.Namespace) -> None:
                 **shared,
             )
     result: dict[str, Any] = report.to_dict()
-    if args.json:
-        print_json(result)
-    else:
+    if not args.json:
         print("\n".join(_lines(args, result)))
+    there = pushed(args.output, args.push_to_hub)
+    if args.json:
+        print_json(result | there)
+    for address in () if args.json else there.values():
+        print(address)
 
 
 def _source(args: argparse.Namespace) -> tuple[str, dict[str, float]]:

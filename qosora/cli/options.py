@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-__all__ = ["add_json", "add_model", "add_overwrite", "add_shards", "at_least_one", "load"]
+__all__ = ["add_json", "add_model", "add_overwrite", "add_push", "add_shards", "at_least_one", "load", "pushed"]
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a base or an adapter, and how to load it."""
-    parser.add_argument("model", metavar="MODEL", help="folder of an adapter, or a base (folder or hub id)")
+    parser.add_argument("model", metavar="MODEL", help="an adapter, or a base (folder or hub id)")
     parser.add_argument("--base", metavar="BASE", help="the adapter's base, where it is not where the adapter says")
     parser.add_argument(
         "--dtype",
@@ -37,6 +37,22 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
 def add_shards(parser: argparse.ArgumentParser) -> None:
     """Add --max-shard-size."""
     parser.add_argument("--max-shard-size", type=float, default=1.0, metavar="GB", help="of the files (default: 1)")
+
+
+def add_push(parser: argparse.ArgumentParser) -> None:
+    """Add --push-to-hub."""
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="then put the result on the hub, OWNER/NAME, as `qosora push` does"
+    )
+
+
+def pushed(folder: str, repo: str | None) -> dict[str, str]:
+    """Put a folder on the hub if --push-to-hub says so, and return what --json is to say of it."""
+    if repo is None:
+        return {}
+    from qosora.hub import push
+
+    return {"address": push(folder, repo)}
 
 
 def at_least_one(text: str) -> int:

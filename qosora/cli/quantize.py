@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from qosora.cli.options import add_json, add_overwrite, add_shards
+from qosora.cli.options import add_json, add_overwrite, add_push, add_shards, pushed
 from qosora.cli.output import print_json, progress_bar, size, table
 from qosora.errors import ConfigError
 
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--report", metavar="FILE", help="write the errors of all layers as JSON there")
     add_overwrite(parser)
+    add_push(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that SRC brings")
     add_json(parser)
 
@@ -123,7 +124,8 @@ def run(args: argparse.Namespace) -> None:
             args.source, args.output, texts, device=args.device, trust_remote_code=args.trust_remote_code
         )
     if args.json:
-        print_json(report.to_dict() | ({"check": asdict(found)} if found else {}))
+        checked = {"check": asdict(found)} if found else {}
+        print_json(report.to_dict() | checked | pushed(args.output, args.push_to_hub))
         return
     print(kinds_table(report.by_kind(), config.quant_type))
     print(f"\n{args.output}: {size(report.base_bytes)}, {len(report.layers)} layers, {report.seconds:.0f} s")
@@ -133,6 +135,8 @@ def run(args: argparse.Namespace) -> None:
             f"{found.same_top:.1%} of {found.tokens:,}, loss {found.base_loss:.4f} (original {found.original_loss:.4f})"
         )
     print(f"next: qosora train --model {args.output} --data DATA.jsonl --output-dir ADAPTER")
+    for address in pushed(args.output, args.push_to_hub).values():
+        print(address)
 
 
 def _token_lists(args: argparse.Namespace, file: str) -> list[list[int]]:

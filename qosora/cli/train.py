@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, fields
 from itertools import groupby
 from typing import Any
 
-from qosora.cli.options import add_json
+from qosora.cli.options import add_json, add_push, pushed
 from qosora.cli.output import escaped, print_json
 from qosora.errors import ConfigError, EndedElsewhere, QosoraError
 from qosora.training import AUTO, TrainConfig
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--schema", action="store_true", help="print a JSON schema of configuration files, for editors, and do no more"
     )
     parser.add_argument("--gpu", metavar="NAME", help="with --dry-run: the card to plan for [that of this machine]")
+    add_push(parser)
     add_json(parser)
 
 
@@ -121,13 +122,15 @@ def run(args: argparse.Namespace) -> None:
     if not first:
         return
     if args.json:
-        print_json(result.to_dict())
+        print_json(result.to_dict() | pushed(config.output_dir, args.push_to_hub))
         return
     for line in result.summary():
         print(line)
     if can_draw():
         print(f"curves, and what was learned where: {report([config.output_dir])}")
     print(f"next: qosora generate {config.output_dir} --prompt ...; qosora export {config.output_dir} OUT")
+    for address in pushed(config.output_dir, args.push_to_hub).values():
+        print(address)
 
 
 def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:

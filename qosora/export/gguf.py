@@ -28,6 +28,7 @@ from qosora.export.llama_cpp import CONVERTED, LlamaCpp, Server, find_llama_cpp
 from qosora.export.merged import ExportReport, export_merged
 from qosora.export.modelfile import modelfile
 from qosora.export.verify import TEXTS, TOKENS, logits_elsewhere, padded
+from qosora.places import published_name
 
 __all__ = ["GGUF_KINDS", "GgufReport", "export_gguf"]
 
@@ -147,8 +148,8 @@ def export_gguf(
         raise ConfigError(f"quant must be one of {', '.join(GGUF_KINDS)}, got {quant!r}")
     programs = find_llama_cpp(llama_cpp, quantizer=quant not in CONVERTED, server=verify)
     target = Path(expanded(output)).resolve()
-    adapters = [folder for folder, _ in weighted(adapter)]
-    refuse_input_as_output(target, *filter(Path.is_dir, (Path(expanded(base)), *adapters)))
+    inputs = [Path(expanded(base)), *(folder for folder, _ in weighted(adapter))]
+    refuse_input_as_output(target, *filter(Path.is_dir, inputs))
     plain, file = target.with_name(f"{target.name}.merged"), f"{target.name}-{quant.upper()}.gguf"
     done: dict[str, Any] = {}
 
@@ -174,7 +175,8 @@ def export_gguf(
             text = modelfile(file, tokenizer, read_json(settings) if settings.is_file() else {})
             (folder / "Modelfile").write_text(text, encoding="utf-8")
             done["template"] = "\nTEMPLATE " in text
-        return {"base": merged.base, "adapters": merged.adapters, "quant": quant, "gguf": file}
+        adapters = {published_name(place): weight for place, weight in merged.adapters.items()}
+        return {"base": published_name(merged.base), "adapters": adapters, "quant": quant, "gguf": file}
 
     def check(folder: Path, _: Any) -> dict[str, Any]:
         found = done["verification"] = _verified(programs, folder / file, plain, quant, trust_remote_code)

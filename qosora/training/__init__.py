@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qosora.training.config import BATCH_SIZE as BATCH_SIZE
     from qosora.training.config import OPTIMIZER_NAMES as OPTIMIZER_NAMES
     from qosora.training.config import PLACES as PLACES
+    from qosora.training.config import RUN_CONFIG as RUN_CONFIG
     from qosora.training.config import STRATEGIES as STRATEGIES
     from qosora.training.config import TrainConfig as TrainConfig
     from qosora.training.flat_buffers import ALIGNMENT as ALIGNMENT
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from qosora.training.processes import Processes as Processes
     from qosora.training.run import TrainResult as TrainResult
     from qosora.training.run import train as train
+    from qosora.training.run_folder import RESULT as RESULT
     from qosora.training.run_folder import MetricsLog as MetricsLog
     from qosora.training.trainer import QosoraTrainer as QosoraTrainer
     from qosora.training.trainer import Recorder as Recorder
@@ -52,11 +54,11 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door(
     __name__,
     {
-        "config": ["AUTO", "BATCH_SIZE", "OPTIMIZER_NAMES", "PLACES", "STRATEGIES", "TrainConfig"],
+        "config": ["AUTO", "BATCH_SIZE", "OPTIMIZER_NAMES", "PLACES", "RUN_CONFIG", "STRATEGIES", "TrainConfig"],
         "trl_options": ["choose_precision", "trl_config"],
         "preview": ["Preview", "preview_run"],
         "processes": ["Processes"],
-        "run_folder": ["MetricsLog"],
+        "run_folder": ["RESULT", "MetricsLog"],
         "flat_buffers": ["ALIGNMENT", "OPTIMIZERS", "PAGED_NUMEL", "why_unpaged"],
         "optimizer": ["PackedPagedOptimizer", "create_optimizer", "trainer_optimizer"],
         "trainer": ["QosoraTrainer", "Recorder"],

@@ -85,6 +85,7 @@ def test_what_is_written(base: Path, programs: Path, tmp_path: Path):
     assert report.total_bytes == len("q8_0 of ['model.safetensors']")
     assert report.to_dict()["merged"]["dtype"] == "bfloat16"
     assert verify_files(tmp_path / "out") == []
+    assert read_json(tmp_path / "out" / MANIFEST_NAME)["base"] == "./base"  # nobody else's path
     assert not list(tmp_path.glob("out.*"))  # neither .merged nor .partial
     again: dict[str, Any] = {"llama_cpp": programs, "quant": "q4_k_m"}
     with pytest.raises(CheckpointError, match="not empty"):
