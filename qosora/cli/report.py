@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from qosora.cli.options import at_least_one
+
 NAME = "report"
 HELP = "draw what a training run did, or compare several, on one HTML page"
 EXAMPLES = """\
-  qosora report ./my-adapter
+  qosora report ./my-adapter --answers 5
   qosora report ./run-a ./run-b --output compared.html"""
 
 
@@ -17,10 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs", nargs="+", metavar="RUN", help="folder that qosora train has written; it may not be done"
     )
     parser.add_argument("--output", metavar="FILE", help="default: report.html in the run's folder, or here")
+    parser.add_argument(
+        "--answers",
+        type=at_least_one,
+        default=0,
+        metavar="N",
+        help="answer N prompts of each run's evaluation data, or training data, before and after it (loads the model)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qosora.training.report import report
 
-    print(report(args.runs, args.output))
+    print(report(args.runs, args.output, answers=args.answers))

@@ -27,7 +27,7 @@ from qosora.checkpoints import (
     split_source,
 )
 from qosora.config import OsoraConfig
-from qosora.data import Columns, Prepared, load_records, prepare, refuse_foreign_tokens
+from qosora.data import Columns, Prepared, Records, load_records, prepare, refuse_foreign_tokens
 from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError
 from qosora.layers import Tiling
@@ -39,7 +39,7 @@ from qosora.training.rewards import load_rewards, reward_digests
 from qosora.training.run_folder import STEP_EXAMPLES, RunFolder
 from qosora.training.trl_options import choose_precision, choose_strategy, trl_config
 
-__all__ = ["Run", "resolve_run"]
+__all__ = ["Run", "records_of", "resolve_run"]
 
 
 @dataclass(frozen=True)
@@ -209,24 +209,35 @@ def _names(names: list[str] | None) -> list[str] | str | None:
 
 def _prepared(config: TrainConfig, source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Prepared, Prepared | None]:
     """Return the training and evaluation examples."""
-    columns = Columns(config.prompt_column, config.completion_column, config.messages_column, config.text_column)
-    form = METHODS[config.method].form
     stops = _stop_ids(source)
     # Only packing that cuts may be told of cuts; the others split what is too long
     cut = config.max_length if config.trl.get("packing_strategy", "bfd") == "bfd" or not config.packing else None
 
-    def read(source: str, split: str | None, limit: int | None, max_length: int | None) -> Prepared:
-        records = load_records(source, form=form, split=split, columns=columns, chat=config.chat, limit=limit)
-        only = config.completion_only
+    def read(*, held_out: bool, limit: int | None, max_length: int | None) -> Prepared:
+        records, only = records_of(config, held_out=held_out, limit=limit), config.completion_only
         return prepare(records, tokenizer, max_length=max_length, completion_only=only, stop_ids=stops)
 
-    data = read(config.data, config.data_split, config.limit, cut)
+    data = read(held_out=False, limit=config.limit, max_length=cut)
     if config.method == "kto":  # TRL takes them as they come, and all that are good often come first
         data = replace(data, dataset=data.dataset.shuffle(seed=config.seed))
     if config.eval_data is None:
         return data, None
-    split = config.eval_split or (None if Path(config.eval_data).expanduser().exists() else "test")
-    return data, read(config.eval_data, split, config.eval_limit, config.max_length)
+    return data, read(held_out=True, limit=config.eval_limit, max_length=config.max_length)
+
+
+def records_of(config: TrainConfig, *, held_out: bool, limit: int | None) -> Records:
+    """Return what a run is trained on, or evaluated on.
+
+    Raises:
+        DataError: If it cannot be used.
+    """
+    source, split = config.data, config.data_split
+    if held_out and config.eval_data is not None:
+        source = config.eval_data
+        split = config.eval_split or (None if Path(source).expanduser().exists() else "test")
+    columns = Columns(config.prompt_column, config.completion_column, config.messages_column, config.text_column)
+    form = METHODS[config.method].form
+    return load_records(source, form=form, split=split, columns=columns, chat=config.chat, limit=limit)
 
 
 def _pad_within(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> None:

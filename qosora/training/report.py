@@ -22,6 +22,7 @@ import torch
 from qosora.checkpoints import ADAPTER_STEM, CheckpointReader, split_source, write_atomically
 from qosora.errors import CheckpointError, QosoraError
 from qosora.pages import page, picture, png, require_plots, rows
+from qosora.training.answers import answers_of
 from qosora.training.config import FIGURES, METRICS, RUN_CONFIG, TrainConfig
 from qosora.training.run_folder import RESULT, MetricsLog
 
@@ -32,6 +33,8 @@ _PANELS = {
     "learning_rate": ("learning rate", 1.0), "grad_norm": ("norm of the gradient", 1.0),
     "tokens_per_second": ("tokens a second", 1.0), "peak_memory_bytes": ("peak memory, GiB", 2.0**-30),
 }  # fmt: skip
+#: Of tables of texts.
+_TEXTS = ".texts td,.texts th{text-align:left;vertical-align:top;white-space:pre-wrap;min-width:10em}"
 _COLOURS = ("#1f6fa8", "#d1495b", "#6a994e", "#edae49", "#7b2d8b", "#4d4d4d", "#2a9d8f", "#b5651d")
 #: Vectors by the end of their names.
 _VECTORS = {"s": "s, relative to the base's", "o": "o, from one"}
@@ -48,19 +51,21 @@ class _Run:
     result: dict[str, Any]
 
 
-def report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
+def report(folders: Sequence[str | Path], output: str | Path | None = None, *, answers: int = 0) -> Path:
     """Draw one or several runs.
 
     Args:
         folders: Of the runs.
         output: HTML file; report.html in the folder of a single run by default, else in this folder.
+        answers: Prompts of what each run was evaluated on, or else trained on, that are answered by its model before it
+            and after it; the model is loaded for that.
 
     Returns:
         The file.
 
     Raises:
         CheckpointError: A folder holds no run.
-        ConfigError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed, or there are no prompts to answer.
     """
     require_plots()
     runs = [_read(Path(folder).expanduser(), folders) for folder in folders]
@@ -71,10 +76,14 @@ def report(folders: Sequence[str | Path], output: str | Path | None = None) -> P
         if moved:
             parts.append(f"<h2>What moved in {html.escape(run.name)}</h2>")
             parts.append(picture(f"Change of the vectors of {run.name}, by layer and projection", _heat(moved)))
+        if answers:
+            head = ["prompt", "expected", "before", "after"]
+            body = [[a.prompt, a.expected or "", a.before, a.after] for a in answers_of(run.folder, answers)]
+            parts.append(f'<h2>Answers of {html.escape(run.name)}</h2><div class="texts">{rows(head, body)}</div>')
     parts.append(_options(runs))
     methods = dict.fromkeys(run.config.method for run in runs)
     title = f"{', '.join(run.name for run in runs)} ({', '.join(methods)})"
-    write_atomically(where, page("Training", title, "".join(parts)))
+    write_atomically(where, page("Training", title, "".join(parts), _TEXTS))
     return where
 
 
