@@ -14,7 +14,6 @@ from qosora.errors import ConfigError
 from qosora.training.answers import answers_of
 from qosora.training.report import report
 
-
 CHAT = [{"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"}]
 
 
