@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -87,6 +88,15 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
         for own in self._own():
             if source in own:
                 own[target].copy_(own[source])
+
+    @torch.no_grad()
+    def combine(self, sources: list[str], weights: list[float], target: str) -> None:
+        """Give an adapter the base's vectors and the weighted sum of how others differ from them."""
+        for k, own in enumerate((self.osora_s, self.osora_o)):
+            if target in own:
+                base = self.base_vectors[k]
+                parts = [w * (self.vectors(name)[k] - base) for name, w in zip(sources, weights, strict=True)]
+                own[target].copy_(base + torch.stack(parts).sum(0))
 
     @property
     def base_vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,6 +214,17 @@ _HOW_TO_RELOAD = (
 )
 
 
+def divided_by_accelerate() -> str | None:
+    """Return what accelerate is configured to divide models with, by which it tells its workers; None for nothing."""
+
+    def is_set(name: str) -> bool:
+        return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+    if is_set("ACCELERATE_USE_DEEPSPEED"):
+        return "DeepSpeed"
+    return f"FSDP{os.environ.get('FSDP_VERSION', '1')}" if is_set("ACCELERATE_USE_FSDP") else None
+
+
 #: What PEFT trains in full, by task.
 _HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
@@ -233,9 +254,55 @@ class OsoraModel(BaseTuner):
                 if isinstance(module, OsoraLayer):
                     module.copy_adapter(twin, adapter_name)
 
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add the combination s_base + Σ weight (s - s_base) of adapters that are loaded, and of o likewise.
+
+        Args:
+            adapters: Their names.
+            weights: Of each.
+            adapter_name: Of the combination, which is not trained, and saved as any other.
+            combination_type: "linear", the only one there is for vectors.
+
+        Raises:
+            ConfigError: If there is no such adapter, or one has more than vectors.
+        """
+        problems = [f"there is no adapter {name!r}" for name in adapters if name not in self.peft_config]
+        if not adapters or len(adapters) != len(weights):
+            problems.append(f"every adapter takes a weight, got {len(adapters)} adapters and {len(weights)} weights")
+        if adapter_name in self.peft_config:
+            problems.append(f"there is an adapter {adapter_name!r} already; delete it, or take another name")
+        if combination_type != "linear":
+            problems.append(f"combination_type must be 'linear' for vectors, got {combination_type!r}")
+        configs = [self.peft_config[name] for name in adapters if name in self.peft_config]
+        for name, config in zip(adapters, configs, strict=False):
+            if config.update_rank or config.modules_to_save or config.trainable_token_indices:
+                problems.append(f"adapter {name!r} has more than vectors, and only these can be combined")
+        if problems:
+            raise ConfigError(problems)
+        kinds = {config.vectors for config in configs}
+        own = {"base_fingerprint": configs[0].base_fingerprint, "inference_mode": True}
+        vectors = kinds.pop() if len(kinds) == 1 else "both"
+        made, found = replace(configs[0], vectors=vectors, **own), set()
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, OsoraLayer) and (layer.osora_s.keys() | layer.osora_o.keys()) & set(adapters):
+                found.add(name)
+                layer.update_layer(adapter_name, made)
+                layer.combine(adapters, weights, adapter_name)
+        made.target_modules = found
+        self.peft_config[adapter_name] = made
+
     def _check_new_adapter_config(self, config: OsoraConfig) -> None:
         super()._check_new_adapter_config(config)
         names = self._decomposed()
+        if not config.inference_mode and (way := divided_by_accelerate()) is not None:
+            raise ConfigError(
+                f"accelerate is configured for {way}, which would divide the vectors, and cannot divide tensors of 4 "
+                "bits as they are: `qosora train --strategy fsdp` divides the base by FSDP2 without it; plain "
+                "data-parallel processes work with any trainer"
+            )
         if not names:
             raise ConfigError(
                 f"OSoRA adapts a qosora base, and {type(self.model).__name__} has no decomposed layer. "

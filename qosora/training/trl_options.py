@@ -21,6 +21,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from qosora.adapter import divided_by_accelerate
 from qosora.compat.transformers import use_one_gpu
 from qosora.compat.trl import liger_warning
 from qosora.errors import ConfigError, first_line, near_miss
@@ -81,21 +82,18 @@ def choose_strategy(config: TrainConfig) -> tuple[str, bool]:
         ConfigError: accelerate is configured for what cannot work.
     """
     instead = "use FSDP2: strategy fsdp, in several processes without FSDP or DeepSpeed of accelerate's"
-    if config.trl.get("deepspeed") or _is_set("ACCELERATE_USE_DEEPSPEED"):
+    way = divided_by_accelerate()
+    if config.trl.get("deepspeed") or way == "DeepSpeed":
         raise ConfigError(f"DeepSpeed does not divide tensors of 4 bits; {instead}")
     if config.trl.get("fsdp") or config.trl.get("fsdp_config"):
         raise ConfigError(f"trl: fsdp would divide what is trained, too; {instead}")
     strategy, on_host = config.strategy, config.base_on == "host"
-    if _is_set("ACCELERATE_USE_FSDP"):
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise ConfigError(f"accelerate is configured for FSDP1, which does not divide tensors of 4 bits; {instead}")
-        strategy, on_host = "fsdp", on_host or _is_set("FSDP_OFFLOAD_PARAMS")
+    if way is not None:
+        if way != "FSDP2":
+            raise ConfigError(f"accelerate is configured for {way}, which does not divide tensors of 4 bits; {instead}")
+        strategy, on_host = "fsdp", on_host or os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
         os.environ["ACCELERATE_USE_FSDP"] = "false"
     return strategy, on_host
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def _staying(arguments: type[TrainingArguments]) -> type[TrainingArguments]:
