@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qosora.checkpoints import Progress
 
-__all__ = ["escaped", "print_json", "progress_bar", "size", "table"]
+__all__ = ["escaped", "print_json", "progress_bar", "quiet_stdout", "size", "table"]
 
 
 def escaped(text: str) -> str:
@@ -32,6 +34,17 @@ def progress_bar(label: str, *, hidden: bool) -> Iterator[Callable[..., None]]:
             bar.set_postfix_str(f"{state.done}/{state.total} tensors{note}, {left} left")
 
         yield show
+
+
+@contextmanager
+def quiet_stdout(wanted: bool) -> Iterator[None]:
+    """Keep what other libraries print out of the output that a program is to read; some print at the very end, too."""
+    if not wanted:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+    atexit.register(setattr, sys, "stdout", sys.stderr)
 
 
 def print_json(value: Any) -> None:

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from qosora.cli.options import add_json, add_push, pushed
-from qosora.cli.output import escaped, print_json
+from qosora.cli.output import escaped, print_json, quiet_stdout
 from qosora.errors import ConfigError, EndedElsewhere, QosoraError
 from qosora.training import AUTO, TrainConfig
 
@@ -117,7 +117,8 @@ def run(args: argparse.Namespace) -> None:
     from qosora.training import Processes, train
     from qosora.training.report import report
 
-    result = train(config)
+    with quiet_stdout(args.json):
+        result = train(config)
     Processes.leave()
     if not first:
         return

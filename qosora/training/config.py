@@ -188,7 +188,7 @@ class TrainConfig:
     eval_steps: int | None = _option(None, "steps between evaluations [before and after only]", least=1, live=True)
     eval_batch_size: int = _option(8, "evaluation examples on the device at once", least=1, live=True)
     logging_steps: int = _option(1, "steps between lines of metrics.jsonl", least=1, live=True)
-    report_to: list[str] = _option([], "also log to: tensorboard, wandb, ...", live=True)
+    report_to: list[str] = _option([], "also log to: trackio, tensorboard, wandb, mlflow, ...", live=True)
     progress: bool = _option(True, "show a progress bar", live=True)
     resume: bool = _option(False, "go on from the last checkpoint in output_dir, if there is one", live=True)
     overwrite: bool = _option(False, "replace an earlier run in output_dir", live=True)

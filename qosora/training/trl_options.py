@@ -165,6 +165,7 @@ def _options(config: TrainConfig, precision: str, output_dir: Path, processes: i
         "eval_strategy": "steps" if config.eval_steps else "no",
         "eval_steps": config.eval_steps,
         "report_to": config.report_to or "none",
+        "run_name": output_dir.name,  # without one, trackio takes what comes after training for another run
         "disable_tqdm": True,
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +108,19 @@ def test_experts_are_taken_together(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr("qosora.training.report.CheckpointReader", Reader)
     assert movements(tmp_path) == {"o": {("mlp.experts.*.up_proj", 3): 0.375}}
+
+
+def test_trackio_gets_one_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the evaluation before training and the one after it; what --json prints is JSON alone."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    command = [sys.executable, "-m", "qosora", "train", "--model", place / "base", "--data", place / "train.jsonl",
+               "--eval-data", place / "test.jsonl", "--output-dir", tmp_path / "my-run", "--max-steps", "2",
+               "--report-to", "trackio", "--trl", "project=tried", "--json"]  # fmt: skip
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["steps"] == 2
+    rows = (
+        sqlite3.connect(tmp_path / "trackio" / "tried.db").execute("select run_name, metrics from metrics").fetchall()
+    )
+    assert {name for name, _ in rows} == {"my-run"}
+    losses = [json.loads(metrics).get("eval/loss") for _, metrics in rows]
+    assert sum(loss is not None for loss in losses) == 2

@@ -93,3 +93,11 @@ def test_all_problems_of_sft_at_once():
     ]
     with pytest.raises(ConfigError, match="TRL refuses the options: "):
         trl_config(config(trl={"adam_beta1": 0.9, "hub_strategy": "nonsense"}), "fp32", Path("run"))
+
+
+def test_a_run_is_named_as_its_folder(tmp_path: Path):
+    """By which what is logged before, in and after training is one run."""
+    given: dict[str, Any] = {"model": "m", "data": "d", "output_dir": str(tmp_path / "my-run")}
+    assert trl_config(TrainConfig(**given), "fp32", tmp_path / "my-run").run_name == "my-run"
+    named = TrainConfig(**given, trl={"run_name": "other"})
+    assert trl_config(named, "fp32", tmp_path / "my-run").run_name == "other"
