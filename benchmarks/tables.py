@@ -244,6 +244,21 @@ def processes(found: dict[str, Any], file: str) -> str:
     return table(["", "largest difference", "base in a process", "resident set"], rows, note)
 
 
+def growth(found: dict[str, Any], file: str) -> str:
+    """Return the table of trained parameters by rank, with its conditions."""
+    results = found["results"]
+    rows = [
+        [rank, f"{each['osora']:,}", f"{each['lora']:,}", f"{each['bits_per_weight']:.2f}"]
+        for rank, each in results.items()
+    ]
+    layers = next(iter(results.values()))["layers"]
+    note = (
+        f"The shapes of {found['config']['model']}, {layers} decomposed matrices: parameters that PEFT trains, and the bits "
+        f"of the stored base for each weight of these matrices. {conditions(found, file, 'torch', 'peft')}"
+    )
+    return table(["rank", "qosora trains", "LoRA trains", "bits a weight of the base"], rows, note)
+
+
 def reward(found: dict[str, Any], file: str) -> str:
     """Return the table of reinforcement learning, with its conditions."""
     results, config = found["results"], found["config"]
@@ -308,6 +323,7 @@ TABLES: dict[str, tuple[str, Callable[[Any, str], str]]] = {
     "launches": ("launches.json", launches),
     "processes": ("processes.json", processes),
     "reward": ("reward_cpu.json", reward),
+    "growth": ("growth.json", growth),
 }
 
 
