@@ -253,7 +253,7 @@ def growth(found: dict[str, Any], file: str) -> str:
     ]
     layers = next(iter(results.values()))["layers"]
     note = (
-        f"The shapes of {found['config']['model']}, {layers} decomposed matrices: parameters that PEFT trains, and bits "
+        f"The shapes of {found['config']['model']}, {layers} matrices: parameters that PEFT trains, and bits "
         f"of the stored base for each weight of these matrices. {conditions(found, file, 'torch', 'peft')}"
     )
     return table(["rank", "qosora trains", "LoRA trains", "bits a weight of the base"], rows, note)
