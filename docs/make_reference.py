@@ -27,11 +27,11 @@ Written by `python docs/make_reference.py` from the code: the command line, then
 
 def commands() -> Iterator[str]:
     """Give a section for each command."""
-    found: dict[str, argparse.ArgumentParser] = build_parser().get_default("commands").choices
+    found: dict[str, Any] = build_parser().get_default("commands").choices
     for name, parser in found.items():
         yield f"### qosora {name}\n\n{_flowed(parser.description or '')}\n"
         yield "| option | |\n|---|---|"
-        for action in parser._actions:  # argparse has no public way to them
+        for action in parser.arguments:
             if action.help != argparse.SUPPRESS and "--help" not in action.option_strings:
                 yield f"| {_option(action)} | {_cell(action.help or '')} |"
         yield f"\n```sh\n{inspect.cleandoc((parser.epilog or '').partition(chr(10))[2])}\n```\n"

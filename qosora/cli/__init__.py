@@ -66,12 +66,25 @@ try it:
   qosora export my-adapter my-model"""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Knows its arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.arguments: list[argparse.Action] = []
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        action = super().add_argument(*args, **kwargs)
+        self.arguments.append(action)
+        return action
+
+
 class _Completion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, _: argparse.Namespace, shell: Any, *__: Any) -> None:
         import shtab
 
         for command in parser.get_default("commands").choices.values():
-            for action in command._actions:
+            for action in command.arguments:
                 if action.metavar and action.choices is None and action.type in (None, str):  # may be a place
                     action.complete = shtab.FILE
         print(shtab.complete(parser, shell=shell))
@@ -92,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--print-completion", action=_Completion, choices=("bash", "zsh", "tcsh"), help="print a script for your shell"
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     for module in _COMMANDS:
         command = commands.add_parser(
             module.NAME,
