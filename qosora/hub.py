@@ -115,7 +115,7 @@ def _files(folder: Path) -> list[str]:
     if not (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_NAME).is_file():
         if not read_manifest(folder):
             raise CheckpointError(f"{folder} holds no base, adapter or export; name a folder that qosora wrote")
-        names: Any = read_manifest(folder)["files"]
+        names: Any = read_manifest(folder).get("files", {})
     else:
         listed = read_manifest(folder).get("files")
         names = listed or [

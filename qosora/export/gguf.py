@@ -2,9 +2,8 @@
 
     merged checkpoint  ->  llama.cpp's converter  ->  its quantizer, where there is one to be  ->  OUT/NAME-Q8_0.gguf
 
-The checkpoint is written beside OUT, as OUT.merged, and removed when it has been converted. On request the file is
-compared with it: the tokens of a few texts, and the probabilities of what follows, as llama.cpp's own server tells
-them.
+The checkpoint is in OUT.partial, as long as that is there. On request the file is compared with it: the tokens of a few
+texts, and the probabilities of what follows, as llama.cpp's own server tells them.
 """
 
 from __future__ import annotations
@@ -150,52 +149,41 @@ def export_gguf(
     target = Path(expanded(output)).resolve()
     inputs = [Path(expanded(base)), *(folder for folder, _ in weighted(adapter))]
     refuse_input_as_output(target, *filter(Path.is_dir, inputs))
-    plain, file = target.with_name(f"{target.name}.merged"), f"{target.name}-{quant.upper()}.gguf"
+    file = f"{target.name}-{quant.upper()}.gguf"
     done: dict[str, Any] = {}
 
     def make(folder: Path, _: Any) -> dict[str, Any]:
-        merged = done["merged"] = export_merged(
-            base,
-            plain,
-            adapter,
-            onto=onto,
-            original=original,
-            dtype=dtype or ("float32" if quant == "f32" else None),
-            verify=verify,
-            overwrite=True,  # what a call that was killed has left
-            restart=restart,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-        tokenizer = load_tokenizer(plain, trust_remote_code=trust_remote_code)
-        require_space(target, _bytes_needed(merged, quant))
-        _write(programs, plain, folder / file, quant)
-        if ollama:
-            settings = plain / "generation_config.json"
-            text = modelfile(file, tokenizer, read_json(settings) if settings.is_file() else {})
-            (folder / "Modelfile").write_text(text, encoding="utf-8")
-            done["template"] = "\nTEMPLATE " in text
-        adapters = {published_name(place): weight for place, weight in merged.adapters.items()}
-        return {"base": published_name(merged.base), "adapters": adapters, "quant": quant, "gguf": file}
+        plain = folder.with_name("extra") / "merged"
+        try:
+            merged = done["merged"] = export_merged(
+                base,
+                plain,
+                adapter,
+                onto=onto,
+                original=original,
+                dtype=dtype or ("float32" if quant == "f32" else None),
+                verify=verify,
+                overwrite=True,  # what a call that was killed has left
+                restart=restart,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+            require_space(folder, _bytes_needed(merged, quant))
+            _write(programs, plain, folder / file, quant)
+            if ollama:
+                done["template"] = _write_modelfile(folder, file, plain, trust_remote_code)
+            adapters = {published_name(place): weight for place, weight in merged.adapters.items()}
+            manifest = {"base": published_name(merged.base), "adapters": adapters, "quant": quant, "gguf": file}
+            if verify:
+                done["found"] = _verified(programs, folder / file, plain, quant, trust_remote_code)
+                manifest["verification"] = asdict(done["found"])
+        except Exception:  # and not an interruption, after which the merging goes on
+            shutil.rmtree(plain.parent, ignore_errors=True)
+            raise
+        return manifest
 
-    def check(folder: Path, _: Any) -> dict[str, Any]:
-        found = done["verification"] = _verified(programs, folder / file, plain, quant, trust_remote_code)
-        return {"verification": asdict(found)}
-
-    try:
-        stream(
-            target,
-            [],
-            make,
-            job={"gguf": quant, "qosora": __version__},
-            max_shard_bytes=1,
-            stem=None,
-            check=check if verify else None,
-            overwrite=overwrite,
-            restart=True,
-        )
-    finally:
-        shutil.rmtree(plain, ignore_errors=True)
+    job = {"gguf": quant, "qosora": __version__}
+    stream(target, [], make, job=job, max_shard_bytes=1, stem=None, overwrite=overwrite, restart=restart)
     return GgufReport(
         output=str(output),
         file=file,
@@ -205,8 +193,17 @@ def export_gguf(
         template=done.get("template", False),
         merged=done["merged"],
         wall_seconds=time.perf_counter() - start,
-        verification=done.get("verification"),
+        verification=done.get("found"),
     )
+
+
+def _write_modelfile(folder: Path, file: str, checkpoint: Path, trust_remote_code: bool) -> bool:
+    """Write a Modelfile, and say whether the chat template is in it."""
+    settings = checkpoint / "generation_config.json"
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    text = modelfile(file, tokenizer, read_json(settings) if settings.is_file() else {})
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    return "\nTEMPLATE " in text
 
 
 def _bytes_needed(merged: ExportReport, quant: str) -> int:

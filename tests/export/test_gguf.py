@@ -68,7 +68,7 @@ class Faithful:
 @pytest.fixture
 def faithful(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[Faithful]:
     class Server(Faithful):
-        model = tmp_path / "out.merged"
+        model = tmp_path / "out.partial" / "extra" / "merged"
 
     monkeypatch.setattr(gguf, "Server", Server)
     return Server
@@ -131,6 +131,31 @@ def test_a_converter_that_refuses_leaves_nothing(base: Path, programs: Path, tmp
     with pytest.raises(DependencyError, match="needs a package"):
         export_gguf(base, tmp_path / "out", llama_cpp=programs)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_an_interrupted_export_goes_on_with_its_merging(
+    base: Path, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    mine = tmp_path / "out.merged"  # a folder that only looks like one of ours
+    mine.mkdir()
+    (mine / "config.json").write_text("{}")
+
+    def stop(progress: Any) -> None:
+        if progress.done > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_gguf(base, tmp_path / "out", llama_cpp=programs, progress=stop)
+    assert (tmp_path / "out.partial" / "extra" / "merged.partial" / "job.json").is_file()
+    with pytest.raises(ConfigError, match=r"begun differently: gguf was 'q8_0', is 'f16'"):
+        export_gguf(base, tmp_path / "out", llama_cpp=programs, quant="f16")
+    seen: list[int] = []
+    export_gguf(base, tmp_path / "out", llama_cpp=programs, progress=lambda state: seen.append(state.done))
+    assert seen[0] >= 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama.cpp", "out", "out.merged"]
+    with pytest.raises(CheckpointError, match="not empty"):
+        export_gguf(base, tmp_path / "out", llama_cpp=programs)
+    assert (mine / "config.json").read_text() == "{}"
 
 
 def test_what_cannot_be_is_refused_before_the_work(base: Path, tmp_path: Path):
