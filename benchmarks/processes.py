@@ -3,7 +3,8 @@
     python benchmarks/processes.py --output benchmarks/results/processes.json
 
 A random model of Llama's kind is converted and trained in one process, and, with the same examples in every step, in
-two and three, with the base whole in each (ddp), divided (fsdp), and in host memory. Each
+two and three, with the base whole in each (ddp), divided (fsdp), and in host memory: from examples (sft) and from pairs
+of answers (dpo, orpo). What kto and grpo learn from depends on who is in a process's batch, so they are not here. Each
 result has the largest difference of a trained vector to that of one process, relative to the vector's largest entry;
 the bytes of the frozen base that a process holds; the largest resident set of a process; the seconds of the run.
 Seconds on a CPU with as many cores as processes, or fewer, say nothing of GPUs.
@@ -17,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +30,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qosora import QosoraConfig, TrainConfig, quantize, train
 from qosora.demo import assets
-from qosora.training import Processes, QosoraTrainer
+from qosora.training import Processes
 from qosora.training.trainer import TRAINERS
 
 QUESTION = "Do several processes train what one does, and what does each of them hold?"
@@ -37,25 +39,24 @@ WAYS = {"ddp": {}, "fsdp": {"strategy": "fsdp"}, "host": {"strategy": "fsdp", "b
 EPSILON = 1e-3
 
 
-class Measured(QosoraTrainer):
-    """A trainer that knows, when it has trained, what of the base this process holds."""
-
+def work(options: dict[str, Any]) -> None:
+    """Train, as one of the processes, and write what of the base it held when it had trained."""
     base_bytes = 0
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train."""
-        result = super().train(*args, **kwargs)
-        frozen = (p.detach() for p in self.model.parameters() if not p.requires_grad)
-        Measured.base_bytes = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in frozen)
-        return result
+    kind: Any = TRAINERS[options["method"]]
 
+    class Measured(kind):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal base_bytes
+            result = super().train(*args, **kwargs)
+            frozen = (p.detach() for p in self.model.parameters() if not p.requires_grad)
+            base_bytes = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in frozen)
+            return result
 
-def work(options: dict[str, Any]) -> None:
-    """Train, as one of the processes, and write what it held."""
-    with patch.dict(TRAINERS, sft=Measured):
+    with patch.dict(TRAINERS, {options["method"]: Measured}):
         result = train(TrainConfig(**options))
     processes = Processes.here()
-    held = processes.gathered(Measured.base_bytes)
+    held = processes.gathered(base_bytes)
     if processes.main:
         found = {"base_bytes": held, "peak_rss_bytes": result.peak_memory_bytes, "seconds": result.wall_seconds}
         file = Path(options["output_dir"]) / "held.json"
@@ -89,6 +90,17 @@ def make_base(folder: Path, tokenizer: Any, args: argparse.Namespace) -> Path:
     return folder / "base"
 
 
+def preferences(source: Path, file: Path) -> Path:
+    """Write the demo's examples with another's answer as the worse one."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:102]]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"]}
+        for row, other in pairwise(rows)
+    ]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    return file
+
+
 def main() -> None:
     """Measure all ways."""
     if sys.argv[1] == "--work":
@@ -99,29 +111,34 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="its layers")
     parser.add_argument("--steps", type=int, default=20, help="of each run")
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 3], help="of processes")
-    args = arguments(parser, width=64, layers=2, steps=2, counts=[2])
-    config = {name: getattr(args, name) for name in ("width", "layers", "steps", "counts")}
+    parser.add_argument("--methods", nargs="+", default=["sft", "dpo", "orpo"], choices=("sft", "dpo", "orpo"))
+    args = arguments(parser, width=64, layers=2, steps=2, counts=[2], methods=["sft", "dpo"])
+    config = {name: getattr(args, name) for name in ("width", "layers", "steps", "counts", "methods")}
     record = Record(args.output, "processes", QUESTION, config, args.resume)
     with tempfile.TemporaryDirectory() as temporary, assets() as demo:
         folder = Path(temporary)
         base = make_base(folder, AutoTokenizer.from_pretrained(demo / "model"), args)
+        pairs = preferences(demo / "train.jsonl", folder / "pairs.jsonl")
         options = {
-            "model": str(base), "data": str(demo / "train.jsonl"), "limit": 101,
+            "model": str(base), "limit": 101, "learning_rate": 1e-2,
             "max_steps": args.steps, "save_steps": 0, "progress": False, "precision": "fp32", "max_length": 128,
             "trl": {"adam_epsilon": EPSILON},
         }  # fmt: skip
-        for count in [1, *args.counts]:
-            whole = launch(1, {**options, "batch_size": 4 * count, "output_dir": str(folder / f"whole-{count}")})
-            for way, more in WAYS.items():
-                if count == 1 and way == "fsdp":  # which is nothing else
-                    continue
-                made = launch(count, {**options, **more, "batch_size": 4, "output_dir": str(folder / f"{way}-{count}")})
-                vectors, expected = made.pop("vectors"), whole["vectors"]
-                difference = max(
-                    float((vectors[name] - tensor).abs().max() / tensor.abs().max())
-                    for name, tensor in expected.items()
-                )
-                record.stage(f"{way}_{count}", {**made, "difference": difference}.copy)
+        for method in args.methods:
+            given = {**options, "method": method, "data": str(demo / "train.jsonl" if method == "sft" else pairs)}
+            for count in [1, *args.counts]:
+                where = folder / f"{method}-{count}"
+                whole = launch(1, {**given, "batch_size": 4 * count, "output_dir": str(where / "whole")})
+                for way, more in WAYS.items():
+                    if count == 1 and way == "fsdp":  # which is nothing else
+                        continue
+                    made = launch(count, {**given, **more, "batch_size": 4, "output_dir": str(where / way)})
+                    vectors, expected = made.pop("vectors"), whole["vectors"]
+                    difference = max(
+                        float((vectors[name] - tensor).abs().max() / tensor.abs().max())
+                        for name, tensor in expected.items()
+                    )
+                    record.stage(f"{method}_{way}_{count}", {**made, "difference": difference}.copy)
 
 
 if __name__ == "__main__":

@@ -227,12 +227,12 @@ def processes(found: dict[str, Any], file: str) -> str:
     words = {"ddp": "the base whole in each", "fsdp": "`--strategy fsdp`", "host": "`--base-on host`"}
     rows = []
     for name, result in found["results"].items():
-        way, _, count = name.rpartition("_")
+        method, way, count = name.split("_")
         several = int(count) > 1
         if several or way != "ddp":
             sizes = [mib(size) for size in (max(result["base_bytes"]), result["peak_rss_bytes"])]
             said = "both" if way == "host" and several else words[way]
-            rows.append([f"{count} process{'es' * several}, {said}", f"{result['difference']:.1e}", *sizes])
+            rows.append([f"{method}, {count} process{'es' * several}, {said}", f"{result['difference']:.1e}", *sizes])
     config = found["config"]
     note = (
         f"A random model of Llama's kind ({config['layers']} layers of width {config['width']}), "
