@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import make_base, make_checkpoint, perturbed
+from tiny import make_base, make_checkpoint, perturbed, sums, write_jsonl
 
 from qosora import QosoraConfig, quantize
 from qosora.base.load import load_base
@@ -49,3 +49,24 @@ def test_profile_memory(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     assert "+0.00%" in run.stdout, run.stdout
     assert (tmp_path / "out" / "measured" / "memory.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_configuration_for_two_cards(tmp_path: Path) -> None:
+    """In one process, on a tiny base: that it says what it means is for the tests of several processes."""
+    base = make_base(tmp_path / "base", make_checkpoint(tmp_path / "source", "llama-text"))
+    data = write_jsonl(tmp_path / "train.jsonl", sums(16))
+    command = [
+        sys.executable,
+        "-m",
+        "qosora",
+        "train",
+        "--config",
+        ROOT / "examples" / "two_cards.yaml",
+        "--model",
+        base,
+    ]
+    command += ["--data", data, "--output-dir", tmp_path / "adapter", "--max-steps", "1", "--no-progress"]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert adapter_config(tmp_path / "adapter").vectors == "both"
