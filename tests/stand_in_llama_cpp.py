@@ -45,8 +45,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer({"tokens": [ord(c) for c in asked["content"]]})
         if not asked["prompt"]:
             return self.answer({"error": "empty prompt"}, 400)
-        top = [{"id": asked["prompt"][-1] + i, "logprob": -1.0 - i} for i in range(asked["n_probs"])]
-        self.answer({"completion_probabilities": [{"top_logprobs": top}] * asked["n_predict"]})
+        last = asked["prompt"][-1]
+        top = [{"id": last + i, "logprob": -1.0 - i} for i in range(asked.get("n_probs", 0))]
+        told = [{"top_logprobs": top}] if asked.get("logit_bias") == [[97, 10000.0]] else []  # else half a character
+        tokens = [last + i for i in range(1, asked["n_predict"] + 1)]
+        self.answer({"tokens": tokens, "completion_probabilities": told})
     def log_message(self, *args):
         pass
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()

@@ -157,8 +157,11 @@ def _why(said: str, status: int | None) -> str:
         hint = "; this build is for another processor" if -status == signal.SIGILL else ""
         return f"it ended by {signal.Signals(-status).name} ({signal.strsignal(-status)}){hint}"
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
-    return (errors or lines or [f"it ended with status {status}"])[-1]
+    found = [i for i, line in enumerate(lines) if "error" in line.lower()] or list(range(len(lines)))
+    if not found:
+        return f"it ended with status {status}"
+    last = lines[found[-1]]
+    return f"{last} ({lines[found[-1] - 1]})" if last.isidentifier() and found[-1] else last  # an error without a text
 
 
 class Server:
@@ -175,6 +178,7 @@ class Server:
     def __init__(self, llama_cpp: LlamaCpp, file: Path) -> None:
         assert llama_cpp.server is not None
         self._command, self._file = llama_cpp.server, file
+        self._whole: int | None = None
 
     def __enter__(self) -> Server:
         with socket.socket() as free:
@@ -220,27 +224,28 @@ class Server:
         """Return a text's tokens, with those that the model begins with."""
         return list(self._ask("tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"])
 
-    def continued(self, tokens: Sequence[int], count: int = 1, alternatives: int = 1) -> list[dict[int, float]]:
-        """Continue tokens greedily.
+    def continued(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Return what greedily follows some tokens: `count` tokens, or as many as come before one that ends a text."""
+        request = {"prompt": list(tokens), "n_predict": count, "temperature": 0.0, "return_tokens": True}
+        return list(self._ask("completion", request)["tokens"])
 
-        Args:
-            tokens: To continue.
-            count: Tokens to add.
-            alternatives: How many of the likeliest tokens to tell at each of them.
+    def likeliest(self, tokens: Sequence[int], count: int) -> dict[int, float]:
+        """Return the likeliest tokens to follow some, by id, with the logarithms of their probabilities, in order.
 
-        Returns:
-            For each token added the likeliest, by id, with the logarithms of their probabilities; the first was taken.
+        The server tells them with the token that it takes, if that is a whole piece of text: so it is made to take one.
+        What it tells are the model's own probabilities all the same.
         """
+        if self._whole is None:
+            self._whole = self.tokens("a")[-1]
         request = {
             "prompt": list(tokens),
-            "n_predict": count,
-            "n_probs": alternatives,
+            "n_predict": 1,
+            "n_probs": count,
             "temperature": 0.0,
-            "ignore_eos": False,
-            "return_tokens": True,
+            "logit_bias": [[self._whole, 1e4]],
         }
-        told = self._ask("completion", request)["completion_probabilities"]
-        return [{one["id"]: one["logprob"] for one in place["top_logprobs"]} for place in told]
+        (place,) = self._ask("completion", request)["completion_probabilities"]
+        return {one["id"]: one["logprob"] for one in place["top_logprobs"]}
 
     def _ask(self, what: str, request: dict[str, Any]) -> dict[str, Any]:
         body = json.dumps(request).encode()

@@ -94,9 +94,10 @@ def test_a_server_is_asked(folder: Path, tmp_path: Path):
     programs = find_llama_cpp(folder, quantizer=False, server=True)
     with Server(programs, tmp_path / "a.gguf") as server:
         assert server.tokens("ab") == [97, 98]
-        assert server.continued([5, 7], count=2, alternatives=3) == [{7: -1.0, 8: -2.0, 9: -3.0}] * 2
+        assert server.continued([5, 7], 2) == [8, 9]
+        assert server.likeliest([5, 7], 3) == {7: -1.0, 8: -2.0, 9: -3.0}
         with pytest.raises(CheckpointError, match=r"refuses completion: .*empty prompt"):
-            server.continued([])
+            server.continued([], 1)
         process = server._process
     assert process.poll() is not None
 
