@@ -28,7 +28,11 @@ Written by `python docs/make_reference.py` from the code: the command line, then
 def commands() -> Iterator[str]:
     """Give a section for each command."""
     found: dict[str, Any] = build_parser().get_default("commands").choices
+    names: dict[int, list[str]] = {}
     for name, parser in found.items():
+        names.setdefault(id(parser), []).append(name)
+    for parser in dict.fromkeys(found.values()):
+        name = ", ".join(names[id(parser)])
         yield f"### qosora {name}\n\n{_flowed(parser.description or '')}\n"
         yield "| option | |\n|---|---|"
         for action in parser.arguments:

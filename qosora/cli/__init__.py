@@ -109,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     for module in _COMMANDS:
         command = commands.add_parser(
             module.NAME,
+            aliases=getattr(module, "ALIASES", ()),
             help=module.HELP,
             description=module.HELP[0].upper() + module.HELP[1:] + ".",
             epilog=f"examples:\n{module.EXAMPLES}",

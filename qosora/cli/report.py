@@ -7,10 +7,11 @@ import argparse
 from qosora.cli.options import at_least_one
 
 NAME = "report"
+ALIASES = ("compare",)
 HELP = "draw what a training run did, or compare several, on one HTML page"
 EXAMPLES = """\
   qosora report ./my-adapter --answers 5
-  qosora report ./run-a ./run-b --output compared.html"""
+  qosora compare ./run-a ./run-b --output compared.html"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
