@@ -125,7 +125,7 @@ def main() -> None:
             "trl": {"adam_epsilon": EPSILON},
         }  # fmt: skip
         for method in args.methods:
-            # Of pairs, accelerate fills an uneven last batch with others from the beginning: those would not be the same
+            # Of pairs, accelerate fills an uneven last batch with others from the beginning: they would not be the same
             file, limit = (demo / "train.jsonl", 101) if method == "sft" else (pairs, 96)
             given = {**options, "method": method, "data": str(file), "limit": limit}
             for count in [1, *args.counts]:
