@@ -4,9 +4,10 @@
 
 A random model of Llama's kind is converted and trained in one process, and, with the same examples in every step, in
 two and three, with the base whole in each (ddp), divided (fsdp), and in host memory: from examples (sft) and from pairs
-of answers (dpo, orpo). What kto and grpo learn from depends on who is in a process's batch, so they are not here. Each
-result has the largest difference of a trained vector to that of one process, relative to the vector's largest entry;
-the bytes of the frozen base that a process holds; the largest resident set of a process; the seconds of the run.
+of answers (dpo, orpo). orpo's loss is a mean over the tokens of a process's batch, so it differs; what kto and grpo
+learn from depends on who is in it, so they are not here. Each result has the largest difference of a trained vector to
+that of one process, relative to the vector's largest entry; the bytes of the frozen base that a process holds; the
+largest resident set of a process; the seconds of the run.
 Seconds on a CPU with as many cores as processes, or fewer, say nothing of GPUs.
 """
 
