@@ -216,13 +216,14 @@ _HOW_TO_RELOAD = (
 
 def divided_by_accelerate() -> str | None:
     """Return what accelerate is configured to divide models with, by which it tells its workers; None for nothing."""
-
-    def is_set(name: str) -> bool:
-        return os.environ.get(name, "").lower() in ("1", "true", "yes")
-
-    if is_set("ACCELERATE_USE_DEEPSPEED"):
+    if told_by_accelerate("ACCELERATE_USE_DEEPSPEED"):
         return "DeepSpeed"
-    return f"FSDP{os.environ.get('FSDP_VERSION', '1')}" if is_set("ACCELERATE_USE_FSDP") else None
+    return f"FSDP{os.environ.get('FSDP_VERSION', '1')}" if told_by_accelerate("ACCELERATE_USE_FSDP") else None
+
+
+def told_by_accelerate(name: str) -> bool:
+    """Say whether accelerate has set an option, which it hands on to its workers in the environment."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 #: What PEFT trains in full, by task.

@@ -79,7 +79,7 @@ def push(
             target = staged / name
             target.parent.mkdir(parents=True, exist_ok=True)
             _link(place / name, target)
-        if (place / ADAPTER_CONFIG).is_file() and "base_fingerprint" in read_json(place / ADAPTER_CONFIG):
+        if _is_adapter(place):
             _name_base(place, staged / ADAPTER_CONFIG, base)
         elif base is not None:
             raise ConfigError(f"{place} is no adapter, so it has no base to be named")
@@ -112,18 +112,21 @@ def _replace(file: Path, text: str) -> None:
 
 def _files(folder: Path) -> list[str]:
     """Return what is to go, without the manifest and the card."""
-    if not (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_NAME).is_file():
-        if not read_manifest(folder):
+    names: Any = read_manifest(folder).get("files")
+    if not names:
+        if not (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_NAME).is_file():
             raise CheckpointError(f"{folder} holds no base, adapter or export; name a folder that qosora wrote")
-        names: Any = read_manifest(folder).get("files", {})
-    else:
-        listed = read_manifest(folder).get("files")
-        names = listed or [
+        names = [
             path.relative_to(folder).as_posix()
             for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*"))
             if path.is_file() and path.suffix in _KINDS and not path.name.startswith(".")
         ]
     return sorted(set(names) - _OF_THE_RUN - {CARD, MANIFEST_NAME})
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Say whether there is an adapter of qosora's, and not a LoRA."""
+    return (folder / ADAPTER_CONFIG).is_file() and "base_fingerprint" in read_json(folder / ADAPTER_CONFIG)
 
 
 def _name_base(folder: Path, file: Path, base: str | None) -> None:
@@ -147,7 +150,7 @@ def card(folder: Path, staged: Path) -> str:
         folder: As it is here.
         staged: As it goes to the hub, where an adapter names its base for others.
     """
-    if (staged / ADAPTER_CONFIG).is_file() and "base_fingerprint" in read_json(staged / ADAPTER_CONFIG):
+    if _is_adapter(staged):
         head, body = _of_adapter(folder, staged)
     elif (staged / CONFIG_NAME).is_file() and quantization_in(read_json(staged / CONFIG_NAME)) is not None:
         head, body = _of_base(folder)

@@ -145,12 +145,11 @@ def run(args: argparse.Namespace) -> None:
                 **shared,
             )
     result: dict[str, Any] = report.to_dict()
-    if not args.json:
-        print("\n".join(_lines(args, result)))
-    there = pushed(args.output, args.push_to_hub)
     if args.json:
-        print_json(result | there)
-    for address in () if args.json else there.values():
+        print_json(result | pushed(args.output, args.push_to_hub))
+        return
+    print("\n".join(_lines(args, result)))
+    for address in pushed(args.output, args.push_to_hub).values():
         print(address)
 
 

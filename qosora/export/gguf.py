@@ -248,11 +248,8 @@ def _verified(
             for i, reference in zip(range(len(row)), expected, strict=False):
                 if i % _EVERY == 0 or i == len(row) - 1:
                     likely = server.likeliest(row[: i + 1], _ALTERNATIVES)
-                    ids = torch.tensor(list(likely))
-                    p, weights = (
-                        reference[ids],
-                        reference[ids].softmax(0),
-                    )  # these few have little of it if all are alike
+                    p = reference[torch.tensor(list(likely))]
+                    weights = p.softmax(0)  # of these few alone, which have little of the whole where all are alike
                     differences.append(float((weights * (p - torch.tensor(list(likely.values()))).abs()).sum()))
                     equal += int(reference.argmax()) == next(iter(likely))
     found = GgufVerification(

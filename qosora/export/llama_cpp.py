@@ -73,10 +73,9 @@ class LlamaCpp:
             CheckpointError: If the converter does not know the model or its tokenizer, or fails.
             DependencyError: If the converter lacks a package.
         """
-        done = _run([*self.converter, str(checkpoint), "--outfile", str(file), "--outtype", kind])
-        if done.returncode == 0 and file.is_file():
+        why = _run([*self.converter, str(checkpoint), "--outfile", str(file), "--outtype", kind], file)
+        if why is None:
             return
-        why = _why(f"{done.stdout}\n{done.stderr}", done.returncode)
         if why.startswith("ModuleNotFoundError"):
             raise DependencyError(
                 f"llama.cpp's converter ({self.converter[-1]}) needs a package that is not here: {why}; install what "
@@ -91,9 +90,7 @@ class LlamaCpp:
             CheckpointError: If the quantizer fails; it says why.
         """
         assert self.quantizer is not None
-        done = _run([self.quantizer, str(source), str(file), kind.upper()])
-        if done.returncode or not file.is_file():
-            why = _why(f"{done.stdout}\n{done.stderr}", done.returncode)
+        if (why := _run([self.quantizer, str(source), str(file), kind.upper()], file)) is not None:
             raise CheckpointError(f"{self.quantizer} cannot quantize to {kind}: {why}")
 
 
@@ -145,10 +142,14 @@ def _program(name: str, folder: Path | None) -> str | None:
     return next((str(place) for place in places if place.is_file()), None) or shutil.which(name)
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def _run(command: Sequence[str], makes: Path) -> str | None:
+    """Run a program that makes a file; return why it did not, or None where it did."""
+    done = subprocess.run(
         command, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL
     )
+    if done.returncode == 0 and makes.is_file():
+        return None
+    return _why(f"{done.stdout}\n{done.stderr}", done.returncode)
 
 
 def _why(said: str, status: int | None) -> str:

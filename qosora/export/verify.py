@@ -111,13 +111,13 @@ class Reference:
                 [*row[:-1], end if isinstance(end, int) and 0 <= end < vocabulary else row[-1]] for row in rows
             ]  # classifiers may need it
         model: Any = self.adapted.plain.model
-        given = padded(rows)
+        given = tokens = padded(rows)
         if (name := model.main_input_name) in ("input_features", "input_values"):
             config, noise = model.config, torch.Generator().manual_seed(0)
             bins = (config.num_mel_bins, 2 * config.max_source_positions) if name == "input_features" else (_SAMPLES,)
             given = {name: torch.randn(len(rows), *bins, generator=noise)}
         if model.config.is_encoder_decoder and model.can_generate():
-            given["decoder_input_ids"] = padded(rows)["input_ids"][:, : min(map(len, rows))].clone()
+            given["decoder_input_ids"] = tokens["input_ids"][:, : min(map(len, rows))].clone()
         return given
 
     def logits(

@@ -72,14 +72,15 @@ def fit_batch_size(config: TrainConfig, *, gpu: str | None = None, gpu_memory: s
         return config
     if config.method == "grpo":
         raise ConfigError("batch_size auto does not know what grpo's answers take; give a number")
+    if gpu is None and gpu_memory is None and not torch.cuda.is_available():
+        logger.info("batch_size %d, gradient_accumulation %d", BATCH_SIZE, config.gradient_accumulation)
+        return replace(config, batch_size=BATCH_SIZE)
     in_all = BATCH_SIZE * config.gradient_accumulation
     found = preview_run(replace(config, batch_size=1, gradient_accumulation=in_all))
     for size in (n for n in range(in_all, 0, -1) if in_all % n == 0):
         settled = replace(config, batch_size=size, gradient_accumulation=in_all // size)
         planned = plan_run(settled, found, gpu=gpu, gpu_memory=gpu_memory)
-        if planned.verdict is None:
-            settled = replace(config, batch_size=BATCH_SIZE, gradient_accumulation=config.gradient_accumulation)
-        if planned.verdict in (None, "fits") or (planned.verdict == "tight" and size == 1):
+        if planned.verdict == "fits" or (planned.verdict == "tight" and size == 1):
             logger.info("batch_size %d, gradient_accumulation %d", settled.batch_size, settled.gradient_accumulation)
             return settled
     helps = "; ".join(advice.change for advice in planned.advice) or "take a smaller model, or a larger card"

@@ -21,7 +21,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from qosora.adapter import divided_by_accelerate
+from qosora.adapter import divided_by_accelerate, told_by_accelerate
 from qosora.compat.transformers import use_one_gpu
 from qosora.compat.trl import liger_warning
 from qosora.errors import ConfigError, first_line, near_miss
@@ -91,7 +91,7 @@ def choose_strategy(config: TrainConfig) -> tuple[str, bool]:
     if way is not None:
         if way != "FSDP2":
             raise ConfigError(f"accelerate is configured for {way}, which does not divide tensors of 4 bits; {instead}")
-        strategy, on_host = "fsdp", on_host or os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+        strategy, on_host = "fsdp", on_host or told_by_accelerate("FSDP_OFFLOAD_PARAMS")
         os.environ["ACCELERATE_USE_FSDP"] = "false"
     return strategy, on_host
 

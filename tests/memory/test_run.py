@@ -61,7 +61,7 @@ def test_what_is_tight_is_taken_for_one_example_only(folder: Path, monkeypatch: 
         return SimpleNamespace(verdict="tight")
 
     monkeypatch.setattr(run, "plan_run", planned)
-    settled = fit_batch_size(config(folder, gradient_accumulation=3))
+    settled = fit_batch_size(config(folder, gradient_accumulation=3), gpu_memory="24GiB")
     assert asked == [12, 6, 4, 3, 2, 1]
     assert (settled.batch_size, settled.gradient_accumulation) == (1, 12)
 
