@@ -74,7 +74,7 @@ class Task:
         """The tokenizer."""
         return _tokenizer(self.model)
 
-    def examples(self, split: str) -> list[Example]:
+    def examples(self, split: str) -> Sequence[Example]:
         """The examples of a split, with their completions supervised."""
         return tokenize(load_records(self.splits[split]), self.tokenizer).examples
 

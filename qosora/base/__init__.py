@@ -5,6 +5,7 @@
 | `layout` | names, shapes and ties of the plain model |
 | `structure` | which layers are decomposed |
 | `load` | loads a base, with or without an adapter |
+| `task` | a checkpoint with the head of another task |
 | `calibrate` | how large a model's activations are, on some text |
 | `quantizer` | the transformers side: from_pretrained, save_pretrained |
 | `convert` | `quantize`: a checkpoint becomes a base, streamed |
@@ -35,12 +36,13 @@ if TYPE_CHECKING:
     from qosora.base.load import load_tokenizer as load_tokenizer
     from qosora.base.load import rows_brought as rows_brought
     from qosora.base.structure import decompose_structure as decompose_structure
+    from qosora.base.structure import head_modules as head_modules
     from qosora.base.structure import skipped_modules as skipped_modules
 
 __getattr__, __dir__ = door(
     __name__,
     {
-        "structure": ["decompose_structure", "skipped_modules"],
+        "structure": ["decompose_structure", "head_modules", "skipped_modules"],
         "layout": ["PlainModel", "natural_order"],
         "convert": ["ConversionReport", "quantize"],
         "check": ["Divergence", "divergence"],

@@ -11,7 +11,8 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from qosora import __version__
 from qosora.base.calibrate import calibration_rows, rows_digest, second_moments
 from qosora.base.layout import PlainModel, natural_order
 from qosora.base.structure import decompose_structure
+from qosora.base.task import with_task
 from qosora.checkpoints import (
     CONFIG_NAME,
+    TEXTS,
     Processes,
     Progress,
     SourceCheckpoint,
@@ -127,6 +130,8 @@ def quantize(
     output: str | Path,
     config: QosoraConfig | None = None,
     *,
+    task: str | None = None,
+    labels: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     max_shard_bytes: int = 1_000_000_000,
@@ -141,9 +146,11 @@ def quantize(
     tensors; the bytes of the base are the same for any number of processes and threads.
 
     Args:
-        source: Folder, hub id or GGUF file of a causal language model.
+        source: Folder, hub id or GGUF file of a model.
         output: Folder to make.
         config: Ranks and storage; `QosoraConfig()` by default.
+        task: One of `qosora.checkpoints.TASKS`, for a model with a new head, drawn at random; by default it stays.
+        labels: Of a classifier.
         dtype: Of the tensors that are not decomposed; by default the checkpoint's, for GGUF bfloat16. The weights that
             are decomposed are read at the checkpoint's own precision.
         device: Where to decompose; by default the process's GPU, or the CPU without one.
@@ -162,14 +169,20 @@ def quantize(
     """
     start = time.perf_counter()
     config = copy.copy(config or QosoraConfig())  # what cannot be decomposed is added to it
-    with Processes() as processes, open_source(source, trust_remote_code=trust_remote_code) as checkpoint:
+    with ExitStack() as stack:
+        processes = stack.enter_context(Processes())
+        checkpoint = stack.enter_context(open_source(source, trust_remote_code=trust_remote_code))
+        origin = checkpoint.origin
+        task = task or (TEXTS if labels else None)
+        if task is not None:
+            checkpoint = stack.enter_context(with_task(checkpoint, str(source), task, labels, seed=config.seed))
         device = _usable(device or (f"cuda:{processes.local_index}" if torch.cuda.is_available() else "cpu"))
         local = Path(expanded(source))
-        refuse_input_as_output(output, local if local.exists() else None, checkpoint.origin)
+        refuse_input_as_output(output, local if local.exists() else None, origin)
         conversion = _Conversion(str(source), checkpoint, config, dtype, trust_remote_code)
         conversion.match()
         units = [conversion.unit(disk, name, device) for disk, name in conversion.tensors.items()]
-        made_with = _made_with(config, device)
+        made_with = _made_with(config, device) | ({"task": task, "labels": [*labels]} if task is not None else {})
         calibration: dict[str, Any] = {}
         before = None
         if config.scale == "calibrated":

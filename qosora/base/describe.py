@@ -16,6 +16,8 @@ from qosora.checkpoints import (
     ADAPTER_STEM,
     CONFIG_NAME,
     MANIFEST_NAME,
+    TAGS,
+    TEXTS,
     CheckpointReader,
     adapter_config,
     expanded,
@@ -28,6 +30,7 @@ from qosora.checkpoints import (
     require_intact,
     split_source,
     stored_fingerprint,
+    task_of,
     verify_files,
 )
 from qosora.compat.transformers import unexpected_tensors
@@ -124,8 +127,16 @@ def _describe_base(folder: Path) -> dict[str, Any]:
         "total_bytes": sum(sizes.values()),
         "adapter_parameters": adapter_entries,
         "adapter_bytes": 4 * adapter_entries,
+        "labels": _labels(plain),
         "by_kind": _errors_by_kind(folder, manifest),
     }
+
+
+def _labels(plain: PlainModel | None) -> list[str]:
+    """Return the classes of a classifier."""
+    if plain is None or task_of(plain.model.config) not in (TEXTS, TAGS):
+        return []
+    return [str(name) for name in plain.model.config.id2label.values()]
 
 
 def _is_of_vocabulary(

@@ -36,7 +36,7 @@ from qosora.layers import (
 )
 from qosora.patterns import matches_module
 
-__all__ = ["decompose_structure", "replace_linears", "skipped_modules"]
+__all__ = ["decompose_structure", "head_modules", "replace_linears", "skipped_modules"]
 
 logger = logging.getLogger("qosora")
 
@@ -96,11 +96,19 @@ def _leave_what_cannot_be_replaced(model: PreTrainedModel, config: QosoraConfig)
 
 
 def _head(model: PreTrainedModel) -> list[str]:
-    """Return the linear layers outside the base model of one that is no language model: of a classifier, its head."""
+    """Return the linear layers of a classifier's head."""
+    return [name for name in linear_layers(model) if name.partition(".")[0] in head_modules(model)]
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Return the modules beside the base model of one that is no language model: of a classifier, its head.
+
+    They stay in 16 bits, and are trained in full.
+    """
     base = model.base_model_prefix
     if model.get_output_embeddings() is not None or model.can_generate() or not hasattr(model, base or "."):
         return []
-    return [name for name in linear_layers(model) if not name.startswith(f"{base}.")]
+    return [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
 
 
 def skipped_modules(model: PreTrainedModel, config: QosoraConfig) -> list[str]:

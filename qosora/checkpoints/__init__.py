@@ -47,9 +47,15 @@ if TYPE_CHECKING:
     from qosora.checkpoints.intact import require_intact as require_intact
     from qosora.checkpoints.intact import tensor_hashes as tensor_hashes
     from qosora.checkpoints.intact import verify_files as verify_files
+    from qosora.checkpoints.model_class import REWARD as REWARD
+    from qosora.checkpoints.model_class import TAGS as TAGS
+    from qosora.checkpoints.model_class import TASKS as TASKS
+    from qosora.checkpoints.model_class import TEXTS as TEXTS
+    from qosora.checkpoints.model_class import class_for_task as class_for_task
     from qosora.checkpoints.model_class import empty_model as empty_model
     from qosora.checkpoints.model_class import model_class_of as model_class_of
     from qosora.checkpoints.model_class import require_language_model as require_language_model
+    from qosora.checkpoints.model_class import task_of as task_of
     from qosora.checkpoints.names import ADAPTER_CONFIG as ADAPTER_CONFIG
     from qosora.checkpoints.names import ADAPTER_STEM as ADAPTER_STEM
     from qosora.checkpoints.names import CONFIG_NAME as CONFIG_NAME
@@ -102,7 +108,17 @@ __getattr__, __dir__ = door(
         "reader": ["CheckpointReader"],
         "shards": ["Shards", "StoredSpec", "require_finite"],
         "fingerprint": ["base_fingerprint", "group_modules", "stored_fingerprint"],
-        "model_class": ["empty_model", "model_class_of", "require_language_model"],
+        "model_class": [
+            "REWARD",
+            "TAGS",
+            "TASKS",
+            "TEXTS",
+            "class_for_task",
+            "empty_model",
+            "model_class_of",
+            "require_language_model",
+            "task_of",
+        ],
         "stored_config": [
             "adapter_config",
             "base_storage",

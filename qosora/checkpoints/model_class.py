@@ -8,12 +8,30 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from qosora.compat.transformers import built_from
 from qosora.errors import CheckpointError
 
-__all__ = ["empty_model", "model_class_of", "require_language_model"]
+__all__ = [
+    "REWARD", "TAGS", "TASKS", "TEXTS", "class_for_task", "empty_model", "model_class_of", "require_language_model",
+    "task_of",
+]  # fmt: skip
+
+#: What a classifier does, in the words of transformers' pipelines; and a model that gives an answer its reward.
+TEXTS, TAGS, REWARD = "text-classification", "token-classification", "reward"
+TASKS = (TEXTS, TAGS, REWARD)
+_CLASSES = {
+    TEXTS: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    TAGS: MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    REWARD: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
 
 
 def model_class_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
@@ -53,6 +71,26 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False, **opt
         return built_from(found, config, **options)
     model: PreTrainedModel = found.from_config(config, trust_remote_code=trust_remote_code, **options)
     return model
+
+
+def class_for_task(config: PreTrainedConfig, task: str) -> type[PreTrainedModel] | None:
+    """Return the class for one of `TASKS` that takes a configuration, if transformers has one."""
+    mapping = _CLASSES[task]
+    found = mapping[type(config)] if type(config) in mapping else None  # noqa: SIM401  (its `get` takes no default)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def task_of(config: PreTrainedConfig) -> str | None:
+    """Return which of `TASKS` a model is made for; None for any other model."""
+    found = model_class_of(config)
+    for task in (TEXTS, TAGS):
+        if found in _members(_CLASSES[task].values()):
+            return REWARD if task == TEXTS and config.num_labels == 1 else task
+    return None
+
+
+def _members(found: Any) -> set[Any]:
+    return {one for some in found for one in (some if isinstance(some, tuple) else [some])}
 
 
 def require_language_model(config: PreTrainedConfig, source: str, what: str) -> None:

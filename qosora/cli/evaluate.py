@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from qosora.cli.options import add_json, add_model, at_least_one, load
-from qosora.cli.output import print_json
+from qosora.cli.output import escaped, print_json, table
+from qosora.errors import ConfigError
 
 NAME = "eval"
-HELP = "measure loss and perplexity, and exact match by request, on data"
+HELP = "measure loss and perplexity, or accuracy and F1 of a classifier, on data"
 EXAMPLES = """\
   qosora eval ./my-adapter --data test.jsonl
   qosora eval ./my-base --data test.jsonl --limit 200 --json
@@ -22,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="DATA", help="file or hub data set, as for train")
     parser.add_argument("--split", metavar="NAME", help="split of a hub data set")
     parser.add_argument("--limit", type=at_least_one, metavar="N", help="use the first N examples only")
-    for part in ("prompt", "completion", "messages", "text"):
+    for part in ("prompt", "completion", "messages", "text", "label"):
         parser.add_argument(f"--{part}-column", metavar="NAME", help=f"column of the {part}, where it is not {part}")
     parser.add_argument("--chat", action="store_true", help="wrap prompt and completion into the chat template")
     parser.add_argument(
@@ -39,12 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from qosora.checkpoints import TAGS, TEXTS, task_of
     from qosora.data import Columns
     from qosora.inference import evaluate
 
-    columns = Columns(args.prompt_column, args.completion_column, args.messages_column, args.text_column)
+    columns = Columns(
+        args.prompt_column, args.completion_column, args.messages_column, args.text_column, args.label_column
+    )
+    model, tokenizer = load(args)
+    if task_of(model.config) in (TEXTS, TAGS):
+        _classes(args, model, tokenizer, columns)
+        return
     result = evaluate(
-        *load(args),
+        model,
+        tokenizer,
         args.data,
         split=args.split,
         columns=columns,
@@ -66,3 +76,29 @@ def run(args: argparse.Namespace) -> None:
         print(f"exact match  {result.exact_match:.1%}")
         for sample in result.samples:
             print(f"\n{sample.prompt}\n  expected:  {sample.expected.strip()}\n  generated: {sample.generated.strip()}")
+
+
+def _classes(args: argparse.Namespace, model: Any, tokenizer: Any, columns: Any) -> None:
+    """Print how often a classifier is right."""
+    from qosora.inference import evaluate_classes
+
+    if args.exact_match or args.chat:
+        raise ConfigError("a classifier writes no text: leave out --exact-match and --chat")
+    result = evaluate_classes(
+        model,
+        tokenizer,
+        args.data,
+        split=args.split,
+        columns=columns,
+        limit=args.limit,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+    )
+    if args.json:
+        print_json(result.to_dict())
+        return
+    print(f"loss      {result.loss:.4f}")
+    print(f"accuracy  {result.accuracy:.1%}")
+    print(f"F1        {result.f1:.4f}")
+    print(f"over      {result.labels:,} labels of {result.examples:,} examples")
+    print(table(["class", "F1"], [[escaped(name), f"{f1:.4f}"] for name, f1 in result.classes.items()]))

@@ -46,6 +46,8 @@ def _base(found: dict[str, Any]) -> list[str]:
         f"  an adapter     {found['adapter_parameters']:,} parameters in {found['adapted_layers']} layers, "
         f"{size(found['adapter_bytes'])}",
     ]
+    if found["labels"]:
+        lines.append(f"  classes        {', '.join(found['labels'])}")
     if found["by_kind"]:
         lines += ["", "relative error of the weights:", kinds_table(found["by_kind"], storage["quant_type"])]
     return lines

@@ -20,6 +20,7 @@ EXAMPLES = """\
   qosora quantize meta-llama/Llama-2-7b-hf llama-2-7b-qosora
   qosora quantize ./my-model ./my-base --rank 256 --rank-pattern down_proj=128
   qosora quantize model.Q8_0.gguf ./my-base
+  qosora quantize answerdotai/ModernBERT-base ./my-base --labels negative positive
   accelerate launch --num_processes 8 -m qosora quantize ./my-model ./my-base"""
 
 
@@ -46,6 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
     parser.add_argument(
         "--embeddings", choices=("4bit",), help="decompose embeddings and output layer, too (default: leave in 16 bits)"
+    )
+    parser.add_argument(
+        "--labels", nargs="+", default=[], metavar="NAME", help="make a classifier of these classes, with a new head"
+    )
+    parser.add_argument(
+        "--task",
+        choices=("text-classification", "token-classification", "reward"),
+        help="what --labels are of, texts or words (default: texts); or a model of rewards, without labels",
     )
     parser.add_argument("--skip", nargs="+", metavar="NAME", help="linear layers to leave as they are")
     parser.add_argument(
@@ -84,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
     storage: dict[str, Any] = {name: value for name in _STORAGE if (value := getattr(args, name)) is not None}
     if args.scale == "none":
         storage["scale"] = None
+    if args.check and (args.task or args.labels):
+        raise ConfigError("--check compares with SRC, and a model of another task says nothing like it; leave it out")
     if args.calibration is not None:
         if args.scale is not None:
             raise ConfigError("--calibration is a scale of its own; leave out --scale")
@@ -105,6 +116,8 @@ def run(args: argparse.Namespace) -> None:
             args.source,
             args.output,
             config,
+            task=args.task,
+            labels=args.labels,
             dtype=args.dtype and dtype_named(args.dtype),
             device=args.device,
             max_shard_bytes=int(args.max_shard_size * 1e9),
@@ -134,7 +147,8 @@ def run(args: argparse.Namespace) -> None:
             f"against {args.source}: KL divergence {found.kl:.4f} nats a token, the same likeliest token for "
             f"{found.same_top:.1%} of {found.tokens:,}, loss {found.base_loss:.4f} (original {found.original_loss:.4f})"
         )
-    print(f"next: qosora train --model {args.output} --data DATA.jsonl --output-dir ADAPTER")
+    method = "" if not (args.task or args.labels) else f" --method {'reward' if args.task == 'reward' else 'classify'}"
+    print(f"next: qosora train{method} --model {args.output} --data DATA.jsonl --output-dir ADAPTER")
     for address in pushed(args.output, args.push_to_hub).values():
         print(address)
 

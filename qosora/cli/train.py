@@ -129,7 +129,8 @@ def run(args: argparse.Namespace) -> None:
         print(line)
     if can_draw():
         print(f"curves, and what was learned where: {report([config.output_dir])}")
-    print(f"next: qosora generate {config.output_dir} --prompt ...; qosora export {config.output_dir} OUT")
+    written = f"qosora generate {config.output_dir} --prompt ...; " * (config.method not in ("classify", "reward"))
+    print(f"next: {written}qosora export {config.output_dir} OUT")
     for address in pushed(config.output_dir, args.push_to_hub).values():
         print(address)
 

@@ -132,6 +132,19 @@ def built_from(model_class: Any, config: Any, **options: Any) -> Any:
     return model_class._from_config(config, **options)
 
 
+@uses(f"{_MODEL}._init_weights(module)")
+def initialized(model: Any, name: str) -> dict[str, torch.Tensor]:
+    """Return a module's own parameters as a model begins with them, float32. The module gets them, too."""
+    import torch
+
+    module = model.get_submodule(name).to_empty(device="cpu", recurse=False).float()
+    with torch.no_grad():
+        for p in module.parameters(recurse=False):
+            p.zero_()
+        model._init_weights(module)
+    return {key: p.detach() for key, p in module.named_parameters(recurse=False)}
+
+
 @uses(f"{_MODEL}: all_tied_weights_keys")
 def tied_weights(model: Any) -> dict[str, str]:
     """Return the parameters that share the value of another: name -> name of the other."""

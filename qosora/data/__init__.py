@@ -5,9 +5,10 @@
 | `chat` | chats as text, by any template, and where each turn stands |
 | `records` | files and hub data sets, checked row by row |
 | `tokens` | records to token ids and labels |
-| `prepared` | records as a trainer takes them |
 | `fit` | whether tokens fit a model |
 | `batch` | examples of different lengths, padded |
+| `classes` | texts and words with classes, as tokens and batches |
+| `prepared` | records as a trainer takes them |
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from qosora.data.chat import refuse_broken_text as refuse_broken_text
     from qosora.data.chat import render as render
     from qosora.data.chat import template_options as template_options
+    from qosora.data.classes import ClassExample as ClassExample
+    from qosora.data.classes import class_batch as class_batch
+    from qosora.data.classes import tokenize_classes as tokenize_classes
     from qosora.data.fit import embedding_rows as embedding_rows
     from qosora.data.fit import learned_positions as learned_positions
     from qosora.data.fit import refuse_foreign_tokens as refuse_foreign_tokens
@@ -47,5 +51,6 @@ __getattr__, __dir__ = door(
         "prepared": ["Prepared", "prepare"],
         "fit": ["embedding_rows", "learned_positions", "refuse_foreign_tokens", "refuse_too_long"],
         "batch": ["padded", "padded_batch"],
+        "classes": ["ClassExample", "class_batch", "tokenize_classes"],
     },
 )

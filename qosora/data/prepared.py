@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +17,14 @@ from datasets import Dataset
 from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 
+from qosora.data.classes import tokenize_classes
 from qosora.data.records import Records
 from qosora.data.tokens import Tokenized, tokenize, tokenize_prompts
 from qosora.errors import DataError, first_line
 
 __all__ = ["Prepared", "prepare"]
+
+logger = logging.getLogger("qosora")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Prepared:
     def digest(self) -> str:
         """Return the SHA-256 of all tokens and, where there is more, of all columns."""
         found = self.tokenized.digest()
-        if "input_ids" in self.dataset.column_names:
+        if not {"input_ids", "chosen_ids"}.isdisjoint(self.dataset.column_names):
             return found
         columns = json.dumps(self.dataset.to_dict(), sort_keys=True, default=str)
         return hashlib.sha256(f"{found}{columns}".encode()).hexdigest()
@@ -54,6 +58,8 @@ def prepare(
     max_length: int | None = None,
     completion_only: bool | None = None,
     stop_ids: Collection[int] = (),
+    classes: Mapping[str, int] | None = None,
+    as_pairs: bool = False,
 ) -> Prepared:
     """Tokenize records, and bring them into the form of TRL.
 
@@ -63,10 +69,18 @@ def prepare(
         max_length: Tokens to keep of a sequence.
         completion_only: As in `tokenize`, for examples to imitate.
         stop_ids: As in `tokenize`.
+        classes: As in `tokenize_classes`, for texts and words with classes.
+        as_pairs: Whether preferences are compared as wholes, by a model of rewards, and not learned to be written; one
+            that is longer than `max_length` is left out, as it would lose what differs.
 
     Raises:
         DataError: No supervised token is left, a chat cannot be rendered, or values of a column are of different types.
     """
+    if classes is not None:
+        tokenized = tokenize_classes(records, tokenizer, classes, max_length=max_length)
+        return Prepared(tokenized, Dataset.from_dict(tokenized.columns()))
+    if as_pairs:
+        return _pairs(records, tokenizer, max_length)
     options: dict[str, Any] = {"max_length": max_length, "stop_ids": stop_ids}
     if records.kind == "preference":
         parts, answers = ["prompt", "chosen", "rejected"], ["chosen", "rejected"]
@@ -80,6 +94,30 @@ def prepare(
     rows = [{**row, "completion": row[part]} for part in answers for row in records.rows]
     sequences = replace(records, kind="prompt-completion", rows=rows)
     return Prepared(tokenize(sequences, tokenizer, **options), _dataset(records, parts))
+
+
+def _pairs(records: Records, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Prepared:
+    """Return preferences as pairs of tokens, which are all looked at."""
+    rows = [{**row, "completion": row[part]} for part in ("chosen", "rejected") for row in records.rows]
+    found = tokenize(replace(records, kind="prompt-completion", rows=rows), tokenizer, completion_only=False).examples
+    pairs = list(zip(found[: len(records)], found[len(records) :], strict=True))
+    kept = [pair for pair in pairs if max_length is None or max(len(e.input_ids) for e in pair) <= max_length]
+    longest = max(len(e.input_ids) for e in found)
+    if not kept:
+        raise DataError(
+            f"{records.name}: all {len(pairs)} examples are longer than max_length={max_length}; the longest has "
+            f"{longest} tokens"
+        )
+    if left := len(pairs) - len(kept):
+        logger.warning(
+            "%s: %d of %d examples are left out, as they are longer than max_length=%s; the longest has %d tokens",
+            records.name, left, len(pairs), max_length, longest,
+        )  # fmt: skip
+    examples = [e for side in zip(*kept, strict=True) for e in side]
+    columns = {name: [pair[i].input_ids for pair in kept] for i, name in enumerate(("chosen_ids", "rejected_ids"))}
+    tokens = sum(len(e.input_ids) for e in examples)
+    made = Tokenized(examples, tokens, supervised=sum(e.supervised for e in examples), lost=0, cut=0, dropped=2 * left)
+    return Prepared(made, Dataset.from_dict(columns))
 
 
 def _dataset(records: Records, parts: list[str]) -> Dataset:

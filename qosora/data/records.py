@@ -9,6 +9,8 @@ is text or messages:
     preference          {"prompt": turn, "chosen": turn, "rejected": turn}; the prompt may be at the beginning of both
     labeled             {"prompt": turn, "completion": turn, "label": good or not}, or made of preferences
     prompts             {"prompt": turn}, and whatever a reward asks for
+    classes             {"text": ..., "label": class}; two texts as text and text_pair
+    tags                {"tokens": [word, ...], "tags": [class, ...]}
 
 What is wrong is told in one line that names the file and its line or row. Files are held in memory, as text.
 """
@@ -42,12 +44,16 @@ FORMS: dict[str, dict[tuple[str, ...], str]] = {
     "preference": _PREFERENCES,
     "labeled": {("prompt", "completion", "label"): "labeled", **_PREFERENCES},
     "prompts": {("prompt",): "prompts"},
+    "classes": {("text", "text_pair", "label"): "classes", ("text", "label"): "classes"},
+    "tags": {("tokens", "tags"): "tags"},
 }
 _SAY = {
     "language": "Say which to use with prompt_column and completion_column, messages_column, or text_column",
     "preference": "Say which the prompt is with prompt_column, and call the others like this",
     "labeled": "Say which to use with prompt_column and completion_column, and call the others like this",
     "prompts": "Say which to use with prompt_column",
+    "classes": "Say which to use with text_column and label_column",
+    "tags": "Say which to use with text_column and label_column",
 }
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -62,10 +68,12 @@ class Columns:
     completion: str | None = None
     messages: str | None = None
     text: str | None = None
+    label: str | None = None
 
-    def given(self) -> dict[str, str]:
-        """Return the column of each part that was named."""
-        return {part: name for part, name in vars(self).items() if name is not None}
+    def given(self, form: str) -> dict[str, str]:
+        """Return the column of each part that was named: the words of a tagged text are its text."""
+        called = {"text": "tokens", "label": "tags"} if form == "tags" else {}
+        return {called.get(part, part): name for part, name in vars(self).items() if name is not None}
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ def load_records(
 
     Args:
         source: A file (.jsonl, .json, .csv, .parquet), a hub data set (NAME or NAME:CONFIG), or rows.
-        form: "language" for the first three kinds, "preference", "labeled" or "prompts".
+        form: "language" for the first three kinds, or the name of one of the others.
         split: Of a hub data set; "train" by default.
         columns: Where the data is; found by the usual names by default.
         chat: Whether to turn prompts into turns of a user, and what answers them into turns of the assistant.
@@ -117,7 +125,7 @@ def load_records(
     if not rows:
         raise DataError(f"{name} is empty: it has no example")
     parts, kind = _find_columns(name, rows, columns or Columns(), form)
-    normal = list(_normalised(name, rows, parts, keep=kind == "prompts"))
+    normal = list(_normalised(name, rows, parts, kind))
     if chat and "prompt" not in parts:
         raise DataError(f"{name}: chat wraps prompts and completions, but the data is {', '.join(parts)}")
     if kind == "preference":
@@ -169,7 +177,7 @@ def _told_apart(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _find_columns(name: str, rows: Sequence[Row], columns: Columns, form: str) -> tuple[dict[str, str], str]:
     """Return the column of each part, such as prompt and completion, and the kind of the data."""
     there = list(rows[0][1])
-    given = columns.given()
+    given = columns.given(form)
     for column in given.values():
         if column not in there:
             raise DataError(f"{name} has no column {column!r}; its columns are {', '.join(there)}")
@@ -189,15 +197,18 @@ def _listed(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
-def _normalised(name: str, rows: Iterable[Row], parts: Mapping[str, str], *, keep: bool) -> Iterator[dict[str, Any]]:
-    """Give rows by part; what else they have is kept for chats, or with `keep`."""
+def _normalised(name: str, rows: Iterable[Row], parts: Mapping[str, str], kind: str) -> Iterator[dict[str, Any]]:
+    """Give rows by part; what else they have is kept for chats, and of prompts."""
     for where, row in rows:
         result = {}
         for part, column in parts.items():
             if column not in row:
                 raise DataError(f"{name} {where}: no {column!r}, which other rows have")
             value = row[column]
-            if part == "label":
+            if kind in ("classes", "tags"):
+                if problem := _problem_of_class(part, value):
+                    raise DataError(f"{name} {where}: {column} {problem}")
+            elif part == "label":
                 value = value if isinstance(value, bool) else _LABELS.get(str(value).strip().lower())
                 if value is None:
                     raise DataError(f"{name} {where}: {column} is {row[column]!r}; it must be true or false")
@@ -208,12 +219,15 @@ def _normalised(name: str, rows: Iterable[Row], parts: Mapping[str, str], *, kee
             except DataError as error:
                 raise DataError(f"{name} {where}: {column} {error}") from None
             result[part] = value
+        if kind in ("classes", "tags"):
+            yield result
+            continue
         turns = [part for part in parts if part != "label"]
         if len({type(result[part]) for part in turns}) > 1:
             all_of = "both" if len(turns) == 2 else "all"
             raise DataError(f"{name} {where}: {_listed(turns)} must {all_of} be text or {all_of} be messages")
         others = row.keys() - set(parts.values())
-        if others and (keep or isinstance(result[turns[0]], list)):
+        if others and (kind == "prompts" or isinstance(result[turns[0]], list)):
             result["columns"] = {column: row[column] for column in row if column in others}
         yield result
 
@@ -234,6 +248,19 @@ def _problem(part: str, value: Any) -> str | None:
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             return f"has no text as content in message {i} ({message['role']})"
     return None
+
+
+def _problem_of_class(part: str, value: Any) -> str | None:
+    """Return what is wrong with a text or a class, or a list of words or classes, or None."""
+    if part in ("label", "tags"):
+        labels = [value] if part == "label" else value if isinstance(value, list) else []
+        if labels and all(isinstance(one, (str, int)) and one != "" for one in labels):
+            return None
+        return f"is {value!r}; it must be the name or number of a class" + " for each word" * (part == "tags")
+    if part != "tokens":
+        return _problem("text", value)
+    words = value if isinstance(value, list) else []
+    return None if words and all(isinstance(word, str) and word for word in words) else "must be a list of words"
 
 
 def _kind_of(value: Any) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class Tokenized:
         dropped: Examples that have no supervised token (left).
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     tokens: int
     supervised: int
     lost: int

@@ -72,6 +72,11 @@ class Original:
     def _name(self, name: str) -> str:
         """Return the name on disk of a tensor, or of one that it is tied to."""
         found = next((self._disk[n] for n in (name, *self._adapted.plain.tied_to(name)) if n in self._disk), None)
+        if found is None and "task" in read_manifest(self._adapted.base).get("made_with", {}):
+            raise CheckpointError(
+                f"{self.name}: no {name} there: {self._adapted.base} was given it at random, for its task. Export "
+                "merged weights"
+            )
         if found is None:
             raise CheckpointError(
                 f"{self.name}: no {name} there, which {self._adapted.base} has; give the original of this base"

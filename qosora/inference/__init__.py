@@ -5,6 +5,7 @@
 | `generation` | text from prompts |
 | `chat` | a conversation, with one adapter or another |
 | `evaluation` | loss, perplexity, exact match |
+| `classification` | accuracy and F1 of a classifier |
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from qosora._lazy import door
 
 if TYPE_CHECKING:
     from qosora.inference.chat import Chat as Chat
+    from qosora.inference.classification import ClassResult as ClassResult
+    from qosora.inference.classification import class_metrics as class_metrics
+    from qosora.inference.classification import evaluate_classes as evaluate_classes
+    from qosora.inference.classification import judge as judge
+    from qosora.inference.classification import pad_token as pad_token
     from qosora.inference.evaluation import EvalResult as EvalResult
     from qosora.inference.evaluation import batch_losses as batch_losses
     from qosora.inference.evaluation import evaluate as evaluate
@@ -28,6 +34,7 @@ __getattr__, __dir__ = door(
     {
         "generation": ["generate", "inference"],
         "chat": ["Chat"],
+        "classification": ["ClassResult", "class_metrics", "evaluate_classes", "judge", "pad_token"],
         "evaluation": ["EvalResult", "batch_losses", "evaluate", "mean_loss", "perplexity"],
     },
 )

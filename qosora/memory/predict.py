@@ -23,8 +23,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qosora.base import decompose_structure, skipped_modules
-from qosora.checkpoints import empty_model
+from qosora.base import decompose_structure, head_modules, skipped_modules
+from qosora.checkpoints import TAGS, empty_model, require_language_model, task_of
 from qosora.compat.peft import load_bnb_layers, mark_as_4bit
 from qosora.compat.transformers import attention_of, should_convert_module
 from qosora.config import OsoraConfig, QosoraConfig
@@ -43,7 +43,7 @@ from qosora.memory.standins import (
 )
 from qosora.memory.step import Batch, prepare_model, register_model, training_step
 from qosora.memory.tracer import Event, Peak, Site, Tracer
-from qosora.training import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL, PLACES, STRATEGIES
+from qosora.training import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL, PLACES, STRATEGIES, parameter_groups, with_head
 
 __all__ = [
     "Prediction", "StepOptions", "TracedModel", "has_experts", "meta_model", "prediction", "quantize_linears",
@@ -194,11 +194,11 @@ class TracedModel:
         self.vocab: int = model.config.get_text_config().vocab_size
         self.attention = attention_of(model.config)
         model.requires_grad_(False)
-        adapter = (
-            OsoraConfig(vectors=options.vectors, update_rank=options.update_rank)
-            if options.method == "qosora"
-            else _lora(options)
-        )
+        self.task = task_of(model.config)
+        if options.method == "qosora":
+            adapter: Any = with_head(OsoraConfig(vectors=options.vectors, update_rank=options.update_rank), model)
+        else:
+            adapter = _lora(options, model)
         with torch.device("meta"):
             self.model = get_peft_model(model, adapter)
         if options.method == "qlora":  # as TRL does for models that are loaded in 4 bits
@@ -264,9 +264,9 @@ class TracedModel:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _groups(self) -> list[list[nn.Parameter]]:
-        """Return what is trained as the optimizer groups it: vectors, and what updates have."""
-        trained = self._trained()
-        return [group for group in ([p for p in trained if p.ndim == n] for n in (1, 2)) if group]
+        """Return what is trained as the optimizer groups it."""
+        groups = parameter_groups(self.model.named_parameters())
+        return [[p for _, p in group] for group in groups if group]
 
     def _packed(self, group: int) -> int:
         return sum(_packed_elements(self._groups()[group]))
@@ -333,7 +333,7 @@ class TracedModel:
             register_model(tracer, self.model)
             optimizer = self._optimizer(tracer, trained)
             with tracer.allocating("batch"):
-                inputs = batch.tensors(self.vocab, "meta")
+                inputs = batch.tensors(self.vocab, "meta", self.task)
             tracer.sites.clear()
             saving: Callable[[], AbstractContextManager[Any]] = nullcontext
             if options.activation_offloading:
@@ -343,7 +343,7 @@ class TracedModel:
             except (RuntimeError, NotImplementedError) as error:
                 raise QosoraError(
                     f"{type(self.model.get_base_model()).__name__} cannot be traced without weights: "
-                    f"{str(error).strip().splitlines()[0]}. Measure it with `qosora profile` instead"
+                    f"{str(error).strip().splitlines()[0]}. `qosora profile` measures it"
                 ) from error
         return tracer.sites
 
@@ -408,6 +408,11 @@ def meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:
     """Return a plain model on the meta device."""
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
+    text = config.get_text_config()
+    if task_of(config) is None:
+        require_language_model(config, config.name_or_path or config.model_type, "the plan of a step")
+    elif text.pad_token_id is None:  # as `train` has it: they look for a text's end
+        text.pad_token_id = 0
     try:
         with torch.device("meta"):
             return empty_model(
@@ -430,9 +435,11 @@ def quantize_linears(model: Any, storage: QosoraConfig, options: StepOptions) ->
     mark_as_4bit(model)
 
 
-def _lora(options: StepOptions) -> LoraConfig:
+def _lora(options: StepOptions, model: Any) -> LoraConfig:
     load_bnb_layers()
-    return LoraConfig(r=options.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    kind = {None: "CAUSAL_LM", TAGS: "TOKEN_CLS"}.get(task_of(model.config), "SEQ_CLS")
+    in_full = None if kind == "CAUSAL_LM" else head_modules(model)
+    return LoraConfig(r=options.lora_rank, target_modules="all-linear", task_type=kind, modules_to_save=in_full)
 
 
 def _signatures(layers: nn.ModuleList, config: PreTrainedConfig) -> list[Any]:

@@ -6,6 +6,7 @@ CUDA the allocator's own counters are read at each change of phase, on a CPU the
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -21,13 +22,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qosora.base import load_base, load_tokenizer
-from qosora.checkpoints import quantization_in
+from qosora.checkpoints import quantization_in, task_of
 from qosora.compat.torch import own_buffers, own_parameters
 from qosora.compat.trl import get_act_offloading_ctx_manager
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.data import Columns, Records, load_records, padded_batch, tokenize
 from qosora.dtypes import dtype_named
-from qosora.errors import ConfigError, DataError
+from qosora.errors import ConfigError, DataError, QosoraError
 from qosora.layers import decoder_layers
 from qosora.memory.cards import the_card
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES
@@ -43,7 +44,9 @@ from qosora.memory.predict import (
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch, prepare_model, register_model, register_optimizer, training_step
 from qosora.memory.tracer import Event, Tracer
-from qosora.training import choose_precision, create_optimizer
+from qosora.training import choose_precision, create_optimizer, with_head
+
+logger = logging.getLogger("qosora")
 
 __all__ = ["Measurement", "fill_at_random", "measure", "offloading", "profile", "random_model"]
 
@@ -151,14 +154,21 @@ def profile(
         raise ConfigError(problems)
     loaded, storage = _load(model, step, {"rank": rank, "embeddings": embeddings}, trust_remote_code)
     batch = Batch(batch_size, seq_len, not packing and (batch_size > 1 if padding is None else padding), packing)
-    inputs = batch.tensors(loaded.config.get_text_config().vocab_size, "cpu")
+    task = task_of(loaded.config)
+    eos = loaded.config.eos_token_id if task is not None and loaded.config.is_encoder_decoder else None
+    inputs = batch.tensors(loaded.config.get_text_config().vocab_size, "cpu", task, eos)
+    if data is not None and task is not None:
+        raise ConfigError("a classifier's step is measured on random tokens: leave out data")
     if data is not None:
         batch, inputs = _longest(load_records(data, columns=columns or Columns()), str(model), batch)
     if problems := shape_problems(loaded.config, batch.size, batch.length):
         raise ConfigError(problems)
     planned = None
     if compare and not stacked_experts(loaded):
-        planned = usage_of(TracedModel(loaded.config, storage, step).predict(batch), the_card(), device)
+        try:
+            planned = usage_of(TracedModel(loaded.config, storage, step).predict(batch), the_card(), device)
+        except QosoraError as error:
+            logger.warning("no plan to compare with: %s", error)
     measured = _measure(loaded, inputs, step, steps)
     return Measurement(
         model=loaded.config.name_or_path if isinstance(model, PreTrainedModel) else str(model),
@@ -210,7 +220,12 @@ def fill_at_random(model: nn.Module, device: str) -> None:
                     continue
                 if id(tensor) not in made:
                     values = torch.empty_like(tensor, device=device)
-                    values = values.normal_(0, 0.01) if values.is_floating_point() else values.random_(0, 255)
+                    if values.is_floating_point():
+                        values.normal_(0, 0.01)
+                    elif values.dtype == torch.uint8:  # packed
+                        values.random_(0, 255)
+                    else:  # indices
+                        values.zero_()
                     made[id(tensor)] = nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
                 tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
@@ -231,7 +246,7 @@ def _longest(records: Records, model: str, like: Batch) -> tuple[Batch, dict[str
 
 
 def _measure(base: PreTrainedModel, inputs: dict[str, torch.Tensor], step: StepOptions, steps: int) -> dict[str, Any]:
-    model = get_peft_model(base, OsoraConfig(vectors=step.vectors, update_rank=step.update_rank))
+    model = get_peft_model(base, with_head(OsoraConfig(vectors=step.vectors, update_rank=step.update_rank), base))
     prepare_model(
         model,
         gradient_checkpointing=step.gradient_checkpointing,

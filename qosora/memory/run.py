@@ -32,7 +32,7 @@ def plan_run(config: TrainConfig, found: Preview, *, gpu: str | None = None, gpu
     elsewhere = gpu is not None or gpu_memory is not None
     return plan(
         found.source,
-        batch_size=config.batch_size * (2 if config.method in ("dpo", "orpo") else 1),
+        batch_size=config.batch_size * (2 if config.method in ("dpo", "orpo", "reward") else 1),
         seq_len=config.max_length if config.packing else found.longest + found.answer,
         packing=config.packing,
         vectors=config.vectors,

@@ -100,7 +100,8 @@ class PackedStandIn(_StandIn):
 
     def step(self) -> None:
         """Gather the gradients."""
-        foreach_copy_(self.views, [p.grad for p in self.params if p.grad is not None])
+        pairs = [(view, p.grad) for view, p in zip(self.views, self.params, strict=True) if p.grad is not None]
+        foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
         for p, view in zip(self.params, self.views, strict=True):
             p.grad = view
 

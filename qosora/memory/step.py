@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from qosora.checkpoints import REWARD, TAGS, task_of
 from qosora.compat.bitsandbytes import is_paged, quant_tensors
 from qosora.compat.trl import add_fused_lm_head, loss_chunks
 from qosora.decompose import nf4
 from qosora.layers import Tiling, VocabularyMatrix, apply_tiling, panel_of, qosora_modules
 from qosora.memory.tracer import Tracer
-from qosora.training import PackedPagedOptimizer
+from qosora.training import PackedPagedOptimizer, cast_to_heads, class_loss
 
 __all__ = ["Batch", "prepare_model", "register_model", "register_optimizer", "training_step"]
 
@@ -51,13 +53,25 @@ class Batch:
         """Length of a row."""
         return self.tokens if self.packing else self.length
 
-    def tensors(self, vocab: int, device: torch.device | str) -> dict[str, torch.Tensor]:
-        """Return what the trainer's collator makes, with random tokens."""
+    def tensors(
+        self, vocab: int, device: torch.device | str, task: str | None = None, eos: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return what the trainer's collator makes, with random tokens.
+
+        Args:
+            vocab: Tokens that there are.
+            device: Where to.
+            task: Of the model, as `task_of` has it.
+            eos: Token that each row has once, at its end, where the model looks for it.
+        """
         shape = (self.tokens // self.columns, self.columns)
         if torch.device(device).type == "meta":
             ids = torch.empty(shape, dtype=torch.int64, device=device)
         else:
             ids = torch.randint(0, vocab, shape, device=device)
+            if eos is not None:
+                ids[ids == eos] = (eos + 1) % vocab
+                ids[:, -1] = eos
         made = {"input_ids": ids, "labels": ids.clone()}
         if self.packing:
             half = -(-self.length // 2)
@@ -67,13 +81,18 @@ class Batch:
         if self.padding and not mask.is_meta:
             mask[-1, -1:] = 0
             made["labels"][-1, -1:] = -100
+        if task is not None:  # a class for each row, or each token; none for rewards
+            labels = torch.zeros_like(ids) if task == TAGS else torch.zeros_like(ids[:, 0])
+            made = {"input_ids": ids} if task == REWARD else {"input_ids": ids, "labels": labels}
         return made | {"attention_mask": mask}
 
 
 def prepare_model(model: Any, *, gradient_checkpointing: bool, tiling: Tiling, fused_head: bool = True) -> None:
     """Do to a PEFT model what `train` and TRL's trainer do to it before it trains; other methods have no tiles."""
     base: PreTrainedModel = model.get_base_model()
-    if fused_head:
+    if task_of(base.config) is not None:
+        cast_to_heads(model)
+    elif fused_head:
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     if gradient_checkpointing:
         base.enable_input_require_grads()
@@ -159,7 +178,13 @@ def training_step(
 
 
 def _loss(model: Any, batch: dict[str, torch.Tensor], fused_head: bool) -> torch.Tensor:
-    """As `SFTTrainer.compute_loss`."""
+    """As the trainer of the model's kind computes it."""
+    task = task_of(model.get_base_model().config)
+    if task == REWARD:
+        return -F.logsigmoid(model(**batch).logits).mean()
+    if task is not None:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return class_loss(model(**inputs), batch["labels"])
     items = (batch["labels"] != -100).sum()
     if not fused_head:
         loss: torch.Tensor = model(**batch, use_cache=False, num_items_in_batch=items).loss

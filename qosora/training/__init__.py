@@ -3,11 +3,12 @@
 | module | one line |
 |---|---|
 | `config` | `TrainConfig`: what a user says |
-| `methods` | the ways of learning that TRL has trainers for |
+| `methods` | the ways of learning |
 | `rewards` | what an answer is worth |
 | `trl_options` | a run in TRL's words |
 | `flat_buffers` | vectors as windows of flat buffers |
 | `optimizer` | the packed paged optimizer |
+| `heads` | the head of a classifier, trained in full |
 | `processes` | the processes of a run |
 | `sharding` | a base that is divided among them, or in host memory |
 | `run_folder` | the folder of a run |
@@ -37,8 +38,12 @@ if TYPE_CHECKING:
     from qosora.training.flat_buffers import OPTIMIZERS as OPTIMIZERS
     from qosora.training.flat_buffers import PAGED_NUMEL as PAGED_NUMEL
     from qosora.training.flat_buffers import why_unpaged as why_unpaged
+    from qosora.training.heads import cast_to_heads as cast_to_heads
+    from qosora.training.heads import class_loss as class_loss
+    from qosora.training.heads import with_head as with_head
     from qosora.training.optimizer import PackedPagedOptimizer as PackedPagedOptimizer
     from qosora.training.optimizer import create_optimizer as create_optimizer
+    from qosora.training.optimizer import parameter_groups as parameter_groups
     from qosora.training.optimizer import trainer_optimizer as trainer_optimizer
     from qosora.training.preview import Preview as Preview
     from qosora.training.preview import preview_run as preview_run
@@ -61,7 +66,8 @@ __getattr__, __dir__ = door(
         "processes": ["Processes"],
         "run_folder": ["RESULT", "MetricsLog"],
         "flat_buffers": ["ALIGNMENT", "OPTIMIZERS", "PAGED_NUMEL", "why_unpaged"],
-        "optimizer": ["PackedPagedOptimizer", "create_optimizer", "trainer_optimizer"],
+        "heads": ["cast_to_heads", "class_loss", "with_head"],
+        "optimizer": ["PackedPagedOptimizer", "create_optimizer", "parameter_groups", "trainer_optimizer"],
         "trainer": ["QosoraTrainer", "Recorder"],
         "run": ["TrainResult", "train"],
     },

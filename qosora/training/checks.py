@@ -19,17 +19,21 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from qosora.base import load_tokenizer
 from qosora.checkpoints import (
     ADAPTER_STEM,
+    REWARD,
+    TAGS,
+    TEXTS,
     file_digest,
     load_config,
     local_folder,
     require_base,
     require_language_model,
     split_source,
+    task_of,
 )
 from qosora.config import OsoraConfig
 from qosora.data import Columns, Prepared, Records, load_records, prepare, refuse_foreign_tokens
 from qosora.dtypes import dtype_named
-from qosora.errors import ConfigError
+from qosora.errors import CheckpointError, ConfigError
 from qosora.layers import Tiling
 from qosora.training.config import AUTO, TrainConfig
 from qosora.training.methods import METHODS
@@ -122,9 +126,11 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
     source = str(Path(model).resolve()) if Path(model).exists() else model
     model_config = load_config(source, trust_remote_code=config.trust_remote_code)
     require_base(source, model_config)
-    require_language_model(model_config, source, "qosora train")
+    task = _task(config, source, model_config)
+    if task is not None and sharded:
+        raise ConfigError(f"method {config.method} takes the whole base on each GPU: strategy ddp with base_on gpu")
     tokenizer = load_tokenizer(begun, source, trust_remote_code=config.trust_remote_code)
-    data, held_out = _prepared(config, source, tokenizer)
+    data, held_out = _prepared(config, source, model_config, tokenizer)
     rewards = load_rewards(config.reward, data.dataset.column_names)
     _pad_within(tokenizer, model_config)
     answer = arguments.max_completion_length if config.method == "grpo" else 0
@@ -207,15 +213,41 @@ def _names(names: list[str] | None) -> list[str] | str | None:
     return names
 
 
-def _prepared(config: TrainConfig, source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Prepared, Prepared | None]:
+def _task(config: TrainConfig, source: str, model_config: PreTrainedConfig) -> str | None:
+    """Return what the model is made for, if that is what the method trains.
+
+    Raises:
+        CheckpointError: It is not, with the method that is for it.
+    """
+    task, wanted = task_of(model_config), METHODS[config.method].tasks
+    if task in wanted:
+        if task is None:
+            require_language_model(model_config, source, "qosora train")
+        return task
+    if task is None:
+        made = " --task reward" if wanted == (REWARD,) else " --labels NAME NAME ..."
+        raise CheckpointError(
+            f"{source} is no {'model of rewards' if wanted == (REWARD,) else 'classifier'}, which method "
+            f"{config.method} trains; make one of the original weights: qosora quantize SRC OUT{made}"
+        )
+    fitting = next(name for name, method in METHODS.items() if task in method.tasks)
+    raise CheckpointError(f"{source} is made for {task}, which is trained with method {fitting}, not {config.method}")
+
+
+def _prepared(
+    config: TrainConfig, source: str, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Prepared, Prepared | None]:
     """Return the training and evaluation examples."""
     stops = _stop_ids(source)
+    task = task_of(model_config)
+    kind: dict[str, Any] = {"classes": model_config.label2id} if task in (TEXTS, TAGS) else {"as_pairs": task == REWARD}
     # Only packing that cuts may be told of cuts; the others split what is too long
     cut = config.max_length if config.trl.get("packing_strategy", "bfd") == "bfd" or not config.packing else None
 
     def read(*, held_out: bool, limit: int | None, max_length: int | None) -> Prepared:
-        records, only = records_of(config, held_out=held_out, limit=limit), config.completion_only
-        return prepare(records, tokenizer, max_length=max_length, completion_only=only, stop_ids=stops)
+        records = records_of(config, held_out=held_out, limit=limit, form="tags" if task == TAGS else None)
+        only = config.completion_only
+        return prepare(records, tokenizer, max_length=max_length, completion_only=only, stop_ids=stops, **kind)
 
     data = read(held_out=False, limit=config.limit, max_length=cut)
     if config.method == "kto":  # TRL takes them as they come, and all that are good often come first
@@ -225,8 +257,8 @@ def _prepared(config: TrainConfig, source: str, tokenizer: PreTrainedTokenizerBa
     return data, read(held_out=True, limit=config.eval_limit, max_length=config.max_length)
 
 
-def records_of(config: TrainConfig, *, held_out: bool, limit: int | None) -> Records:
-    """Return what a run is trained on, or evaluated on.
+def records_of(config: TrainConfig, *, held_out: bool, limit: int | None, form: str | None = None) -> Records:
+    """Return what a run is trained on, or evaluated on, in the form of its method or another.
 
     Raises:
         DataError: If it cannot be used.
@@ -235,8 +267,10 @@ def records_of(config: TrainConfig, *, held_out: bool, limit: int | None) -> Rec
     if held_out and config.eval_data is not None:
         source = config.eval_data
         split = config.eval_split or (None if Path(source).expanduser().exists() else "test")
-    columns = Columns(config.prompt_column, config.completion_column, config.messages_column, config.text_column)
-    form = METHODS[config.method].form
+    columns = Columns(
+        config.prompt_column, config.completion_column, config.messages_column, config.text_column, config.label_column
+    )
+    form = form or METHODS[config.method].form
     return load_records(source, form=form, split=split, columns=columns, chat=config.chat, limit=limit)
 
 
@@ -244,6 +278,8 @@ def _pad_within(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConf
     """Pad with a token that the model has: which one makes no difference, and some have [PAD] added beyond the last."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model_config.get_text_config().vocab_size:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if model_config.get_text_config().pad_token_id is None:  # by which classifiers find where a text ends
+        model_config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def _stop_ids(source: str) -> list[int]:

@@ -39,9 +39,11 @@ FIGURES = {
     "kto": ("loss", "rewards/margins"),
     "orpo": ("loss", "rewards/accuracies", "rewards/margins"),
     "grpo": ("reward",),
+    "reward": ("loss", "accuracy", "margin"),
+    "classify": ("loss", "accuracy", "f1"),
 }
 #: Learning rates of the vectors by default: measured for examples (benchmarks/quality), a tenth of it for the others.
-LEARNING_RATES = {"sft": 1e-2, "dpo": 1e-3, "kto": 1e-3, "orpo": 1e-3, "grpo": 1e-3}
+LEARNING_RATES = {"sft": 1e-2, "dpo": 1e-3, "kto": 1e-3, "orpo": 1e-3, "grpo": 1e-3, "reward": 1e-2, "classify": 1e-2}
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -88,7 +90,8 @@ class TrainConfig:
     method: str = _option(
         "sft",
         "learn from examples (sft), pairs of a better and a worse answer (dpo, orpo), answers that are good or not "
-        "(kto), or rewards of the model's own answers (grpo)",
+        "(kto), or rewards of the model's own answers (grpo); for models of other kinds: the classes of texts or words "
+        "(classify), or which of two answers is better (reward)",
         choices=tuple(FIGURES),
     )
     eval_data: str | None = _option(None, "held-out data, evaluated before and after training", path=True)
@@ -100,7 +103,12 @@ class TrainConfig:
     prompt_column: str | None = _option(None, "column of the prompt, where it is not called prompt")
     completion_column: str | None = _option(None, "column of the completion, where it is not called completion")
     messages_column: str | None = _option(None, "column of the chat messages, where it is not called messages")
-    text_column: str | None = _option(None, "column of plain text, where it is not called text")
+    text_column: str | None = _option(
+        None, "column of plain text, where it is not called text; classify: of the text, or of its words (tokens)"
+    )
+    label_column: str | None = _option(
+        None, "classify: column of the class, where it is not called label, or of the words' classes (tags)"
+    )
     chat: bool = _option(False, "wrap prompts and what answers them into the model's chat template")
     completion_only: bool | None = _option(
         None, "train on completions (in chats: on the assistant's turns) only [yes, except for plain text]"
@@ -375,9 +383,12 @@ def _conflicts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 #: Options that only some methods have a use for.
 _ONLY = {
-    "completion_only": ("sft",), "packing": ("sft",), "messages_column": ("sft",), "text_column": ("sft",),
+    "completion_only": ("sft",), "packing": ("sft",), "messages_column": ("sft",), "text_column": ("sft", "classify"),
+    "label_column": ("classify",), "prompt_column": ("sft", "dpo", "kto", "orpo", "grpo", "reward"),
+    "chat": ("sft", "dpo", "kto", "orpo", "grpo", "reward"),
     "completion_column": ("sft", "kto"), "beta": ("dpo", "kto", "orpo", "grpo"), "reward": ("grpo",),
-    "num_generations": ("grpo",), "max_completion_length": ("grpo",), "activation_offloading": ("sft", "dpo", "kto"),
+    "num_generations": ("grpo",), "max_completion_length": ("grpo",),
+    "activation_offloading": ("sft", "dpo", "kto", "reward"),
 }  # fmt: skip
 
 

@@ -31,7 +31,15 @@ from qosora.training.flat_buffers import (
     why_unpaged,
 )
 
-__all__ = ["OPTIMIZERS", "UPDATE_RATE", "MemoryUse", "PackedPagedOptimizer", "create_optimizer", "trainer_optimizer"]
+__all__ = [
+    "OPTIMIZERS",
+    "UPDATE_RATE",
+    "MemoryUse",
+    "PackedPagedOptimizer",
+    "create_optimizer",
+    "parameter_groups",
+    "trainer_optimizer",
+]
 
 logger = logging.getLogger("qosora")
 
@@ -194,13 +202,7 @@ def create_optimizer(
     Raises:
         ConfigError: Nothing is trainable, or an option is out of range.
     """
-    named = model.named_parameters() if isinstance(model, nn.Module) else model
-    groups: tuple[list[Any], ...] = ([], [], [])
-    for name, p in named:
-        if p.requires_grad:
-            is_vector = p.ndim == 1 and p.dtype == torch.float32 and ".modules_to_save." not in name
-            is_update = any(f".osora_{matrix}." in name for matrix in "AB")
-            groups[0 if is_vector else 1 if is_update else 2].append((name, p))
+    groups = parameter_groups(model.named_parameters() if isinstance(model, nn.Module) else model)
     if update_lr is None:
         update_lr = UPDATE_RATE * lr if isinstance(lr, int | float) else lr  # what is no number is refused below
     rates = (
@@ -212,6 +214,19 @@ def create_optimizer(
     if not chosen:
         raise ConfigError("the model has no trainable parameters: attach an adapter (get_peft_model) first")
     return PackedPagedOptimizer(chosen, lr=lr, **options)
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]],
+) -> tuple[list[tuple[str, nn.Parameter]], ...]:
+    """Return what is trained of some parameters, by name: vectors, what updates have, all else."""
+    groups: tuple[list[tuple[str, nn.Parameter]], ...] = ([], [], [])
+    for name, p in named:
+        if p.requires_grad:
+            is_vector = p.ndim == 1 and p.dtype == torch.float32 and ".modules_to_save." not in name
+            is_update = any(f".osora_{matrix}." in name for matrix in "AB")
+            groups[0 if is_vector else 1 if is_update else 2].append((name, p))
+    return groups
 
 
 def trainer_optimizer(args: Any, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qosora.data import IGNORED, Example
+from qosora.data import IGNORED, ClassExample, Example
 from qosora.training.checks import Run, resolve_run
 from qosora.training.config import TrainConfig
 from qosora.training.processes import Processes
@@ -99,11 +100,26 @@ def _steps(run: Run) -> int | None:
 
 
 def _shown(run: Run, example: Example) -> Iterator[Token]:
-    tokens = list(tokens_of(run.tokenizer, example))
+    if isinstance(example, ClassExample):
+        tokens = list(_with_classes(run, example))
+    else:
+        tokens = list(tokens_of(run.tokenizer, example))
     yield from tokens[:_SHOWN]
     if len(tokens) > 2 * _SHOWN:
         yield f" [... {len(tokens) - 2 * _SHOWN} tokens ...] ", False
     yield from tokens[_SHOWN:][-_SHOWN:]
+
+
+def _with_classes(run: Run, example: ClassExample) -> Iterator[Token]:
+    """Give each token's text and class, or all texts and one class."""
+    names = run.model_config.id2label
+    plain = tokens_of(run.tokenizer, Example(example.input_ids, np.full_like(example.input_ids, IGNORED)))
+    if not example.of_words:
+        yield from plain
+        yield f" -> {names[int(example.labels[0])]}", True
+        return
+    for (text, _), label in zip(plain, example.labels.tolist(), strict=True):
+        yield (text, False) if label == IGNORED else (f"{text}/{names[label]}", True)
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> Iterator[Token]:

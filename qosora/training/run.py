@@ -32,6 +32,7 @@ from qosora.inference import perplexity
 from qosora.layers import apply_tiling, compile_layers, qosora_modules
 from qosora.training.checks import Run, resolve_run
 from qosora.training.config import FIGURES, TrainConfig
+from qosora.training.heads import with_head
 from qosora.training.optimizer import trainer_optimizer
 from qosora.training.processes import Processes
 from qosora.training.run_folder import RunFolder
@@ -169,11 +170,10 @@ def _trainer(run: Run) -> tuple[Any, Recorder]:
             model=model,
             args=run.arguments,
             processes=run.processes,
-            train_dataset=run.data.dataset,
             **_of_method(run),
             save_embeddings=len(model.get_input_embeddings().weight) != own_tokens,
             processing_class=run.tokenizer,
-            peft_config=run.adapter if run.begun is None else None,
+            peft_config=with_head(run.adapter, model) if run.begun is None else None,
             optimizer_cls_and_kwargs=trainer_optimizer(
                 run.arguments,
                 optimizer=config.optimizer,
@@ -205,14 +205,19 @@ def _trainer(run: Run) -> tuple[Any, Recorder]:
 
 def _of_method(run: Run) -> dict[str, Any]:
     """Return what not all trainers take alike."""
+    if run.config.method == "classify":
+        held_out = run.held_out.tokenized.examples if run.held_out else None
+        examples = run.data.tokenized.examples
+        return {"train_dataset": examples, "eval_dataset": held_out, "eval_examples": held_out or []}
+    data = {"train_dataset": run.data.dataset}
     if run.config.method == "sft":
-        return {
+        return data | {
             # for Trainer's eval_steps alone; `evaluate` measures the examples themselves
             "eval_dataset": Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}) if run.held_out else None,
             "eval_examples": run.held_out.tokenized.examples if run.held_out else [],
         }
     rewards = {"reward_funcs": run.rewards} if run.rewards else {}
-    return {"eval_dataset": run.held_out.dataset if run.held_out else None, **rewards}
+    return data | {"eval_dataset": run.held_out.dataset if run.held_out else None, **rewards}
 
 
 def _run(trainer: Any, run: Run) -> tuple[list[dict[str, float]], int | None]:

@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,20 @@ import psutil
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, concatenate_datasets
-from peft import set_peft_model_state_dict
+from peft import get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerState
-from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer
+from transformers import Trainer, TrainerCallback, TrainerState
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
 from qosora.checkpoints import ADAPTER_STEM
 from qosora.compat.trl import know_parameters_again, loss_chunks, orpo
-from qosora.data import IGNORED, Example, padded_batch
+from qosora.data import IGNORED, Example, class_batch, padded_batch
 from qosora.errors import EndedElsewhere, QosoraError
-from qosora.inference import batch_losses, inference, perplexity
+from qosora.inference import batch_losses, class_metrics, inference, judge, pad_token, perplexity
 from qosora.layers import panel_of
+from qosora.training.heads import cast_to_heads, class_loss
 from qosora.training.processes import Processes
 from qosora.training.run_folder import MetricsLog
 from qosora.training.sharding import is_sharded
@@ -54,6 +56,7 @@ class _OfVectors:
     model: Any
     args: Any
     state: Any
+    control: Any
 
     def __init__(
         self,
@@ -103,6 +106,15 @@ class _OfVectors:
         # TRL's reference is an adapter, too
         self.model.save_pretrained(folder, save_embedding_layers=self.save_embeddings, selected_adapters=["default"])
 
+    def _evaluated(self, found: dict[str, float], prefix: str, start: float) -> dict[str, float]:
+        """Log what an evaluation found, and tell all who listen."""
+        found = {**found, "runtime": time.perf_counter() - start}
+        metrics = {f"{prefix}_{key}": value for key, value in found.items()}
+        self.log(metrics)  # type: ignore[attr-defined]
+        listeners = self.callback_handler  # type: ignore[attr-defined]
+        self.control = listeners.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's would appear in the run's folder with the first checkpoint."""
 
@@ -115,7 +127,6 @@ class QosoraTrainer(_OfVectors, SFTTrainer):
         **kwargs: Of `SFTTrainer`, and `processes` and `save_embeddings`.
     """
 
-    control: Any
     train_dataset: Any
 
     def __init__(self, *, eval_examples: Sequence[Example], **kwargs: Any) -> None:
@@ -136,11 +147,7 @@ class QosoraTrainer(_OfVectors, SFTTrainer):
         parts = self.processes.gathered(mine)
         in_order = (loss for batch in zip_longest(*parts, fillvalue=0.0) for loss in batch)
         loss = sum(in_order) / sum(example.supervised for example in self.eval_examples)
-        metrics = {"loss": loss, "perplexity": perplexity(loss), "runtime": time.perf_counter() - start}
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self._evaluated({"loss": loss, "perplexity": perplexity(loss)}, metric_key_prefix, start)
 
     def _sharded_losses(self, size: int) -> list[float]:
         """Do as `batch_losses` with a model whose parts are brought together by its own forward, in all processes."""
@@ -189,6 +196,43 @@ class QosoraTrainer(_OfVectors, SFTTrainer):
         self.model.zero_grad()
 
 
+class ClassifierTrainer(_OfVectors, Trainer):
+    """As `Trainer`, of the loss of each class, with our evaluation.
+
+    Args:
+        model: A classifier.
+        eval_examples: What `evaluate` measures.
+        peft_config: What to train, where the model has no adapter yet.
+        args: As of `Trainer`.
+        **kwargs: Of `Trainer`, and `processes` and `save_embeddings`.
+    """
+
+    def __init__(self, *, model: Any, eval_examples: Sequence[Any], peft_config: Any, args: Any, **kwargs: Any) -> None:
+        self.eval_examples = eval_examples
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        if args.activation_checkpointing:
+            model.enable_input_require_grads()
+        cast_to_heads(model)
+        collate = partial(class_batch, pad=pad_token(model.config))
+        super().__init__(model=model, args=args, data_collator=collate, compute_loss_func=class_loss, **kwargs)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Return loss, accuracy and F1 of the evaluation examples, and log them."""
+        start = time.perf_counter()
+        rank, count = self.processes.rank, self.processes.count
+        mine = judge(self.model, self.eval_examples, self.args.per_device_eval_batch_size, part=rank, parts=count)
+        names = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+        found = class_metrics([one for part in self.processes.gathered(mine) for one in part], names)
+        return self._evaluated(found, metric_key_prefix, start)
+
+
+class _RewardTrainer(_OfVectors, RewardTrainer):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        cast_to_heads(self.model)
+
+
 class _DPOTrainer(_OfVectors, DPOTrainer):
     pass
 
@@ -208,6 +252,7 @@ class _GRPOTrainer(_OfVectors, GRPOTrainer):
 #: By the method of a run.
 TRAINERS: dict[str, type[Any]] = {
     "sft": QosoraTrainer, "dpo": _DPOTrainer, "kto": _KTOTrainer, "orpo": _ORPOTrainer, "grpo": _GRPOTrainer,
+    "reward": _RewardTrainer, "classify": ClassifierTrainer,
 }  # fmt: skip
 
 

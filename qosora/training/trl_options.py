@@ -156,7 +156,6 @@ def _options(config: TrainConfig, precision: str, output_dir: Path, processes: i
         "activation_checkpointing": config.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False},
         "use_liger_kernel": config.use_liger,
-        "trust_remote_code": config.trust_remote_code,
         "logging_steps": config.logging_steps,
         "logging_nan_inf_filter": False,  # it would show the last loss in place of NaN
         "save_strategy": "steps" if config.save_steps else "no",
@@ -174,9 +173,11 @@ def _options(config: TrainConfig, precision: str, output_dir: Path, processes: i
 
 def _of_method(config: TrainConfig, processes: int) -> dict[str, Any]:
     """Return the options that not all trainers have."""
-    beta = {} if config.beta is None else {"beta": config.beta}
+    if config.method == "classify":
+        return {"include_num_input_tokens_seen": "non_padding"}
+    shared = {"trust_remote_code": config.trust_remote_code} | ({} if config.beta is None else {"beta": config.beta})
     if config.method == "sft":
-        return {
+        return shared | {
             # examples come truncated; packed ones are cut by TRL's packing
             "max_length": config.max_length if config.packing else None,
             "packing": config.packing,
@@ -186,13 +187,13 @@ def _of_method(config: TrainConfig, processes: int) -> dict[str, Any]:
         }
     if config.method == "grpo":
         step = config.batch_size * config.gradient_accumulation * processes
-        return beta | {
+        return shared | {
             "num_generations": config.num_generations or min(8, step),
             "max_completion_length": config.max_completion_length or ANSWER_LENGTH,
         }
     if config.method == "orpo":  # it takes the columns that it makes, whatever it is told, and says so
-        return beta | {"max_length": config.max_length, "remove_unused_columns": False}
-    return beta | {"max_length": config.max_length, "activation_offloading": config.activation_offloading}
+        return shared | {"max_length": config.max_length, "remove_unused_columns": False}
+    return shared | {"max_length": config.max_length, "activation_offloading": config.activation_offloading}
 
 
 def _numbers(value: Any) -> Any:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from classifiers import make_bert, temperatures
 from tiny import make_base, make_checkpoint, perturbed, sums, write_jsonl
 
 import qosora
@@ -325,3 +326,30 @@ def test_a_shell_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert {"--method", "--batch-size"} <= completed("train", "--")
     assert completed("train", "--method", "d") == {"dpo"}
     assert completed("export", "my") == {"my-model"}
+
+
+def test_a_classifier_from_checkpoint_to_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    make_bert(tmp_path / "bert")
+    write_jsonl(tmp_path / "train.jsonl", temperatures(16))
+    source, base, data = (str(tmp_path / name) for name in ("bert", "base", "train.jsonl"))
+    assert cli.main(["quantize", source, base, "--rank", "8", "--labels", "cold", "warm"]) == 0
+    assert "qosora train --method classify --model" in capsys.readouterr().out
+    assert cli.main(["inspect", base]) == 0
+    assert "classes        cold, warm" in capsys.readouterr().out
+    run = ["train", "--method", "classify", "--model", base, "--data", data, "--output-dir", str(tmp_path / "run")]
+    assert cli.main([*run, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "[[ -> cold]]" in shown
+    assert "16 examples" in shown
+    assert cli.main([*run, "--max-steps", "2", "--no-progress"]) == 0
+    last = capsys.readouterr().out
+    assert "next: qosora export" in last
+    assert cli.main(["eval", str(tmp_path / "run"), "--data", data]) == 0
+    scores = capsys.readouterr().out
+    assert "accuracy" in scores
+    assert "cold" in scores
+    assert cli.main(["eval", str(tmp_path / "run"), "--data", data, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["labels"] == 16
+    assert cli.main(["eval", str(tmp_path / "run"), "--data", data, "--exact-match"]) == 2
+    assert cli.main(["quantize", source, str(tmp_path / "b"), "--labels", "a", "b", "--check", data]) == 2
+    assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "x"]) == 1

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
+from kinds import CLASSIFIERS, SEEING
 from tiny import load, make_base, make_checkpoint, write_jsonl
+from transformers import BartConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from qosora.cli import main
 from qosora.config import QosoraConfig
-from qosora.errors import ConfigError, DataError
+from qosora.errors import CheckpointError, ConfigError, DataError
 from qosora.layers import vocabulary
 from qosora.memory import step
+from qosora.memory.plan import plan
 from qosora.memory.predict import StepOptions
 from qosora.memory.profile import profile, random_model
 from qosora.memory.shapes import model_config
@@ -46,6 +49,42 @@ def test_planned_equals_measured(bases: dict[str, Path], name: str, batch_size: 
         assert found.planned.phases[phase] == pytest.approx(measured, rel=0.01), phase
     for name, measured in found.live.rows.items():
         assert found.planned.rows[name] == pytest.approx(measured, abs=0.01 * found.measured_bytes), name
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize("kind", [*CLASSIFIERS, *SEEING])
+def test_planned_equals_measured_to_the_byte_for_other_kinds(kind: str, checkpointing: bool):
+    """Classifiers with their head, and models that see, on text."""
+    config = (CLASSIFIERS | SEEING)[kind]
+    options: dict[str, Any] = {"gradient_checkpointing": checkpointing, "precision": "fp32"}
+    storage = QosoraConfig(rank=16)
+    model = random_model(config, storage, StepOptions(device="cpu", **options))
+    model.config.quantization_config = storage
+    found = profile(model, batch_size=3, seq_len=40, steps=1, **options)
+    assert found.planned is not None
+    assert found.planned.allocated_bytes == found.measured_bytes
+    assert found.planned.phases == found.live.phases
+
+
+def test_a_model_that_cannot_be_traced_is_measured_without_a_plan(caplog: pytest.LogCaptureFixture):
+    """BART's classifiers look for the end of each text, in a way that has no form without values."""
+    config = BartConfig(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=96, architectures=["BartForSequenceClassification"],
+    )  # fmt: skip
+    storage = QosoraConfig(rank=8)
+    model = random_model(config, storage, StepOptions(device="cpu", precision="fp32"))
+    model.config.quantization_config = storage
+    found = profile(model, batch_size=2, seq_len=24, steps=1)
+    assert found.planned is None
+    assert found.difference is None
+    assert found.measured_bytes > 0
+    assert "BartForSequenceClassification cannot be traced" in caplog.text
+
+
+def test_what_writes_no_text_is_refused():
+    with pytest.raises(CheckpointError, match="takes language models that write on"):
+        plan(BartConfig(architectures=["BartForConditionalGeneration"]), grid=False)
 
 
 @pytest.mark.parametrize(

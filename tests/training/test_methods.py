@@ -65,8 +65,14 @@ def vectors(folder: str | Path) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "adapter_model.safetensors")
 
 
+#: Of models of other kinds: test_heads.
+OF_HEADS = ["reward", "classify"]
+
+
 def test_one_table_for_all():
-    assert list(METHODS) == list(FIGURES) == list(TRAINERS) == ["sft", *OWN]
+    assert (
+        list(METHODS) == list(FIGURES) == list(TRAINERS) == ["sft", *OWN, "reward", "classify"]
+    )  # the last two: test_heads
 
 
 def test_what_each_begins_at(runs: dict[str, TrainResult]):
