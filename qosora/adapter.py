@@ -204,6 +204,12 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
         return "osora." + super().__repr__()
 
 
+def _within(name: str) -> list[str]:
+    """Return a module's name and those of the modules that it is in."""
+    parts = name.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+
 _HOW_TO_DECOMPOSE = (
     "Load it with from_pretrained(..., quantization_config=QosoraConfig(rank=128)), or convert it once with "
     "`qosora quantize SRC OUT` and load OUT"
@@ -309,7 +315,8 @@ class OsoraModel(BaseTuner):
                 f"OSoRA adapts a qosora base, and {type(self.model).__name__} has no decomposed layer. "
                 + (_HOW_TO_RELOAD if config.base_fingerprint else _HOW_TO_DECOMPOSE)
             )
-        in_full = [n for n in names if any(matches_module(m, n) for m in config.modules_to_save or ())]
+        saved = config.modules_to_save or ()
+        in_full = [n for n in names if any(matches_module(m, part) for m in saved for part in _within(n))]
         if in_full:
             raise ConfigError(
                 f"modules_to_save names {in_full[0]!r}, which is frozen in 4 bits and cannot be trained in full. Take "

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qosora.base.load import load_adapter as load_adapter
     from qosora.base.load import load_base as load_base
     from qosora.base.load import load_model as load_model
+    from qosora.base.load import load_processor as load_processor
     from qosora.base.load import load_tokenizer as load_tokenizer
     from qosora.base.load import rows_brought as rows_brought
     from qosora.base.structure import decompose_structure as decompose_structure
@@ -54,6 +55,7 @@ __getattr__, __dir__ = door(
             "load_adapter",
             "load_base",
             "load_model",
+            "load_processor",
             "load_tokenizer",
             "rows_brought",
         ],

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from qosora.checkpoints import (
     ADAPTER_CONFIG,
@@ -33,8 +40,8 @@ from qosora.errors import CheckpointError, QosoraError, first_line
 from qosora.layers import fast_dtype
 
 __all__ = [
-    "TABLE_OF_TOKENS", "fit_vocabulary", "load_adapted", "load_adapter", "load_base", "load_model", "load_tokenizer",
-    "rows_brought",
+    "TABLE_OF_TOKENS", "fit_vocabulary", "load_adapted", "load_adapter", "load_base", "load_model", "load_processor",
+    "load_tokenizer", "rows_brought",
 ]  # fmt: skip
 
 #: What PEFT calls embeddings of which single rows are trained, below the module's name.
@@ -256,6 +263,24 @@ def rows_brought(reader: CheckpointReader, embedding: str) -> int | None:
         if (key := f"base_model.model.{embedding}.{end}") in reader:
             return reader.shape(key)[0]
     return None
+
+
+def load_processor(source: str | Path, *, trust_remote_code: bool = False) -> ProcessorMixin:
+    """Return what makes tokens and pixels for a model that sees.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    try:
+        found = AutoProcessor.from_pretrained(expanded(source), trust_remote_code=trust_remote_code)
+    except Exception as error:  # its files may be of any form
+        raise CheckpointError(f"{source}: no processor of images there ({first_line(error)})") from error
+    if not isinstance(found, ProcessorMixin):  # a tokenizer, where no other files are
+        raise CheckpointError(
+            f"{source}: no processor of images there; copy the model's preprocessor_config.json and "
+            "processor_config.json into the folder"
+        )
+    return found
 
 
 def load_tokenizer(*sources: str | Path | None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from qosora.checkpoints.model_class import empty_model as empty_model
     from qosora.checkpoints.model_class import model_class_of as model_class_of
     from qosora.checkpoints.model_class import require_language_model as require_language_model
+    from qosora.checkpoints.model_class import sees as sees
     from qosora.checkpoints.model_class import task_of as task_of
     from qosora.checkpoints.names import ADAPTER_CONFIG as ADAPTER_CONFIG
     from qosora.checkpoints.names import ADAPTER_STEM as ADAPTER_STEM
@@ -117,6 +118,7 @@ __getattr__, __dir__ = door(
             "empty_model",
             "model_class_of",
             "require_language_model",
+            "sees",
             "task_of",
         ],
         "stored_config": [

@@ -5,6 +5,7 @@ A text classifier, a translator or a model that sees has layers that a language 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import transformers
@@ -21,7 +22,7 @@ from qosora.errors import CheckpointError
 
 __all__ = [
     "REWARD", "TAGS", "TASKS", "TEXTS", "class_for_task", "empty_model", "model_class_of", "require_language_model",
-    "task_of",
+    "sees", "task_of",
 ]  # fmt: skip
 
 #: What a classifier does, in the words of transformers' pipelines; and a model that gives an answer its reward.
@@ -87,6 +88,11 @@ def task_of(config: PreTrainedConfig) -> str | None:
         if found in _members(_CLASSES[task].values()):
             return REWARD if task == TEXTS and config.num_labels == 1 else task
     return None
+
+
+def sees(config: PreTrainedConfig) -> bool:
+    """Say whether a model takes images beside text."""
+    return "pixel_values" in inspect.signature(model_class_of(config).forward).parameters
 
 
 def _members(found: Any) -> set[Any]:

@@ -165,6 +165,8 @@ def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
     if found.evaluated:
         print(f"evaluated on {found.evaluated:,} examples before and after")
     print(f"\n{usage_table(planned.usage, None)}")
+    if found.seen:
+        print("not counted: what the tower of vision takes for pixels")
     if config.method in _NOT_PLANNED:
         print(_NOT_PLANNED[config.method])
     if planned.verdict is not None:

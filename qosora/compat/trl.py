@@ -22,6 +22,10 @@ _FOUND = found(
         "TOKEN_CHUNK_SIZE": f"{_LOSS}.TOKEN_CHUNK_SIZE",
         # What SFTTrainer does to a model and with it; `plan` and `profile` make the same step.
         "add_fused_lm_head": "trl.trainer.utils.add_fused_lm_head(model, outputs)",
+        # Tokens, labels and pixels of examples with images.
+        "DataCollatorForVisionLanguageModeling": (
+            "trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling(processor, completion_only_loss)"
+        ),
         "get_act_offloading_ctx_manager": f"{_OFFLOADING}(model)",
     },
 )

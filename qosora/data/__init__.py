@@ -8,6 +8,7 @@
 | `fit` | whether tokens fit a model |
 | `batch` | examples of different lengths, padded |
 | `classes` | texts and words with classes, as tokens and batches |
+| `vision` | examples with images |
 | `prepared` | records as a trainer takes them |
 """
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from qosora.data.tokens import Example as Example
     from qosora.data.tokens import Tokenized as Tokenized
     from qosora.data.tokens import tokenize as tokenize
+    from qosora.data.vision import SeenExample as SeenExample
+    from qosora.data.vision import Seer as Seer
 
 __getattr__, __dir__ = door(
     __name__,
@@ -51,6 +54,7 @@ __getattr__, __dir__ = door(
         "prepared": ["Prepared", "prepare"],
         "fit": ["embedding_rows", "learned_positions", "refuse_foreign_tokens", "refuse_too_long"],
         "batch": ["padded", "padded_batch"],
+        "vision": ["SeenExample", "Seer"],
         "classes": ["ClassExample", "class_batch", "tokenize_classes"],
     },
 )

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from qosora.data.classes import tokenize_classes
 from qosora.data.records import Records
 from qosora.data.tokens import Tokenized, tokenize, tokenize_prompts
+from qosora.data.vision import Seer
 from qosora.errors import DataError, first_line
 
 __all__ = ["Prepared", "prepare"]
@@ -59,6 +60,7 @@ def prepare(
     completion_only: bool | None = None,
     stop_ids: Collection[int] = (),
     classes: Mapping[str, int] | None = None,
+    seer: Seer | None = None,
     as_pairs: bool = False,
 ) -> Prepared:
     """Tokenize records, and bring them into the form of TRL.
@@ -70,6 +72,7 @@ def prepare(
         completion_only: As in `tokenize`, for examples to imitate.
         stop_ids: As in `tokenize`.
         classes: As in `tokenize_classes`, for texts and words with classes.
+        seer: What takes examples with images.
         as_pairs: Whether preferences are compared as wholes, by a model of rewards, and not learned to be written; one
             that is longer than `max_length` is left out, as it would lose what differs.
 
@@ -79,6 +82,16 @@ def prepare(
     if classes is not None:
         tokenized = tokenize_classes(records, tokenizer, classes, max_length=max_length)
         return Prepared(tokenized, Dataset.from_dict(tokenized.columns()))
+    if records.seen:
+        if records.kind not in ("prompt-completion", "messages"):
+            raise DataError(f"{records.name} has images, which only method sft takes; leave out their column")
+        if seer is None:
+            raise DataError(
+                f"{records.name} has images, and the model takes none: leave out the column, or take another model"
+            )
+        tokenized = seer.tokenize(records, max_length=max_length)
+        numbers = {"number": list(range(len(tokenized)))}
+        return Prepared(tokenized, Dataset.from_dict({**tokenized.columns(), **numbers}))
     if as_pairs:
         return _pairs(records, tokenizer, max_length)
     options: dict[str, Any] = {"max_length": max_length, "stop_ids": stop_ids}

@@ -12,6 +12,9 @@ is text or messages:
     classes             {"text": ..., "label": class}; two texts as text and text_pair
     tags                {"tokens": [word, ...], "tags": [class, ...]}
 
+A row of the first two kinds may have images, a list of them in a column images, or one in a column image; a message's
+content is then text, or a list of {"type": "image"} and {"type": "text", "text": ...}.
+
 What is wrong is told in one line that names the file and its line or row. Files are held in memory, as text.
 """
 
@@ -55,6 +58,7 @@ _SAY = {
     "classes": "Say which to use with text_column and label_column",
     "tags": "Say which to use with text_column and label_column",
 }
+_IMAGES = ("images", "image")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 Row = tuple[str, dict[str, Any]]  # where it is ("line 3"), and its values by column
@@ -84,11 +88,18 @@ class Records:
         name: Of the file or data set, for messages.
         kind: As in the module docstring.
         rows: As there; chats have their other columns, which a template may ask for, in "columns", and prompts theirs.
+        folder: Where paths of images begin.
     """
 
     name: str
     kind: str
     rows: list[dict[str, Any]]
+    folder: Path = Path()
+
+    @property
+    def seen(self) -> bool:
+        """Whether there are images."""
+        return any(row.get("images") for row in self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -133,7 +144,7 @@ def load_records(
     if chat:
         normal = [{part: _turns(part, value) for part, value in row.items()} for row in normal]
     if chat and kind == "prompt-completion":
-        kind, normal = "messages", [{"messages": row["prompt"] + row["completion"]} for row in normal]
+        kind, normal = "messages", [_as_chat(row) for row in normal]
     if form == "labeled" and kind == "preference":  # all that are good, then all that are not, as TRL does
         kind = "labeled"
         normal = [
@@ -141,7 +152,13 @@ def load_records(
             for part in ("chosen", "rejected")
             for row in normal
         ]
-    return Records(name, kind, normal)
+    folder = Path(name).expanduser().parent if isinstance(source, (str, Path)) else Path()
+    return Records(name, kind, normal, folder)
+
+
+def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
+    others = {part: value for part, value in row.items() if part not in ("prompt", "completion")}
+    return {"messages": row["prompt"] + row["completion"], **others}
 
 
 def _turns(part: str, value: Any) -> Any:
@@ -200,7 +217,8 @@ def _listed(parts: Sequence[str]) -> str:
 def _normalised(name: str, rows: Iterable[Row], parts: Mapping[str, str], kind: str) -> Iterator[dict[str, Any]]:
     """Give rows by part; what else they have is kept for chats, and of prompts."""
     for where, row in rows:
-        result = {}
+        result: dict[str, Any] = {}
+        images = None if kind in ("text", "classes", "tags") else _images(row)
         for part, column in parts.items():
             if column not in row:
                 raise DataError(f"{name} {where}: no {column!r}, which other rows have")
@@ -212,7 +230,7 @@ def _normalised(name: str, rows: Iterable[Row], parts: Mapping[str, str], kind: 
                 value = value if isinstance(value, bool) else _LABELS.get(str(value).strip().lower())
                 if value is None:
                     raise DataError(f"{name} {where}: {column} is {row[column]!r}; it must be true or false")
-            elif problem := _problem(part, value):
+            elif problem := _problem(part, value, with_images=images is not None):
                 raise DataError(f"{name} {where}: {column} {problem}")
             try:
                 refuse_broken_text(value)
@@ -226,13 +244,24 @@ def _normalised(name: str, rows: Iterable[Row], parts: Mapping[str, str], kind: 
         if len({type(result[part]) for part in turns}) > 1:
             all_of = "both" if len(turns) == 2 else "all"
             raise DataError(f"{name} {where}: {_listed(turns)} must {all_of} be text or {all_of} be messages")
-        others = row.keys() - set(parts.values())
+        if images is not None:
+            result["images"] = images
+        others = row.keys() - set(parts.values()) - set(_IMAGES)
         if others and (kind == "prompts" or isinstance(result[turns[0]], list)):
             result["columns"] = {column: row[column] for column in row if column in others}
         yield result
 
 
-def _problem(part: str, value: Any) -> str | None:
+def _images(row: Mapping[str, Any]) -> list[Any] | None:
+    """Return the images of a row; None without a column of them."""
+    column = next((name for name in _IMAGES if name in row), None)
+    if column is None:
+        return None
+    found = row[column]
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _problem(part: str, value: Any, *, with_images: bool = False) -> str | None:
     """Return what is wrong with a value, or None."""
     if value is None:
         return "is null; it must be text"
@@ -245,9 +274,19 @@ def _problem(part: str, value: Any) -> str | None:
     for i, message in enumerate(value, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return f'has no role in message {i}; a message is {{"role": ..., "content": ...}}'
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+        content = message.get("content")
+        if with_images and isinstance(content, list) and content and all(map(_is_part, content)):
+            continue
+        if not isinstance(content, str) and not message.get("tool_calls"):
             return f"has no text as content in message {i} ({message['role']})"
     return None
+
+
+def _is_part(part: Any) -> bool:
+    """Say whether a part of a message's content is text, or the place of an image."""
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str))
 
 
 def _problem_of_class(part: str, value: Any) -> str | None:

@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qosora.checkpoints import require_language_model
+from qosora.base import load_processor
+from qosora.checkpoints import require_language_model, sees
 from qosora.data import (
     IGNORED,
     Columns,
     Example,
     Records,
+    Seer,
     embedding_rows,
     learned_positions,
     load_records,
@@ -120,6 +122,10 @@ def evaluate(
     if not isinstance(data, Records):
         hub_split = split or ("test" if isinstance(data, str) and not Path(data).expanduser().exists() else None)
         data = load_records(data, split=hub_split, columns=columns, chat=chat, limit=limit)
+    if data.seen:
+        if exact_match:
+            raise ConfigError("exact match takes no images: leave it out, or the images")
+        return _seen(model, tokenizer, data, batch_size, max_length, completion_only is not False)
     pairs = _answers(data) if exact_match else []
     options = [template_options(tokenizer, row.get("columns", {})) for row in data.rows] if exact_match else []
     stops = stop_token_ids(model, tokenizer)
@@ -146,6 +152,28 @@ def evaluate(
     ]
     rate = sum(s.match for s in found) / len(found)
     return EvalResult(loss, result.perplexity, result.tokens, result.examples, rate, found[:samples])
+
+
+def _seen(
+    model: Any, tokenizer: PreTrainedTokenizerBase, data: Records, size: int, max_length: int | None, only: bool
+) -> EvalResult:
+    """Measure a model that sees, on examples with images."""
+    if not sees(model.config):
+        raise DataError(f"{data.name} has images, and the model takes none; leave out their column")
+    seer = Seer(load_processor(tokenizer.name_or_path), completion_only=only, dtype=model.dtype)
+    found = seer.tokenize(data, max_length=max_length)
+    by_length = sorted(found.examples, key=lambda e: -len(e.input_ids))
+    total = 0.0
+    device = model.get_input_embeddings().weight.device
+    with inference(model):
+        for start in range(0, len(by_length), size):
+            batch = {name: tensor.to(device) for name, tensor in seer.batch(by_length[start : start + size]).items()}
+            targets = batch.pop("labels")[:, 1:]
+            logits = model(**batch, use_cache=False).logits[:, :-1]
+            chosen = targets != IGNORED
+            total += F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="sum").item()
+    loss = total / found.supervised
+    return EvalResult(loss, perplexity(loss), found.supervised, len(found))
 
 
 def perplexity(loss: float) -> float:

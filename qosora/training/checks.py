@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qosora.base import load_tokenizer
+from qosora.base import load_processor, load_tokenizer
 from qosora.checkpoints import (
     ADAPTER_STEM,
     REWARD,
@@ -27,11 +27,12 @@ from qosora.checkpoints import (
     local_folder,
     require_base,
     require_language_model,
+    sees,
     split_source,
     task_of,
 )
 from qosora.config import OsoraConfig
-from qosora.data import Columns, Prepared, Records, load_records, prepare, refuse_foreign_tokens
+from qosora.data import Columns, Prepared, Records, Seer, load_records, prepare, refuse_foreign_tokens
 from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, ConfigError
 from qosora.layers import Tiling
@@ -69,6 +70,7 @@ class Run:
         held_out: To evaluate on.
         rewards: Of answers, where they are learned from.
         answer: Tokens of an answer at most; 0 where none are learned from.
+        seer: What makes pixels, where the data have images.
         made_of: What else determines the run: hashes, by what a message calls it, and the examples of a step.
         processes: That train together.
         sharded: Whether each process holds a part of the base only, or none on its GPU.
@@ -93,6 +95,7 @@ class Run:
     held_out: Prepared | None
     rewards: list[Callable[..., Any]]
     answer: int
+    seer: Seer | None
     made_of: dict[str, Any]
     processes: Processes
     sharded: bool
@@ -130,7 +133,10 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
     if task is not None and sharded:
         raise ConfigError(f"method {config.method} takes the whole base on each GPU: strategy ddp with base_on gpu")
     tokenizer = load_tokenizer(begun, source, trust_remote_code=config.trust_remote_code)
-    data, held_out = _prepared(config, source, model_config, tokenizer)
+    seer = _Seers(config, source, model_config, dtype_named(precision))
+    data, held_out = _prepared(config, source, model_config, tokenizer, seer)
+    if seer.used is not None and sharded:
+        raise ConfigError("data with images take the whole base on each GPU: strategy ddp with base_on gpu")
     rewards = load_rewards(config.reward, data.dataset.column_names)
     _pad_within(tokenizer, model_config)
     answer = arguments.max_completion_length if config.method == "grpo" else 0
@@ -155,6 +161,7 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
         held_out=held_out,
         rewards=rewards,
         answer=answer,
+        seer=seer.used,
         made_of=_made_of(begun, data, held_out)
         | reward_digests(config.reward)
         | {STEP_EXAMPLES: config.batch_size * config.gradient_accumulation * processes.count},
@@ -234,8 +241,42 @@ def _task(config: TrainConfig, source: str, model_config: PreTrainedConfig) -> s
     raise CheckpointError(f"{source} is made for {task}, which is trained with method {fitting}, not {config.method}")
 
 
+class _Seers:
+    """Makes what takes images once, when there are some.
+
+    Attributes:
+        used: What was made.
+    """
+
+    def __init__(self, config: TrainConfig, source: str, model_config: PreTrainedConfig, dtype: torch.dtype) -> None:
+        self._config, self._source, self._model, self._dtype = config, source, model_config, dtype
+        self.used: Seer | None = None
+
+    def of(self, records: Records) -> Seer | None:
+        """Return it for some records; None where they have no images, or the model takes none.
+
+        Raises:
+            ConfigError: An option that does not go with images.
+            CheckpointError: The base has no processor of images.
+        """
+        if not records.seen or not sees(self._model):
+            return None
+        if self._config.packing:
+            raise ConfigError("packing does not go with images; leave it out")
+        if self.used is None:
+            processor = load_processor(self._source, trust_remote_code=self._config.trust_remote_code)
+            _pad_within(processor.tokenizer, self._model)
+            only = self._config.completion_only is not False
+            self.used = Seer(processor, completion_only=only, dtype=self._dtype)
+        return self.used
+
+
 def _prepared(
-    config: TrainConfig, source: str, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig,
+    source: str,
+    model_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seer: _Seers,
 ) -> tuple[Prepared, Prepared | None]:
     """Return the training and evaluation examples."""
     stops = _stop_ids(source)
@@ -247,6 +288,7 @@ def _prepared(
     def read(*, held_out: bool, limit: int | None, max_length: int | None) -> Prepared:
         records = records_of(config, held_out=held_out, limit=limit, form="tags" if task == TAGS else None)
         only = config.completion_only
+        kind["seer"] = seer.of(records)
         return prepare(records, tokenizer, max_length=max_length, completion_only=only, stop_ids=stops, **kind)
 
     data = read(held_out=False, limit=config.limit, max_length=cut)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ __all__ = ["Preview", "preview_run"]
 Token = tuple[str, bool]
 #: Tokens of an example that are shown from its beginning, and from its end where it is longer.
 _SHOWN = 150
+#: The same token so often is still shown each time.
+_SAME = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Preview:
         evaluated: Examples to evaluate on.
         precision: "bf16", "fp16" or "fp32".
         source: The base.
+        seen: Whether there are images.
         shown: A few examples: the first, the longest, and one from the middle.
     """
 
@@ -56,6 +60,7 @@ class Preview:
     evaluated: int
     precision: str
     source: str
+    seen: bool
     shown: list[list[Token]]
 
 
@@ -84,6 +89,7 @@ def preview_run(config: TrainConfig) -> Preview:
         evaluated=len(run.held_out) if run.held_out else 0,
         precision=run.precision,
         source=run.source,
+        seen=run.seer is not None,
         shown=[list(_shown(run, data.examples[place])) for place in dict.fromkeys(places)],
     )
 
@@ -103,11 +109,18 @@ def _shown(run: Run, example: Example) -> Iterator[Token]:
     if isinstance(example, ClassExample):
         tokens = list(_with_classes(run, example))
     else:
-        tokens = list(tokens_of(run.tokenizer, example))
+        tokens = list(_counted(tokens_of(run.tokenizer, example)))
     yield from tokens[:_SHOWN]
     if len(tokens) > 2 * _SHOWN:
         yield f" [... {len(tokens) - 2 * _SHOWN} tokens ...] ", False
     yield from tokens[_SHOWN:][-_SHOWN:]
+
+
+def _counted(tokens: Iterable[Token]) -> Iterator[Token]:
+    """Give tokens, those that follow each other many times, as an image's do, but once with their number."""
+    for token, same in groupby(tokens):
+        count = sum(1 for _ in same)
+        yield from [token] * count if count <= _SAME or not token[0] else [(f"{token[0]} x {count}", token[1])]
 
 
 def _with_classes(run: Run, example: ClassExample) -> Iterator[Token]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
 
 from qosora.base import load_adapter, load_base
-from qosora.checkpoints import adapter_config
+from qosora.checkpoints import adapter_config, sees
 from qosora.compat.torch import says_peer_is_gone
 from qosora.compat.transformers import TRAINER_LOGGER, is_of_mtime, old_names_warning
 from qosora.compat.trl import liger_warning
@@ -165,7 +165,8 @@ def _trainer(run: Run) -> tuple[Any, Recorder]:
         if run.begun is not None:
             model = load_adapter(model, run.begun, is_trainable=True)
         if run.arguments.ddp_find_unused_parameters is None:  # an expert may get no token of a process's batch
-            run.arguments.ddp_find_unused_parameters = any("experts" in name for name in qosora_modules(model))
+            experts = any("experts" in name for name in qosora_modules(model))
+            run.arguments.ddp_find_unused_parameters = experts or sees(run.model_config)  # and a tower no image
         trainer = TRAINERS[config.method](
             model=model,
             args=run.arguments,
@@ -215,6 +216,8 @@ def _of_method(run: Run) -> dict[str, Any]:
             # for Trainer's eval_steps alone; `evaluate` measures the examples themselves
             "eval_dataset": Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}) if run.held_out else None,
             "eval_examples": run.held_out.tokenized.examples if run.held_out else [],
+            "seer": run.seer,
+            "train_examples": run.data.tokenized.examples if run.seer else (),
         }
     rewards = {"reward_funcs": run.rewards} if run.rewards else {}
     return data | {"eval_dataset": run.held_out.dataset if run.held_out else None, **rewards}
@@ -312,7 +315,7 @@ def _finish(
 
     def write(target: Path) -> None:
         trainer.save_adapter(target)
-        run.tokenizer.save_pretrained(target)
+        (run.tokenizer if run.seer is None else run.seer.processor).save_pretrained(target)
 
     with processes.agreed():
         if processes.main:

@@ -28,7 +28,7 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
 from qosora.checkpoints import ADAPTER_STEM
 from qosora.compat.trl import know_parameters_again, loss_chunks, orpo
-from qosora.data import IGNORED, Example, class_batch, padded_batch
+from qosora.data import IGNORED, Example, Seer, class_batch, padded_batch
 from qosora.errors import EndedElsewhere, QosoraError
 from qosora.inference import batch_losses, class_metrics, inference, judge, pad_token, perplexity
 from qosora.layers import panel_of
@@ -124,13 +124,24 @@ class QosoraTrainer(_OfVectors, SFTTrainer):
 
     Args:
         eval_examples: What `evaluate` measures.
+        seer: What makes batches of examples with images: of `train_examples`, by the data set's column number.
+        train_examples: With images.
         **kwargs: Of `SFTTrainer`, and `processes` and `save_embeddings`.
     """
 
     train_dataset: Any
 
-    def __init__(self, *, eval_examples: Sequence[Example], **kwargs: Any) -> None:
-        self.eval_examples = eval_examples
+    def __init__(
+        self,
+        *,
+        eval_examples: Sequence[Example],
+        seer: Seer | None = None,
+        train_examples: Sequence[Any] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.eval_examples, self.seer = eval_examples, seer
+        if seer is not None:
+            kwargs["data_collator"] = lambda rows: seer.batch([train_examples[row["number"]] for row in rows])
         super().__init__(**kwargs)
         if self._divides_evenly():
             self.train_dataset = concatenate_datasets([self.train_dataset, _no_example(self.train_dataset)])
@@ -140,8 +151,8 @@ class QosoraTrainer(_OfVectors, SFTTrainer):
         start = time.perf_counter()
         rank, count = self.processes.rank, self.processes.count
         size = self.args.per_device_eval_batch_size
-        if is_sharded(self.model):
-            mine = self._sharded_losses(size)
+        if is_sharded(self.model) or self.seer is not None:
+            mine = self._losses_by_forward(size)
         else:
             mine = batch_losses(self.model, self.eval_examples, size, part=rank, parts=count)
         parts = self.processes.gathered(mine)
@@ -149,8 +160,8 @@ class QosoraTrainer(_OfVectors, SFTTrainer):
         loss = sum(in_order) / sum(example.supervised for example in self.eval_examples)
         return self._evaluated({"loss": loss, "perplexity": perplexity(loss)}, metric_key_prefix, start)
 
-    def _sharded_losses(self, size: int) -> list[float]:
-        """Do as `batch_losses` with a model whose parts are brought together by its own forward, in all processes."""
+    def _losses_by_forward(self, size: int) -> list[float]:
+        """Do as `batch_losses` by the model's own forward, which brings together what is divided, and sees."""
         rank, count = self.processes.rank, self.processes.count
         by_length = sorted(self.eval_examples, key=lambda e: -len(e.input_ids))
         batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
@@ -158,16 +169,19 @@ class QosoraTrainer(_OfVectors, SFTTrainer):
         with inference(self.model):
             for first in range(0, len(batches), count):
                 mine = batches[min(first + rank, len(batches) - 1)]  # one too many takes part, and does not count
-                batch = {name: tensor.to(self.args.device) for name, tensor in padded_batch(mine).items()}
+                batch = {name: tensor.to(self.args.device) for name, tensor in self._batch(mine).items()}
                 with loss_chunks(self._panel):
                     outputs = self.model(**batch, use_cache=False, fused_lm_head=True)
                 losses.append(-outputs.log_probs.sum().item() if first + rank < len(batches) else 0.0)
         return losses
 
+    def _batch(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
+        return padded_batch(examples) if self.seer is None else self.seer.batch(examples)
+
     def _divides_evenly(self) -> bool:
         """Say whether the batches of an epoch are divided by `_WholeRounds`; other orders are TRL's."""
         random = self.args.train_sampling_strategy == "random" and not self.args.dataloader_drop_last
-        return self.processes.count > 1 and random
+        return self.processes.count > 1 and random and self.seer is None  # an example that is none has no pixels
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return an order that all processes share evenly, without an example twice."""
@@ -184,7 +198,7 @@ class QosoraTrainer(_OfVectors, SFTTrainer):
         """
         args = self.args
         longest = sorted(examples, key=lambda e: -len(e.input_ids))[: args.per_device_train_batch_size]
-        batch = {name: tensor.to(args.device) for name, tensor in padded_batch(longest).items()}
+        batch = {name: tensor.to(args.device) for name, tensor in self._batch(longest).items()}
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         mixed = torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16)
         self.model.train()

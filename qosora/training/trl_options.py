@@ -182,6 +182,7 @@ def _of_method(config: TrainConfig, processes: int) -> dict[str, Any]:
             "max_length": config.max_length if config.packing else None,
             "packing": config.packing,
             "dataset_kwargs": {"skip_prepare_dataset": not config.packing},
+            "remove_unused_columns": False,  # of images there is but a number; else there are none
             "activation_offloading": config.activation_offloading,
             "include_num_input_tokens_seen": "non_padding",
         }

@@ -1,0 +1,182 @@
+"""Examples with images: opened, put where the text has their place, and turned into pixels batch by batch.
+
+TRL's collator has the model's processor make tokens and pixels. Each example goes through it once before training, so
+that what cannot be read is told, and the tokens that are trained on are counted; its pixels are made again for each
+batch, as all of them would not fit into memory. Of a chat each of the assistant's turns is an example, with all before
+it as the prompt: what a processor returns does not tell turns apart.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import ProcessorMixin
+
+from qosora.data.records import Records
+from qosora.data.tokens import Example, Tokenized
+from qosora.errors import DataError, first_line
+
+__all__ = ["SeenExample", "Seer", "open_image"]
+
+logger = logging.getLogger("qosora")
+
+_DATA_URI = "data:image/"
+
+
+@dataclass(frozen=True)
+class SeenExample(Example):
+    """Token ids and labels of an example with images, and the row that it is made of."""
+
+    row: Mapping[str, Any]
+
+
+def open_image(image: Any, folder: Path) -> Image.Image:
+    """Return an image, RGB.
+
+    Args:
+        image: A path; an image as a data URI; bytes, as `{"bytes": ...}` of a hub data set's; or a PIL image.
+        folder: Where a path begins.
+
+    Raises:
+        DataError: It is none, or an address: nothing is fetched.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        if isinstance(image, Mapping):
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, bytes):
+            return _rgb(io.BytesIO(image))
+        if not isinstance(image, str) or not image:
+            raise DataError(f"an image must be a path or bytes, got {type(image).__name__}")
+        if image.startswith(_DATA_URI):
+            return _rgb(io.BytesIO(base64.b64decode(image.partition(",")[2], validate=True)))
+        if "://" in image:
+            raise DataError(f"{image[:80]} is an address, from which nothing is fetched: put the image beside the data")
+        return _rgb(folder / Path(image).expanduser())
+    except FileNotFoundError:
+        raise DataError(f"{folder / image}: no such image") from None
+    except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
+        if isinstance(error, DataError):
+            raise
+        name = image[:80] if isinstance(image, str) else "bytes"
+        raise DataError(f"{name} is no image that can be read ({first_line(error)})") from None
+
+
+def _rgb(file: Any) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+class Seer:
+    """What makes tokens and pixels of examples with images.
+
+    Args:
+        processor: Of the model, with a tokenizer that pads.
+        completion_only: Whether answers alone are trained on.
+        dtype: Of the pixels.
+    """
+
+    def __init__(
+        self, processor: ProcessorMixin, *, completion_only: bool = True, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.processor, self.completion_only, self.dtype = processor, completion_only, dtype
+        from qosora.compat.trl import DataCollatorForVisionLanguageModeling  # with TRL's trainers
+
+        self._collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=completion_only)
+
+    def tokenize(self, records: Records, *, max_length: int | None = None) -> Tokenized:
+        """Return the examples of records with images, and counts.
+
+        Args:
+            records: Of kind "prompt-completion" or "messages", each row with images or none.
+            max_length: An example that is longer is left out, as it could lose a part of an image.
+
+        Raises:
+            DataError: An image or a chat that cannot be used, or nothing is left.
+        """
+        found, longest = [], 0
+        for number, row in enumerate(records.rows, 1):
+            try:
+                for part in self._parts(row):
+                    found.append(self._example({**part, "folder": records.folder}))
+            except DataError as error:
+                raise DataError(f"{records.name} example {number}: {error}") from None
+        longest = max((len(e.input_ids) for e in found), default=0)
+        kept = [e for e in found if e.supervised and (max_length is None or len(e.input_ids) <= max_length)]
+        if not kept:
+            raise DataError(
+                f"{records.name}: none of the {len(found)} examples is left at max_length={max_length}; the longest "
+                f"has {longest} tokens, those of its images among them"
+            )
+        supervised = sum(e.supervised for e in kept)
+        if len(kept) < len(found):
+            logger.warning(
+                "%s: %d of %d examples with images are left out, as they are longer than max_length=%s; the longest "
+                "has %d tokens", records.name, len(found) - len(kept), len(found), max_length, longest,
+            )  # fmt: skip
+        return Tokenized(
+            kept,
+            tokens=sum(len(e.input_ids) for e in kept),
+            supervised=supervised,
+            lost=sum(e.supervised for e in found) - supervised,
+            cut=0,
+            dropped=len(found) - len(kept),
+        )
+
+    def batch(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Return what the model takes of `SeenExample`s: ids, labels and mask, (examples, longest), and pixels."""
+        return self._collated([example.row for example in examples])
+
+    def _parts(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        messages, images = row.get("messages"), row.get("images", [])
+        if messages is None or not self.completion_only:
+            yield {key: row[key] for key in ("prompt", "completion", "messages") if key in row} | {"images": images}
+            return
+        placed = any(isinstance(message["content"], list) for message in messages)
+        if placed and (places := sum(map(_places, messages))) != len(images):
+            raise DataError(f"its messages have places for {places} images, and there are {len(images)}")
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant" and i:
+                before = messages[:i]
+                seen = sum(map(_places, before)) if placed else len(images)
+                yield {"prompt": before, "completion": [message], "images": images[:seen]}
+
+    def _example(self, row: Mapping[str, Any]) -> SeenExample:
+        made = self._collated([row])
+        ids, labels = (made[key][0].numpy().astype(np.int32) for key in ("input_ids", "labels"))
+        return SeenExample(ids, labels, row)
+
+    def _collated(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        opened = []
+        for row in rows:
+            images = [open_image(image, row["folder"]) for image in row["images"]]
+            opened.append({key: value for key, value in row.items() if key != "folder"} | {"images": images})
+        try:
+            made = self._collate(opened)
+        except DataError:
+            raise
+        except Exception as error:  # a processor and a template may fail in any way
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"the model's processor cannot take it ({said})") from None
+        return {
+            key: value.to(self.dtype) if value.is_floating_point() else value
+            for key, value in made.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+
+def _places(message: Mapping[str, Any]) -> int:
+    """Return how many images a message has places for."""
+    content = message["content"]
+    return sum(part["type"] == "image" for part in content) if isinstance(content, list) else 0

@@ -1,0 +1,182 @@
+"""Examples with images: read, counted, batched."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+from seeing import make_seeing, squares
+from tiny import TEXT_VOCAB, write_jsonl
+
+from qosora.base import load_processor
+from qosora.data import Records, Seer, load_records
+from qosora.data.vision import open_image
+from qosora.errors import CheckpointError, DataError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    make_seeing(folder / "llava")
+    write_jsonl(folder / "data.jsonl", squares(folder / "pictures", 6))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seer(place: Path) -> Seer:
+    return Seer(load_processor(place / "llava"))
+
+
+def records(place: Path, *rows: dict[str, Any]) -> Records:
+    return load_records(write_jsonl(place / "rows.jsonl", rows))
+
+
+def encoded(path: Path) -> bytes:
+    made = io.BytesIO()
+    with Image.open(path) as image:
+        image.save(made, "PNG")
+    return made.getvalue()
+
+
+def test_answers_are_trained_on_and_images_have_their_tokens(place: Path, seer: Seer):
+    found = seer.tokenize(load_records(place / "data.jsonl"))
+    assert len(found) == 6
+    assert found.supervised == sum(len(name) + 1 for name in ("red", "green", "blue") * 2)
+    for example in found.examples:
+        assert (example.input_ids == TEXT_VOCAB).sum() == 4
+        trained = example.input_ids[example.labels != -100]
+        assert np.array_equal(trained, example.labels[example.labels != -100])
+        assert trained[-1] == 257
+
+
+def test_a_batch_has_the_tokens_of_its_examples_and_their_pixels(place: Path, seer: Seer):
+    found = seer.tokenize(load_records(place / "data.jsonl")).examples
+    batch = seer.batch(found[:3])
+    assert batch["pixel_values"].shape == (3, 3, 28, 28)
+    assert batch["pixel_values"].dtype == torch.float32
+    for row, labels, example in zip(batch["input_ids"], batch["labels"], found, strict=False):
+        length = len(example.input_ids)
+        assert row[:length].tolist() == example.input_ids.tolist()
+        assert labels[:length].tolist() == example.labels.tolist()
+        assert (labels[length:] == -100).all()
+    red, green, _ = batch["pixel_values"].mean((2, 3))
+    assert red.argmax() == 0
+    assert green.argmax() == 1
+
+
+def test_pixels_are_of_the_dtype_that_the_model_computes_in(place: Path):
+    seer = Seer(load_processor(place / "llava"), dtype=torch.bfloat16)
+    batch = seer.batch(seer.tokenize(load_records(place / "data.jsonl", limit=1)).examples)
+    assert batch["pixel_values"].dtype == torch.bfloat16
+    assert batch["input_ids"].dtype == torch.int64
+
+
+def test_each_turn_of_the_assistant_is_an_example(place: Path, seer: Seer):
+    picture = "pictures/0.png"
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a?"}]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": [{"type": "text", "text": "and"}, {"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "c"}]},
+    ]
+    found = seer.tokenize(records(place, {"messages": chat, "images": [picture, "pictures/1.png"]}))
+    assert [int((e.input_ids == TEXT_VOCAB).sum()) for e in found.examples] == [4, 8]
+    assert [e.labels[e.labels != -100].tolist() for e in found.examples] == [
+        [ids, 257] for ids in (found.examples[0].input_ids[-2], found.examples[1].input_ids[-2])
+    ]
+    whole = Seer(seer.processor, completion_only=False).tokenize(
+        records(place, {"messages": chat, "images": [picture, "pictures/1.png"]})
+    )
+    assert len(whole) == 1
+    assert (whole.examples[0].labels != -100).all()
+
+
+def test_prompts_and_completions(place: Path, seer: Seer):
+    row = {"prompt": "<s><image>colour?", "completion": "red</s>", "image": "pictures/0.png"}
+    (example,) = seer.tokenize(records(place, row)).examples
+    assert (example.input_ids == TEXT_VOCAB).sum() == 4
+    assert (example.labels != -100).sum() == 4
+
+
+@pytest.mark.parametrize("kind", ["path", "uri", "bytes", "pil", "parquet"])
+def test_an_image_is_the_same_however_it_comes(place: Path, tmp_path: Path, kind: str):
+    path = place / "pictures" / "1.png"
+    image: Any = {
+        "path": "pictures/1.png", "uri": f"data:image/png;base64,{base64.b64encode(encoded(path)).decode()}",
+        "bytes": {"bytes": encoded(path), "path": None}, "pil": Image.open(io.BytesIO(encoded(path))), "parquet": None,
+    }[kind]  # fmt: skip
+    if kind == "parquet":
+        rows = [{"prompt": "a", "completion": "b", "images": [{"bytes": encoded(path), "path": "x.png"}]}]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+        image = load_records(tmp_path / "data.parquet").rows[0]["images"][0]
+    assert np.array_equal(np.asarray(open_image(image, place)), np.asarray(open_image(str(path), place)))
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ("none.png", "none.png: no such image"),
+        ("data.jsonl", "data.jsonl is no image that can be read"),
+        ("https://example.com/a.png", "is an address, from which nothing is fetched"),
+        ("data:image/png;base64,????", "is no image that can be read"),
+        (5, "an image must be a path or bytes, got int"),
+        ({"bytes": b"no"}, "bytes is no image that can be read"),
+        ({}, "an image must be a path or bytes"),
+        ("", "an image must be a path or bytes"),
+    ],
+)
+def test_what_is_no_image_is_told(place: Path, image: Any, words: str):
+    with pytest.raises(DataError, match=words):
+        open_image(image, place)
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match="is no image that can be read"):
+        open_image("pictures/1.png", place)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"images": ["pictures/0.png", "pictures/1.png", "none.png"]}, "example 2: .*none.png: no such image"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
+                       {"role": "assistant", "content": "b"}]}, "example 2: its messages have places for 0 images"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_told_with_its_example(place: Path, seer: Seer, change: dict[str, Any], words: str):
+    rows = squares(place / "pictures", 2)
+    with pytest.raises(DataError, match=words):
+        seer.tokenize(records(place, rows[0], {**rows[1], **change}))
+
+
+def test_long_examples_are_left_out_not_cut(place: Path, seer: Seer, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, "qosora"):
+        found = seer.tokenize(load_records(place / "data.jsonl"), max_length=35)
+    assert 0 < len(found) < 6
+    assert found.dropped == 6 - len(found)
+    assert "are left out, as they are longer than max_length=35; the longest has 36" in caplog.text
+    with pytest.raises(DataError, match="none of the 6 examples is left at max_length=9"):
+        seer.tokenize(load_records(place / "data.jsonl"), max_length=9)
+
+
+def test_a_message_of_something_else_is_refused(place: Path):
+    chat = [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match="has no text as content in message 1"):
+        records(place, {"messages": chat, "images": ["pictures/0.png"]})
+
+
+def test_a_model_without_a_processor(place: Path, tmp_path: Path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((place / "llava" / name).read_bytes())
+    with pytest.raises(CheckpointError, match="no processor of images there"):
+        load_processor(tmp_path)
