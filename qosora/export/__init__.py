@@ -9,6 +9,7 @@
 | `verify` | compares an export's logits with the adapted model's |
 | `run` | one run of an export, of either kind |
 | `merged` | a checkpoint of merged weights, onto dequantized or original ones |
+| `lora_stacks` | experts as LoRAs of whole parameters |
 | `lora` | a PEFT LoRA of the original model |
 | `gguf_converter` | llama.cpp's converter, for tokenizers that it has no name for |
 | `llama_cpp` | llama.cpp's programs: found, and run |

@@ -8,7 +8,8 @@ or, by request, the nearest of rank K: with B = Q_B R_B and Aᵀ = Q_A R_A, the 
 R_B R_Aᵀ are those of ΔW, which is never formed. In float64, cast once.
 
 Experts have the names that checkpoints and LoRAs of transformers 4 give them, a LoRA for each; PEFT stacks them where
-transformers does. Stacking needs all of them, in one rank, so those that lack a part of either get zeros.
+transformers does. Stacking needs all of them, in one rank, so those that lack a part of either get zeros. Where PEFT
+does not know how, they are LoRAs of parameters (`lora_stacks`), which programs other than PEFT may not load.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from qosora import __version__
 from qosora.base import natural_order
 from qosora.checkpoints import ADAPTER_STEM, Progress, StoredSpec, Unit, copy_files, refuse_input_as_output
 from qosora.compat.peft import check_target_module_exists, convert_peft_config_for_transformers
-from qosora.errors import CheckpointError, ConfigError, first_line
+from qosora.errors import CheckpointError, ConfigError
 from qosora.export.adapters import TOKENS, Adapter, AdapterChoice
+from qosora.export.lora_stacks import parameters, stacked_unit, taken_for_experts, wrapped
 from qosora.export.merged import checked_dtype
 from qosora.export.original import original_of
 from qosora.export.run import Export, Reports
@@ -142,9 +144,7 @@ def export_lora(
         else:
             adapted.require_pristine()
         lora_dtype = target or adapted.dtype
-        ranks = _ranks(adapted, rank)
-        config = _config(adapted, ranks, published_name(named, output))
-        units = [_unit(adapted, adapted.layers[module], rank, ranks[module], lora_dtype) for module in ranks]
+        config, units = _lora(adapted, published_name(named, output), rank, lora_dtype)
         units += [unit for adapter in adapted.adapters for unit in _in_full(adapter, lora_dtype)]
 
         def finish(folder: Path) -> None:
@@ -195,6 +195,18 @@ def reduced(B: torch.Tensor, A: torch.Tensor, rank: int) -> tuple[torch.Tensor, 
     return left @ (U[:, :rank] * root), (right @ (Vh[:rank].T * root)).T, S
 
 
+def _pair(
+    adapted: AdaptedBase, target: int | None, layer: Layer, directions: Any
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Return B and A of a layer, reduced to rank `target`, and what that loses."""
+    B, A = adapted.low_rank(layer, *directions)
+    if target is None or target >= B.shape[1]:
+        return B, A, {}
+    B, A, S = reduced(B, A, target)
+    squares = S.square()
+    return B, A, {"lost": float(squares[target:].sum()), "whole": float(squares.sum())}
+
+
 def _unit(adapted: AdaptedBase, layer: Layer, target: int | None, rank: int, dtype: torch.dtype) -> Unit:
     """Return the two matrices of a layer, reduced to rank `target` and filled up with zeros to `rank`."""
     prefix = f"{_PREFIX}{layer.disk if _is_expert(adapted, layer) else layer.module}.lora_"
@@ -204,12 +216,7 @@ def _unit(adapted: AdaptedBase, layer: Layer, target: int | None, rank: int, dty
     }
 
     def make(directions: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        B, A = adapted.low_rank(layer, *directions)
-        report = {}
-        if target is not None and target < B.shape[1]:
-            B, A, S = reduced(B, A, target)
-            squares = S.square()
-            report = {"lost": float(squares[target:].sum()), "whole": float(squares.sum())}
+        B, A, report = _pair(adapted, target, layer, directions)
         missing = rank - B.shape[1]
         made = {
             f"{prefix}A.weight": torch.nn.functional.pad(A, (0, 0, 0, missing)),
@@ -247,28 +254,45 @@ def _is_expert(adapted: AdaptedBase, layer: Layer) -> bool:
     return any(isinstance(adapted.plain.model.get_submodule(parent), LinearExperts) for parent in parents)
 
 
-def _ranks(adapted: AdaptedBase, target: int | None) -> dict[str, int]:
-    """Return the layers of the LoRA, by module name, with their ranks: those of experts are all the same."""
-    experts = {module: layer for module, layer in adapted.layers.items() if _is_expert(adapted, layer)}
-    if not experts.keys() & adapted.vectors.keys():
-        experts = {}
-    ranks = {
-        module: min(adapted.change_rank(layer), target or adapted.change_rank(layer))
-        for module, layer in adapted.layers.items()
-        if module in adapted.vectors or module in experts
-    }
-    return ranks | dict.fromkeys(experts, max((ranks[module] for module in experts), default=0))
+def _lora(adapted: AdaptedBase, original: str, target: int | None, dtype: torch.dtype) -> tuple[LoraConfig, list[Unit]]:
+    """Return the config that makes PEFT adapt just what the adapters change, all with scaling 1, and the matrices."""
+    possible = {module: adapted.change_rank(layer) for module, layer in adapted.layers.items()}
+    possible = {module: min(rank, target or rank) for module, rank in possible.items()}
+    changed = {module: possible[module] for module in adapted.layers if module in adapted.vectors}
+    experts = [module for module, layer in adapted.layers.items() if _is_expert(adapted, layer)]
+    if not set(experts) & changed.keys():
+        experts = []
+    shared = max((possible[module] for module in experts), default=0)  # all of them, in one rank
+    ranks = changed | dict.fromkeys(experts, shared)
+    config = _config(adapted, ranks, original, shared)
+    others = ranks.keys() - experts
+    if _are_stacked_by_name(adapted, config, set(experts), others):
+        return config, [_unit(adapted, adapted.layers[m], target, ranks[m], dtype) for m in ranks]
+    dense = [m for m in changed if m in others and not _is_of_stack(adapted, m)]
+    by_parameter = taken_for_experts(adapted, dense)
+    found = parameters(adapted, sorted(by_parameter), changed)
+    ranks = {m: changed[m] for m in dense if m not in by_parameter}
+    config = _config(adapted, ranks, original, 0)
+    config.target_parameters = [parameter.name for parameter in found]
+    for parameter in found:
+        if parameter.total_rank != config.r:
+            config.rank_pattern[parameter.name] = config.alpha_pattern[parameter.name] = parameter.total_rank
+    place = wrapped(adapted, config)
+    pair = partial(_pair, adapted, target)
+    units = [_unit(adapted, adapted.layers[m], target, ranks[m], dtype) for m in ranks]
+    return config, units + [stacked_unit(adapted, p, place[p.name], pair, dtype) for p in found]
 
 
-def _config(adapted: AdaptedBase, ranks: Mapping[str, int], original: str) -> LoraConfig:
-    """Return the config that makes PEFT adapt just these layers, all with scaling 1."""
-    experts = {module for module in ranks if _is_expert(adapted, adapted.layers[module])}
-    if stacked := [m for m in ranks if (place := stacked_place(m)) is not None and place[0] in adapted.plain.stacks]:
-        raise CheckpointError(
-            f"{adapted.base}: a {adapted.plain.class_name} holds experts such as {stacked[0]} in one tensor, so a LoRA "
-            "cannot hold this adapter; export merged weights"
-        )
-    rank = next((ranks[module] for module in experts), max(ranks.values()))
+def _config(adapted: AdaptedBase, ranks: Mapping[str, int], original: str, usual: int) -> LoraConfig:
+    """Return a config for some layers.
+
+    Args:
+        adapted: The base.
+        ranks: Of the layers.
+        original: What the LoRA is of.
+        usual: Rank of what no pattern names; the largest by default.
+    """
+    rank = usual or max(ranks.values(), default=1)
     kinds: dict[str, list[str]] = {}
     for module in ranks:
         kinds.setdefault(module.rpartition(".")[2], []).append(module)
@@ -279,7 +303,7 @@ def _config(adapted: AdaptedBase, ranks: Mapping[str, int], original: str) -> Lo
         if found != {rank}:
             pattern |= {kind: found.pop()} if len(found) == 1 else {module: ranks[module] for module in modules}
         targets += [kind] if _matched(adapted, kind) == set(modules) else modules
-    config = LoraConfig(
+    return LoraConfig(
         task_type=adapted.adapters[0].config.task_type,
         inference_mode=True,
         base_model_name_or_path=original,
@@ -292,8 +316,11 @@ def _config(adapted: AdaptedBase, ranks: Mapping[str, int], original: str) -> Lo
         modules_to_save=[name for adapter in adapted.adapters for name in adapter.config.modules_to_save or ()] or None,
         fan_in_fan_out=any(adapted.layers[module].transposed for module in ranks),
     )
-    _require_stacking(adapted, config, experts, set(ranks) - experts)
-    return config
+
+
+def _is_of_stack(adapted: AdaptedBase, module: str) -> bool:
+    place = stacked_place(module)
+    return place is not None and place[0] in adapted.plain.stacks
 
 
 def _matched(adapted: AdaptedBase, kind: str) -> set[str]:
@@ -302,23 +329,18 @@ def _matched(adapted: AdaptedBase, kind: str) -> set[str]:
     return {name for name, _ in adapted.plain.model.named_modules() if check_target_module_exists(probe, name)}
 
 
-def _require_stacking(adapted: AdaptedBase, config: LoraConfig, experts: set[str], others: set[str]) -> None:
-    """Check that PEFT stacks the experts' matrices, and no others, where transformers has stacked the experts."""
+def _are_stacked_by_name(adapted: AdaptedBase, config: LoraConfig, experts: set[str], others: set[str]) -> bool:
+    """Say whether PEFT stacks the experts' matrices, and no others, where transformers has stacked the experts."""
+    if any(_is_of_stack(adapted, module) for module in others):
+        return False
     probe = copy.deepcopy(config)
-    why = None
+    try:
+        convert_peft_config_for_transformers(probe, adapted.plain.model, None)
+    except ValueError:  # it stacks some of what the adapter has with what it has not
+        return False
     if not experts:  # PEFT goes by names, of the family's experts, if this model has any or not
-        try:
-            convert_peft_config_for_transformers(probe, adapted.plain.model, None)
-        except ValueError as error:  # it stacks some of what the adapter has with what it has not
-            why = first_line(error)
-        if taken := sorted(name.rpartition(".")[2] for name in probe.target_parameters or ()):
-            why = f"PEFT would take {' and '.join(taken)} for the experts that a {adapted.plain.class_name} can have"
-        if why:
-            raise CheckpointError(f"{adapted.base}: {why}, so a LoRA cannot hold this adapter; export merged weights")
-        return
+        return not probe.target_parameters
     names = {module.rpartition(".")[2] for module in experts}
-    if mixed := sorted(module for module in others if module.rpartition(".")[2] in names):
-        why = f"PEFT would take {mixed[0]}, which has an expert's name, for one"
     all_experts = {
         f"{name}.{i}.{projection}"
         for name, module in adapted.plain.model.named_modules()
@@ -327,13 +349,8 @@ def _require_stacking(adapted: AdaptedBase, config: LoraConfig, experts: set[str
         for projections in module.projections.values()
         for projection in projections
     }
-    if missing := sorted(all_experts - experts):
-        why = f"PEFT adapts all experts or none, and {missing[0]} is not decomposed"
-    convert_peft_config_for_transformers(probe, adapted.plain.model, None)
-    if not probe.target_parameters:
-        why = f"PEFT does not know how transformers stacks the experts of {adapted.plain.class_name}"
-    if why:
-        raise CheckpointError(f"{adapted.base}: {why}, so a LoRA cannot hold this adapter; export merged weights")
+    mixed = any(module.rpartition(".")[2] in names for module in others)
+    return bool(probe.target_parameters) and not mixed and all_experts <= experts
 
 
 def _model_card(original: str, config: LoraConfig) -> str:

@@ -64,6 +64,12 @@ class LinearExperts(nn.Module):
                     )
             self.add_module(str(index), expert)
 
+    @property
+    def stands_for(self) -> nn.Module:
+        """The module that this one stands for, without its data."""
+        module: nn.Module = self._stacked[0]
+        return module
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from exports import expected_logits, learned, refused, tensors_of
+from exports import expected_logits, learned, tensors_of
 from peft import LoraConfig, PeftModel
 from tiny import (
     Trained,
@@ -98,26 +97,6 @@ def test_reduced_rank_is_the_best_one(tiny: Trained, tmp_path: Path):
     assert export_lora(tiny.base, tmp_path / "whole", tiny.adapter, rank=100).rank_error == 0.0
 
 
-def test_lora_refuses_what_it_cannot_hold(tmp_path: Path):
-    original = make_checkpoint(tmp_path / "original", "qwen3_moe-sparse")
-    config = QosoraConfig(rank=8, modules_to_not_convert=[r"model\.layers\.1\.mlp\.experts\.2\.up_proj"])
-    quantize(original, tmp_path / "base", config)
-    perturbed(load(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
-    refused(tmp_path, "all experts or none", tmp_path / "base", tmp_path / "adapter", export=export_lora)
-
-
-@pytest.mark.parametrize(
-    ("targets", "told"),
-    [(None, "take down_proj and gate_up_proj for the experts that a Qwen3MoeForC"), (["gate_proj"], "without also")],
-)
-def test_lora_refuses_dense_layers_that_peft_takes_for_experts(targets: Any, told: str, tmp_path: Path):
-    # Without a single expert, as DeepSeek's first layers alone would be: PEFT would leave these out in silence
-    original = make_checkpoint(tmp_path / "original", "qwen3_moe", mlp_only_layers=[0, 1])
-    quantize(original, tmp_path / "base", QosoraConfig(rank=8))
-    perturbed(load(tmp_path / "base"), target_modules=targets).save_pretrained(tmp_path / "adapter")
-    refused(tmp_path, told, tmp_path / "base", tmp_path / "adapter", export=export_lora)
-    perturbed(load(tmp_path / "base"), target_modules=["q_proj"]).save_pretrained(tmp_path / "attention")
-    report = export_lora(tmp_path / "base", tmp_path / "lora", tmp_path / "attention")
-    assert report.adapted_layers == 2
+def test_options_that_make_no_sense(tiny: Trained, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"2 problems:\n- dtype .*\n- rank must be .* got 0"):
-        export_lora(tmp_path / "base", tmp_path / "lora", tmp_path / "attention", dtype="int8", rank=0)
+        export_lora(tiny.base, tmp_path / "lora", tiny.adapter, dtype="int8", rank=0)
