@@ -198,7 +198,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file, with what has been run before")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--only", nargs="+", metavar="TYPE", help="these model types alone, also if run before")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TYPE", help="these model types (or KIND/TYPE) alone, also if run before"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
@@ -210,7 +212,7 @@ def main() -> None:
     for kind in args.kinds:
         for model_type, class_name in architectures(kind):
             key = f"{kind}/{model_type}"
-            if (key in models and not args.only) or (args.only and model_type not in args.only):
+            if (key in models and not args.only) or (args.only and not {model_type, key} & set(args.only)):
                 continue
             start = time.monotonic()
             models[key] = {"class": class_name, **one(kind, model_type, class_name)}

@@ -30,9 +30,9 @@ from qosora.compat.transformers import (
 )
 from qosora.errors import CheckpointError, QosoraError, first_line
 from qosora.formats import BASE_WITHOUT_STACKS
-from qosora.layers import layer_of_stack, split_experts, take_apart, without_stacking
+from qosora.layers import layer_of_stack, linear_layers, split_experts, take_apart, without_stacking
 
-__all__ = ["PlainModel", "natural_order", "take_stacks_apart"]
+__all__ = ["PlainModel", "natural_order", "stored_otherwise", "take_stacks_apart"]
 
 
 class PlainModel:
@@ -184,6 +184,23 @@ def take_stacks_apart(model: PreTrainedModel) -> dict[str, int]:
     """Do as `layers.take_apart` with the parameters of a model that are on disk as they are in the model."""
     makers = [c for c in get_model_conversion_mapping(model, add_legacy=False) if isinstance(c, WeightConverter)]
     return take_apart(model, lambda name: any(makes(maker, name) for maker in makers))
+
+
+def stored_otherwise(model: PreTrainedModel) -> list[str]:
+    """Return the linear layers whose weight is no `NAME.weight` on disk, but a part, or called otherwise."""
+    transforms = without_stacking(get_model_conversion_mapping(model, add_legacy=False), model)
+    makers = [t for t in transforms if isinstance(t, WeightConverter)]
+    kinds: dict[str, bool] = {}
+    found = []
+    for name, module in linear_layers(model).items():
+        kind = re.sub(r"\d+", "0", name)
+        if kind not in kinds:
+            weight = {f"{name}.weight": module.weight}
+            made = any(makes(maker, f"{name}.weight") for maker in makers)
+            kinds[kind] = made or not next(iter(revert_weight_conversion(model, weight))).endswith("weight")
+        if kinds[kind]:
+            found.append(name)
+    return found
 
 
 def natural_order(names: Iterable[str]) -> list[str]:

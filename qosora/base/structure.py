@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qosora.base.layout import take_stacks_apart
+from qosora.base.layout import stored_otherwise, take_stacks_apart
 from qosora.checkpoints import CONFIG_NAME
 from qosora.compat.transformers import forget_tie, modules_to_skip, should_convert_module, tied_weights
 from qosora.config import QosoraConfig
@@ -84,6 +84,7 @@ def decompose_structure(
 def _leave_what_cannot_be_replaced(model: PreTrainedModel, config: QosoraConfig) -> None:
     for names, why in (
         (read_directly(model), "it uses their weights without calling them"),
+        (stored_otherwise(model), "their weights have another form or name on disk"),
         (_head(model), "they are its head, which is trained in full"),
     ):
         left = [name for name in names if _converts(name, skipped_modules(model, config))]

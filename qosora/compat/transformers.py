@@ -102,7 +102,10 @@ def modules_to_skip(model: Any, named: list[str] | None) -> list[str]:
     skip: list[str] = HfQuantizer.get_modules_to_not_convert(
         model, named, model._keep_in_fp32_modules, add_default_skips=True
     )
-    return skip
+    # It adds the last parameter's module, which is another one while the loader has not tied the output layer yet.
+    last, whole = (list(model.named_parameters(remove_duplicate=unique))[-1][0] for unique in (True, False))
+    left = {last.removesuffix(".weight")} - {whole.removesuffix(".weight")} - set(named or ())
+    return [name for name in skip if name not in left]
 
 
 @uses(f"{_MODEL}._get_dtype_plan(dtype)")

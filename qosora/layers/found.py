@@ -63,20 +63,51 @@ def read_directly(model: nn.Module) -> list[str]:
         if ancestor not in (nn.Module, PreTrainedModel) and issubclass(ancestor, nn.Module)
         for child in _weights_read(ancestor)  # type: ignore[arg-type]  # mypy takes a class for an instance
     }
-    return [name for name in linears if name in found]
+    changed = {
+        f"{name}.*.{child}"
+        for name, module in model.named_modules()
+        for ancestor in type(module).__mro__
+        if ancestor not in (nn.Module, PreTrainedModel) and issubclass(ancestor, nn.Module)
+        for child in _weights_changed(ancestor)  # type: ignore[arg-type]
+    }
+    return [name for name in linears if name in found or any(_is_within(name, place) for place in changed)]
+
+
+def _is_within(name: str, place: str) -> bool:
+    """Say whether a module is at a place such as `model.*.attention.output`, with a few modules for the asterisk."""
+    start, _, end = place.partition("*")
+    return name.startswith(start.removeprefix(".")) and name.endswith(end)
+
+
+@cache
+def _weights_changed(module_class: type[nn.Module]) -> frozenset[str]:
+    """Return the ends of names of modules whose weight a class changes in place, as RWKV does with its layers'."""
+    return frozenset(
+        path.partition(".")[2]
+        for method in _methods(module_class)
+        for node in ast.walk(method)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_")
+        if isinstance(weight := node.func.value, ast.Attribute) and weight.attr == "weight"
+        if not (path := ast.unparse(weight.value)).startswith("self.") and "." in path
+        if path.replace(".", "").isidentifier() and not node.func.attr.endswith("__")
+    )
 
 
 @cache
 def _weights_read(module_class: type[nn.Module]) -> frozenset[str]:
     """Return the children, with dots between them, whose weight a class of modules reads."""
+    return frozenset(child for method in _methods(module_class) for child in _reads(method))
+
+
+def _methods(module_class: type[nn.Module]) -> list[ast.FunctionDef]:
+    """Return the methods of a class, but those that set it up; none of torch's own."""
     if module_class.__module__.startswith("torch."):
-        return frozenset()
+        return []
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(module_class))).body
     except (OSError, TypeError, SyntaxError, ValueError):  # without source, as in an interactive session
-        return frozenset()
-    methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name not in _SETUP]
-    return frozenset(child for method in methods for child in _reads(method))
+        return []
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name not in _SETUP]
 
 
 def _reads(method: ast.AST) -> Iterator[str]:
