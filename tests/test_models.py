@@ -20,7 +20,7 @@ SAMPLE = [
 
 @pytest.mark.slow
 def test_a_sample_of_each_kind_comes_through(tmp_path: Path):
-    command = [sys.executable, SCRIPT, "--output", tmp_path / "models.json", "--only", *SAMPLE]
+    command: list[str | Path] = [sys.executable, SCRIPT, "--output", tmp_path / "models.json", "--only", *SAMPLE]
     subprocess.run(command, check=True, capture_output=True)
     found = json.loads((tmp_path / "models.json").read_text(encoding="utf-8"))["models"]
     assert set(found) == set(SAMPLE)

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from qosora.memory import planned_peak
     from qosora.training.report import report
 
-    print(report(args.runs, args.output, answers=args.answers))
+    print(report(args.runs, args.output, answers=args.answers, planned=planned_peak))

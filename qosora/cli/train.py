@@ -128,7 +128,10 @@ def run(args: argparse.Namespace) -> None:
     for line in result.summary():
         print(line)
     if can_draw():
-        print(f"curves, and what was learned where: {report([config.output_dir])}")
+        from qosora.memory import planned_peak
+
+        where = report([config.output_dir], planned=planned_peak)
+        print(f"curves, what was learned where, and the plan beside what was measured: {where}")
     written = f"qosora generate {config.output_dir} --prompt ...; " * (config.method not in ("classify", "reward"))
     print(f"next: {written}qosora export {config.output_dir} OUT")
     for address in pushed(config.output_dir, args.push_to_hub).values():

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from qosora.memory.profile import random_model as random_model
     from qosora.memory.run import fit_batch_size as fit_batch_size
     from qosora.memory.run import plan_run as plan_run
+    from qosora.memory.run import planned_peak as planned_peak
     from qosora.memory.shapes import model_config as model_config
     from qosora.memory.step import Batch as Batch
     from qosora.memory.step import prepare_model as prepare_model
@@ -55,7 +56,7 @@ __getattr__, __dir__ = door(
         "cards": ["Card", "the_card"],
         "shapes": ["model_config"],
         "plan": ["LASTING", "Plan", "Usage", "events", "usage_of"],
-        "run": ["fit_batch_size", "plan_run"],
+        "run": ["fit_batch_size", "plan_run", "planned_peak"],
         "profile": ["Measurement", "fill_at_random", "measure", "offloading", "random_model"],
     },
 )

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from qosora.errors import ConfigError
+from qosora.checkpoints import split_source
+from qosora.errors import ConfigError, QosoraError
 from qosora.memory.plan import Plan, plan
 from qosora.training import AUTO, BATCH_SIZE, Preview, TrainConfig, preview_run
 
-__all__ = ["fit_batch_size", "plan_run"]
+__all__ = ["fit_batch_size", "plan_run", "planned_peak"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,32 @@ def plan_run(config: TrainConfig, found: Preview, *, gpu: str | None = None, gpu
         CheckpointError: The model is no qosora base.
         ConfigError: A card that nobody knows, or that is too small for the weights alone.
     """
+    return _plan(config, found.source, found.longest + found.answer, found.precision, gpu, gpu_memory)
+
+
+def planned_peak(config: TrainConfig, longest: int, precision: str) -> int | None:
+    """Return the bytes of tensors that the plan has at the peak of a run's step on this machine; None if it has none.
+
+    Args:
+        config: Of the run.
+        longest: Tokens of its longest sequence.
+        precision: That it was run in.
+    """
+    try:
+        source, _ = split_source(config.model)
+        return _plan(config, source, longest, precision, None, None).usage.allocated_bytes
+    except (QosoraError, OSError):  # the base has moved, or its model cannot be traced
+        return None
+
+
+def _plan(
+    config: TrainConfig, source: str, longest: int, precision: str, gpu: str | None, gpu_memory: str | None
+) -> Plan:
     elsewhere = gpu is not None or gpu_memory is not None
     return plan(
-        found.source,
+        source,
         batch_size=config.batch_size * (2 if config.method in ("dpo", "orpo", "reward") else 1),
-        seq_len=config.max_length if config.packing else found.longest + found.answer,
+        seq_len=config.max_length if config.packing else longest,
         packing=config.packing,
         vectors=config.vectors,
         update_rank=config.update_rank,
@@ -42,7 +64,7 @@ def plan_run(config: TrainConfig, found: Preview, *, gpu: str | None = None, gpu
         activation_offloading=config.activation_offloading,
         base_on=config.base_on,
         optimizer=config.optimizer,
-        precision="bf16" if elsewhere and config.precision == "auto" else found.precision,  # that of the card
+        precision="bf16" if elsewhere and config.precision == "auto" else precision,  # that of the card
         gpu=gpu,
         gpu_memory=gpu_memory,
         device="cuda" if elsewhere or torch.cuda.is_available() else "cpu",

@@ -10,7 +10,7 @@ import html
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -51,7 +51,17 @@ class _Run:
     result: dict[str, Any]
 
 
-def report(folders: Sequence[str | Path], output: str | Path | None = None, *, answers: int = 0) -> Path:
+#: Says what the plan has at the peak of a run's step, of its longest sequence in tokens and its precision.
+Planned = Callable[[TrainConfig, int, str], int | None]
+
+
+def report(
+    folders: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    answers: int = 0,
+    planned: Planned | None = None,
+) -> Path:
     """Draw one or several runs.
 
     Args:
@@ -59,6 +69,7 @@ def report(folders: Sequence[str | Path], output: str | Path | None = None, *, a
         output: HTML file; report.html in the folder of a single run by default, else in this folder.
         answers: Prompts of what each run was evaluated on, or else trained on, that are answered by its model before it
             and after it; the model is loaded for that.
+        planned: Bytes to show beside those that were measured, such as `qosora.memory.planned_peak`.
 
     Returns:
         The file.
@@ -70,7 +81,7 @@ def report(folders: Sequence[str | Path], output: str | Path | None = None, *, a
     require_plots()
     runs = [_read(Path(folder).expanduser(), folders) for folder in folders]
     where = Path(output).expanduser() if output else (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
-    parts = [picture(f"Curves of {', '.join(run.name for run in runs)}", _curves(runs)), _results(runs)]
+    parts = [picture(f"Curves of {', '.join(run.name for run in runs)}", _curves(runs)), _results(runs, planned)]
     for run in runs:
         moved = movements(run.folder) if (run.folder / f"{ADAPTER_STEM}.safetensors").is_file() else {}
         if moved:
@@ -227,12 +238,15 @@ def _heat(moved: Mapping[str, Mapping[tuple[str, int], float]]) -> bytes:
 # ---- tables
 
 
-def _results(runs: Sequence[_Run]) -> str:
+def _results(runs: Sequence[_Run], planned: Planned | None) -> str:
     wanted = (
         "steps", "examples", "supervised_tokens", "trained_parameters", "adapter_bytes", "train_loss",
         "eval_loss_before", "eval_loss_after", "precision", "wall_seconds", "peak_memory_bytes", "processes",
     )  # fmt: skip
     body = [[name.replace("_", " "), *(_shown(run.result.get(name)) for run in runs)] for name in wanted]
+    if planned is not None:
+        peaks = [_planned(run, planned) for run in runs]
+        body.append(["planned: bytes of tensors at the peak, without the program", *map(_shown, peaks)])
     figures = dict.fromkeys(name for run in runs for name in run.result.get("figures", {}))
     for name in figures:
         pairs = [run.result.get("figures", {}).get(name) for run in runs]
@@ -240,6 +254,11 @@ def _results(runs: Sequence[_Run]) -> str:
     if not any(run.result for run in runs):
         return "<p>not finished yet</p>"
     return rows(["", *(run.name for run in runs)], body)
+
+
+def _planned(run: _Run, planned: Planned) -> int | None:
+    longest, precision = run.result.get("longest"), run.result.get("precision")
+    return planned(run.config, longest, precision) if longest and precision else None
 
 
 def _options(runs: Sequence[_Run]) -> str:

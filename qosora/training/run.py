@@ -52,7 +52,8 @@ class TrainResult:
     """What a run did; losses of SFT are means over supervised tokens, evaluation's are None without evaluation data.
 
     `figures` has what shows a method's success, such as the reward, each in the first tenth of the steps and in the
-    last, or before and after, where it was evaluated. `peak_memory_bytes` is that of the process with the most.
+    last, or before and after, where it was evaluated. `peak_memory_bytes` is that of the process with the most, and
+    `longest` the tokens of the longest sequence, with its answer where answers are rewarded.
     """
 
     output_dir: str
@@ -72,6 +73,7 @@ class TrainResult:
     processes: int = 1
     method: str = "sft"
     figures: dict[str, list[float]] = field(default_factory=dict)
+    longest: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -304,6 +306,7 @@ def _finish(
         train_loss=sum(line["loss"] for line in steps[-tenth:]) / tenth if steps else float("nan"),
         eval_loss_before=evaluations[0]["eval_loss"] if evaluations else None,
         eval_loss_after=evaluations[1]["eval_loss"] if evaluations else None,
+        longest=max(len(example.input_ids) for example in run.data.tokenized.examples) + run.answer,
         method=run.config.method,
         figures=figures,
         precision=run.precision,

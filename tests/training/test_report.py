@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import sums
 
 from qosora.cli import main
 from qosora.errors import CheckpointError, ConfigError
+from qosora.memory import planned_peak
+from qosora.memory.plan import plan
+from qosora.training.config import TrainConfig
 from qosora.training.report import movements, report
 from qosora.training.run import TrainResult
 
@@ -32,6 +36,19 @@ def test_a_page_of_one_run(place: Path, run: TrainResult, tmp_path: Path):
     assert "<td>gradient_accumulation</td><td>2</td>" in text
     assert "<td>packing</td>" not in text  # as it is by default
     assert not re.search(r'(src|href)="(?!data:)', text)  # it needs no network
+
+
+def test_the_plan_is_beside_what_was_measured(place: Path, run: TrainResult, tmp_path: Path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    text = report([tmp_path / "run"], planned=planned_peak).read_text(encoding="utf-8")
+    expected = plan(
+        place / "base", batch_size=2, seq_len=run.longest, precision="fp32", device="cpu", tile_length=16, grid=False,
+        compare=False,
+    ).usage.allocated_bytes  # fmt: skip
+    assert run.longest == max(len(f"<{row['prompt']}{row['completion']}>") for row in sums(16))
+    assert f"at the peak, without the program</td><td>{expected:,}</td>" in text
+    config = TrainConfig.load(tmp_path / "run" / "train_config.yaml", {"model": str(tmp_path / "gone")})
+    assert planned_peak(config, 8, "fp32") is None
 
 
 def test_runs_beside_each_other(place: Path, run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
