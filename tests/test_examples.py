@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import make_base, make_checkpoint, perturbed, sums, write_jsonl
+import torch
+from tiny import TEXT_VOCAB, make_base, make_checkpoint, make_tokenizer, perturbed, sums, write_jsonl
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from qosora import QosoraConfig, quantize
 from qosora.base.load import load_base
@@ -70,3 +73,30 @@ def test_the_configuration_for_two_cards(tmp_path: Path) -> None:
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert adapter_config(tmp_path / "adapter").vectors == "both"
+
+
+@pytest.mark.slow
+def test_a_tiny_t5_translates(tmp_path: Path) -> None:
+    """Words by a dictionary; said by plain transformers, from the merged weights."""
+    raw = make_tokenizer(chat=False).backend_tokenizer
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 257)])
+    words = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<s>")
+    words.save_pretrained(tmp_path / "t5")
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=TEXT_VOCAB, pad_token_id=256,
+        eos_token_id=257, decoder_start_token_id=256, dropout_rate=0.0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    dictionary = {"one": "eins", "two": "zwei", "red": "rot", "dog": "hund", "sun": "sonne", "go": "geh"}
+    pairs = [{"source": word, "target": said} for word, said in dictionary.items()] * 24
+    data = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    command = [sys.executable, ROOT / "examples" / "translate.py", "--model", "t5", "--data", data, "--rank", "16"]
+    command += ["--output-dir", "adapter", "--merged-dir", "merged", "--epochs", "12", "--batch-size", "8"]
+    command += ["--learning-rate", "5e-2"]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    plain = T5ForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    inputs = words([row["source"] for row in pairs[:6]], return_tensors="pt", padding=True)
+    written = plain.generate(**inputs, max_new_tokens=12)
+    assert words.batch_decode(written, skip_special_tokens=True) == [row["target"] for row in pairs[:6]]
