@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "models" / "run_models.py
 #: changed in place, a tied output layer after a list of projections; and mixtures.
 SAMPLE = [
     "causal/hrm_text", "causal/inkling2_text", "causal/rwkv", "causal/gemma3n_text", "causal/deepseek_v3",
-    "classifier/modernbert", "tagger/bert", "seq2seq/t5", "speech/whisper", "vision/llava",
+    "classifier/modernbert", "classifier/funnel", "tagger/bert", "seq2seq/t5", "speech/whisper", "vision/llava",
 ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from qosora.base.calibrate import calibration_rows, second_moments
 from qosora.base.layout import PlainModel, take_stacks_apart
 from qosora.base.structure import decompose_structure
 from qosora.checkpoints import open_source, tensor_hashes
-from qosora.compat.torch import own_parameters
+from qosora.compat.torch import own_buffers, own_parameters
 from qosora.compat.transformers import (
     ConversionOps,
     Deferred,
@@ -37,6 +37,7 @@ from qosora.compat.transformers import (
     get_model_conversion_mapping,
     get_module_from_name,
     ignore_in_checkpoint,
+    leave_unfilled,
     moved_into,
     no_longer_in_float32,
     read_in_float32,
@@ -185,6 +186,9 @@ class QosoraHfQuantizer(HfQuantizer):
             _untie_what_differs(model)
         self._stacks = {} if self.pre_quantized else take_stacks_apart(model)
         names = decompose_structure(model, self.quantization_config, stored=self.pre_quantized)
+        for module in model.modules():  # a decomposed layer has none to fill, nor what only holds such layers
+            if isinstance(module, QosoraLinear) or not (own_parameters(module) or own_buffers(module)):
+                leave_unfilled(module)
         self._moments: dict[str, torch.Tensor] = {}
         if not self.pre_quantized:
             if self.quantization_config.scale == "calibrated":

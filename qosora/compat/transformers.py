@@ -78,6 +78,12 @@ def was_loaded(parameter: torch.Tensor) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
 
 
+@uses(f"{_MODEL}._initialize_weights: _is_hf_initialized")
+def leave_unfilled(module: Any) -> None:
+    """Have the loader not fill what a module has at random, by code that may read the weights of linear layers."""
+    module._is_hf_initialized = True
+
+
 @uses(f"{_MODEL}: _keep_in_fp32_modules_strict")
 def read_in_float32(model: Any, patterns: set[str]) -> None:
     """Have the loader not round parameters, by regular expressions for their names, to the model's dtype."""

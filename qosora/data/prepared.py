@@ -113,6 +113,8 @@ def _pairs(records: Records, tokenizer: PreTrainedTokenizerBase, max_length: int
     """Return preferences as pairs of tokens, which are all looked at."""
     rows = [{**row, "completion": row[part]} for part in ("chosen", "rejected") for row in records.rows]
     found = tokenize(replace(records, kind="prompt-completion", rows=rows), tokenizer, completion_only=False).examples
+    if len(found) < len(rows):
+        raise DataError(f"{records.name}: {len(rows) - len(found)} answers with their prompt have a single token")
     pairs = list(zip(found[: len(records)], found[len(records) :], strict=True))
     kept = [pair for pair in pairs if max_length is None or max(len(e.input_ids) for e in pair) <= max_length]
     longest = max(len(e.input_ids) for e in found)

@@ -136,6 +136,8 @@ def load_records(
     if not rows:
         raise DataError(f"{name} is empty: it has no example")
     parts, kind = _find_columns(name, rows, columns or Columns(), form)
+    if kind in ("classes", "tags"):
+        return Records(name, kind, list(_with_classes(name, rows, parts)))
     normal = list(_normalised(name, rows, parts, kind))
     if chat and "prompt" not in parts:
         raise DataError(f"{name}: chat wraps prompts and completions, but the data is {', '.join(parts)}")
@@ -218,28 +220,17 @@ def _normalised(name: str, rows: Iterable[Row], parts: Mapping[str, str], kind: 
     """Give rows by part; what else they have is kept for chats, and of prompts."""
     for where, row in rows:
         result: dict[str, Any] = {}
-        images = None if kind in ("text", "classes", "tags") else _images(row)
+        images = None if kind == "text" else _images(row)
         for part, column in parts.items():
-            if column not in row:
-                raise DataError(f"{name} {where}: no {column!r}, which other rows have")
-            value = row[column]
-            if kind in ("classes", "tags"):
-                if problem := _problem_of_class(part, value):
-                    raise DataError(f"{name} {where}: {column} {problem}")
-            elif part == "label":
+            value = _value(name, where, row, column)
+            if part == "label":
                 value = value if isinstance(value, bool) else _LABELS.get(str(value).strip().lower())
                 if value is None:
                     raise DataError(f"{name} {where}: {column} is {row[column]!r}; it must be true or false")
             elif problem := _problem(part, value, with_images=images is not None):
                 raise DataError(f"{name} {where}: {column} {problem}")
-            try:
-                refuse_broken_text(value)
-            except DataError as error:
-                raise DataError(f"{name} {where}: {column} {error}") from None
+            _require_whole(name, where, column, value)
             result[part] = value
-        if kind in ("classes", "tags"):
-            yield result
-            continue
         turns = [part for part in parts if part != "label"]
         if len({type(result[part]) for part in turns}) > 1:
             all_of = "both" if len(turns) == 2 else "all"
@@ -250,6 +241,32 @@ def _normalised(name: str, rows: Iterable[Row], parts: Mapping[str, str], kind: 
         if others and (kind == "prompts" or isinstance(result[turns[0]], list)):
             result["columns"] = {column: row[column] for column in row if column in others}
         yield result
+
+
+def _with_classes(name: str, rows: Iterable[Row], parts: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Give rows of texts or words with classes by part."""
+    for where, row in rows:
+        result = {}
+        for part, column in parts.items():
+            value = _value(name, where, row, column)
+            if problem := _problem_of_class(part, value):
+                raise DataError(f"{name} {where}: {column} {problem}")
+            _require_whole(name, where, column, value)
+            result[part] = value
+        yield result
+
+
+def _value(name: str, where: str, row: Mapping[str, Any], column: str) -> Any:
+    if column not in row:
+        raise DataError(f"{name} {where}: no {column!r}, which other rows have")
+    return row[column]
+
+
+def _require_whole(name: str, where: str, column: str, value: Any) -> None:
+    try:
+        refuse_broken_text(value)
+    except DataError as error:
+        raise DataError(f"{name} {where}: {column} {error}") from None
 
 
 def _images(row: Mapping[str, Any]) -> list[Any] | None:
