@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "models" / "run_models.py
 #: Of language models those whose checkpoints or code are odd: weights in parts of other tensors, under other names,
 #: changed in place, a tied output layer after a list of projections; and mixtures.
 SAMPLE = [
-    "causal/hrm_text", "causal/inkling2_text", "causal/rwkv", "causal/gemma3n_text", "causal/deepseek_v3",
+    "causal/hrm_text", "causal/inkling2_text", "causal/rwkv", "causal/gemma3n_text", "causal/laguna",
     "classifier/modernbert", "classifier/funnel", "tagger/bert", "seq2seq/t5", "speech/whisper", "vision/llava",
 ]  # fmt: skip
 

@@ -122,6 +122,10 @@ class PlainModel:
         targets = target_patterns(self._converters, pattern)
         return name, [final, *(final.replace(targets[0], other, 1) for other in targets[1:])]
 
+    def renamed(self, name: str) -> str:
+        """Return what the loader calls a tensor that has a name of the model already: some have a part changed again."""
+        return rename_source_key(name, self._renamings, [], self.model.base_model_prefix, self._state)[0]
+
     def disk_name(self, name: str) -> str:
         """Return the name that a plain checkpoint has for a parameter of the model."""
         return next(iter(revert_weight_conversion(self.model, {name: self._state[name]})))

@@ -209,7 +209,7 @@ def _pair(
 
 def _unit(adapted: AdaptedBase, layer: Layer, target: int | None, rank: int, dtype: torch.dtype) -> Unit:
     """Return the two matrices of a layer, reduced to rank `target` and filled up with zeros to `rank`."""
-    prefix = f"{_PREFIX}{layer.disk if _is_expert(adapted, layer) else layer.module}.lora_"
+    prefix = f"{_PREFIX}{_name(adapted, layer)}.lora_"
     specs = {
         f"{prefix}A.weight": StoredSpec(dtype, (rank, layer.in_features)),
         f"{prefix}B.weight": StoredSpec(dtype, (layer.out_features, rank)),
@@ -248,6 +248,14 @@ def _rank_error(reports: Mapping[str, dict[str, Any]]) -> float:
     return math.sqrt(lost / whole) if whole else 0.0
 
 
+def _name(adapted: AdaptedBase, layer: Layer) -> str:
+    """Return the name by which PEFT finds a layer's matrices: it renames what it reads as transformers' loader does."""
+    by_module = f"{layer.module}.lora_A.weight"
+    if _is_expert(adapted, layer) or adapted.plain.renamed(by_module) != by_module:
+        return layer.disk
+    return layer.module
+
+
 def _is_expert(adapted: AdaptedBase, layer: Layer) -> bool:
     parts = layer.module.split(".")
     parents = (".".join(parts[:i]) for i in range(1, len(parts)))
@@ -278,6 +286,13 @@ def _lora(adapted: AdaptedBase, original: str, target: int | None, dtype: torch.
         if parameter.total_rank != config.r:
             config.rank_pattern[parameter.name] = config.alpha_pattern[parameter.name] = parameter.total_rank
     place = wrapped(adapted, config)
+    for parameter in found:
+        key = f"{place[parameter.name].removeprefix(_PREFIX)}.lora_A.weight"
+        if adapted.plain.renamed(key) != key:
+            raise CheckpointError(
+                f"{adapted.base}: PEFT would look for the LoRA of {parameter.name} under another name, "
+                f"{adapted.plain.renamed(key)!r}, so none can hold this adapter; export merged weights"
+            )
     pair = partial(_pair, adapted, target)
     units = [_unit(adapted, adapted.layers[m], target, ranks[m], dtype) for m in ranks]
     return config, units + [stacked_unit(adapted, p, place[p.name], pair, dtype) for p in found]
