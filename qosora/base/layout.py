@@ -123,7 +123,7 @@ class PlainModel:
         return name, [final, *(final.replace(targets[0], other, 1) for other in targets[1:])]
 
     def renamed(self, name: str) -> str:
-        """Return what the loader calls a tensor that has a name of the model already: some have a part changed again."""
+        """Return what the loader calls a tensor that has its name of the model already: of some it changes more."""
         return rename_source_key(name, self._renamings, [], self.model.base_model_prefix, self._state)[0]
 
     def disk_name(self, name: str) -> str:

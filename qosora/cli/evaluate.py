@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from qosora.checkpoints import TAGS, TEXTS, task_of
+    from qosora.checkpoints import REWARD, TAGS, TEXTS, task_of
     from qosora.data import Columns
     from qosora.inference import evaluate
 
@@ -51,6 +51,9 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load(args)
     if task_of(model.config) in (TEXTS, TAGS):
         _classes(args, model, tokenizer, columns)
+        return
+    if task_of(model.config) == REWARD:
+        _rewards(args, model, tokenizer, columns)
         return
     result = evaluate(
         model,
@@ -102,3 +105,29 @@ def _classes(args: argparse.Namespace, model: Any, tokenizer: Any, columns: Any)
     print(f"F1        {result.f1:.4f}")
     print(f"over      {result.labels:,} labels of {result.examples:,} examples")
     print(table(["class", "F1"], [[escaped(name), f"{f1:.4f}"] for name, f1 in result.classes.items()]))
+
+
+def _rewards(args: argparse.Namespace, model: Any, tokenizer: Any, columns: Any) -> None:
+    """Print how often a model of rewards prefers the better answer."""
+    from qosora.inference import evaluate_rewards
+
+    if args.exact_match:
+        raise ConfigError("a model of rewards writes no text: leave out --exact-match")
+    result = evaluate_rewards(
+        model,
+        tokenizer,
+        args.data,
+        split=args.split,
+        columns=columns,
+        chat=args.chat,
+        limit=args.limit,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+    )
+    if args.json:
+        print_json(result.to_dict())
+        return
+    print(f"loss      {result.loss:.4f}")
+    print(f"accuracy  {result.accuracy:.1%}")
+    print(f"margin    {result.margin:.4f}")
+    print(f"over      {result.pairs:,} pairs")

@@ -27,7 +27,15 @@ from peft import LoraConfig
 
 from qosora import __version__
 from qosora.base import natural_order
-from qosora.checkpoints import ADAPTER_STEM, Progress, StoredSpec, Unit, copy_files, refuse_input_as_output
+from qosora.checkpoints import (
+    ADAPTER_STEM,
+    Progress,
+    StoredSpec,
+    Unit,
+    copy_files,
+    refuse_input_as_output,
+    task_of,
+)
 from qosora.compat.peft import check_target_module_exists, convert_peft_config_for_transformers
 from qosora.errors import CheckpointError, ConfigError
 from qosora.export.adapters import TOKENS, Adapter, AdapterChoice
@@ -150,7 +158,7 @@ def export_lora(
         def finish(folder: Path) -> None:
             copy_files(folder, adapted.base, adapted.adapters[0].folder, with_code=False)
             config.save_pretrained(str(folder))
-            (folder / "README.md").write_text(_model_card(named, config), encoding="utf-8")
+            (folder / "README.md").write_text(_model_card(named, config, adapted), encoding="utf-8")
 
         def check(folder: Path, reports: Reports) -> Verification:
             return verify_export(folder, export.reference, lora_dtype, model=named, rank_error=_rank_error(reports))
@@ -368,13 +376,15 @@ def _are_stacked_by_name(adapted: AdaptedBase, config: LoraConfig, experts: set[
     return bool(probe.target_parameters) and not mixed and all_experts <= experts
 
 
-def _model_card(original: str, config: LoraConfig) -> str:
+def _model_card(original: str, config: LoraConfig, adapted: AdaptedBase) -> str:
     name = Path(original).name if Path(original).exists() else original
+    kind, model = adapted.plain.class_name, adapted.plain.model.config
+    labels = f", num_labels={model.num_labels}" if task_of(model) is not None else ""
     return (
         f"---\nlibrary_name: peft\nbase_model: {name}\ntags: [lora]\n---\n\n"
         f"LoRA of rank {config.r} for {name}, exported from an OSoRA adapter by qosora {__version__}.\n\n"
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), "THIS_FOLDER")\n```\n'
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {kind}\n\n"
+        f'model = PeftModel.from_pretrained({kind}.from_pretrained("{name}"{labels}), "THIS_FOLDER")\n```\n'
     )
 
 

@@ -76,17 +76,19 @@ def logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
     return torch.cat(found)
 
 
-def _load(source: str, adapter: str | None, trust_remote_code: bool) -> Any:
+def _load(source: str, adapter: str | None, trust_remote_code: bool, kind: str | None, labels: int | None) -> Any:
     import transformers
 
     path = Path(source)
-    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    gguf: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     model_class = transformers.AutoModelForCausalLM
     if not gguf and not trust_remote_code:
         config = transformers.AutoConfig.from_pretrained(source)
         model_class = getattr(transformers, (config.architectures or [""])[0], model_class)
+    if kind is not None:  # another than the checkpoint is of: its head is the adapter's
+        model_class, gguf = getattr(transformers, kind), {**gguf, "num_labels": labels}
     model, info = model_class.from_pretrained(
-        path.parent if gguf else source,
+        path.parent if path.suffix == ".gguf" else source,
         dtype="auto",
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
@@ -111,10 +113,12 @@ def main() -> None:
     parser.add_argument("inputs")
     parser.add_argument("logits")
     parser.add_argument("--adapter")
+    parser.add_argument("--kind")
+    parser.add_argument("--labels", type=int)
     parser.add_argument("--trust-remote-code", action="store_true")
     args = parser.parse_args()
     sys.meta_path.insert(0, _Refuse())
-    model = _load(args.model, args.adapter, args.trust_remote_code)
+    model = _load(args.model, args.adapter, args.trust_remote_code, args.kind, args.labels)
     compute_in_float32(model)
     save_file({"logits": logits(model, **load_file(args.inputs)).contiguous()}, args.logits)
 

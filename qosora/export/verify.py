@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedConfig
 
 from qosora.adapter import OsoraLayer
 from qosora.base import fit_vocabulary, load_base, load_tokenizer
-from qosora.checkpoints import has_tokenizer
+from qosora.checkpoints import has_tokenizer, model_class_of, task_of
 from qosora.errors import CheckpointError
 from qosora.export import outsider
 from qosora.export.original import Original
@@ -216,9 +217,10 @@ def verify_export(
     expected = reference.logits(inputs, plain_dtype)
     learned = expected - reference.logits(inputs, plain_dtype, with_adapters=False) if rank_error else None
     gc.collect()
-    got = logits_elsewhere(folder, model, inputs, reference.trust_remote_code)
+    got = logits_elsewhere(folder, model, inputs, reference.trust_remote_code, reference.adapted.plain.model.config)
     difference = (got - expected).abs()
-    size = torch.linalg.vector_norm(expected - expected.mean(-1, keepdim=True))
+    several = expected.shape[-1] > 1  # of which a common shift says nothing; of a reward it does
+    size = torch.linalg.vector_norm(expected - expected.mean(-1, keepdim=True) * several)
     tolerance = _TOLERANCES[dtype]
     if reference.original is not None:  # what is not decomposed is in the base's dtype in the reference only
         tolerance = max(tolerance, _TOLERANCES[reference.adapted.dtype])
@@ -243,11 +245,25 @@ def verify_export(
 
 
 def logits_elsewhere(
-    folder: Path, model: str | None, inputs: dict[str, torch.Tensor], trust_remote_code: bool
+    folder: Path,
+    model: str | None,
+    inputs: dict[str, torch.Tensor],
+    trust_remote_code: bool,
+    config: PreTrainedConfig | None = None,
 ) -> torch.Tensor:
-    """Return an export's logits, (tokens, vocabulary), from a program that cannot import qosora."""
+    """Return an export's logits, (tokens, vocabulary), from a program that cannot import qosora.
+
+    Args:
+        folder: Of the export: a checkpoint, or a LoRA.
+        model: Of a LoRA: the checkpoint to load it onto.
+        inputs: To both.
+        trust_remote_code: Whether to run model code that the checkpoint brings.
+        config: Of a LoRA: the base's, which may have another head than the checkpoint.
+    """
     adapter = [] if model is None else ["--adapter", str(folder)]
     code = ["--trust-remote-code"] if trust_remote_code else []
+    if model is not None and config is not None and task_of(config) is not None:
+        adapter += ["--kind", model_class_of(config).__name__, "--labels", str(config.num_labels)]
     with TemporaryDirectory(prefix="qosora-") as scratch:
         files = [str(Path(scratch) / name) for name in ("inputs.safetensors", "logits.safetensors")]
         save_file(inputs, files[0])

@@ -6,6 +6,7 @@
 | `chat` | a conversation, with one adapter or another |
 | `evaluation` | loss, perplexity, exact match |
 | `classification` | accuracy and F1 of a classifier |
+| `preferences` | accuracy of a model of rewards |
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from qosora.inference.evaluation import perplexity as perplexity
     from qosora.inference.generation import generate as generate
     from qosora.inference.generation import inference as inference
+    from qosora.inference.preferences import RewardResult as RewardResult
+    from qosora.inference.preferences import evaluate_rewards as evaluate_rewards
 
 __getattr__, __dir__ = door(
     __name__,
@@ -35,6 +38,7 @@ __getattr__, __dir__ = door(
         "generation": ["generate", "inference"],
         "chat": ["Chat"],
         "classification": ["ClassResult", "class_metrics", "evaluate_classes", "judge", "pad_token"],
+        "preferences": ["RewardResult", "evaluate_rewards"],
         "evaluation": ["EvalResult", "batch_losses", "evaluate", "mean_loss", "perplexity"],
     },
 )

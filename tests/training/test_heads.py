@@ -14,12 +14,12 @@ from peft import PeftModel
 from tiny import make_checkpoint, sums, write_jsonl
 from transformers import AutoModelForSequenceClassification
 
-from qosora import export_lora, export_merged, load_base, load_model, load_tokenizer
+from qosora import cli, export_lora, export_merged, load_base, load_model, load_tokenizer
 from qosora.adapter import OsoraLayer
 from qosora.base import quantize
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError
-from qosora.inference import evaluate_classes
+from qosora.inference import evaluate_classes, evaluate_rewards
 from qosora.training import TrainConfig, class_loss, preview_run, train
 from qosora.training.checks import resolve_run
 from qosora.training.processes import Processes
@@ -88,14 +88,23 @@ def test_a_classifier_learns_and_leaves(place: Path, tmp_path: Path, model: str,
 
 
 @pytest.mark.slow
-def test_rewards_are_learned_and_leave_as_a_lora(place: Path, tmp_path: Path):
+def test_rewards_are_learned_and_leave_as_a_lora(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     result = train(config(place, tmp_path / "run", "rewards", "pairs", method="reward"))
     assert result.figures["eval_accuracy"][1] == 1.0
     assert result.figures["margin"][1] > result.figures["margin"][0]
 
-    export_lora(place / "rewards", tmp_path / "lora", tmp_path / "run")
+    report = export_lora(place / "rewards", tmp_path / "lora", tmp_path / "run", verify=True)
+    assert report.verification is not None
     adapted, tokenizer = load_model(tmp_path / "run"), load_tokenizer(tmp_path / "run")
-    assert len(list(adapted.modules())) > 0
+    found = evaluate_rewards(adapted, tokenizer, place / "test_pairs.jsonl", batch_size=5)
+    assert (found.accuracy, found.pairs) == (1.0, 16)
+    assert found.loss == pytest.approx(result.eval_loss_after, rel=1e-4)
+    assert cli.main(["eval", str(tmp_path / "run"), "--data", str(place / "test_pairs.jsonl")]) == 0
+    assert "accuracy  100.0%" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="is no model of rewards"):
+        evaluate_rewards(load_model(place / "plain"), tokenizer, place / "test_pairs.jsonl")
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert 'LlamaForSequenceClassification.from_pretrained("llama", num_labels=1)' in card
     original = AutoModelForSequenceClassification.from_pretrained(place / "llama", num_labels=1, dtype=torch.float32)
     served = PeftModel.from_pretrained(original, tmp_path / "lora").eval()
     ids = {"input_ids": torch.tensor([tokenizer("3 + 6 = 9")["input_ids"]])}
