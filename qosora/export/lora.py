@@ -39,7 +39,7 @@ from qosora.checkpoints import (
 from qosora.compat.peft import check_target_module_exists, convert_peft_config_for_transformers
 from qosora.errors import CheckpointError, ConfigError
 from qosora.export.adapters import TOKENS, Adapter, AdapterChoice
-from qosora.export.lora_stacks import parameters, stacked_unit, taken_for_experts, wrapped
+from qosora.export.lora_stacks import Parameter, parameters, stacked_unit, taken_for_experts, wrapped
 from qosora.export.merged import checked_dtype
 from qosora.export.original import original_of
 from qosora.export.run import Export, Reports
@@ -294,16 +294,23 @@ def _lora(adapted: AdaptedBase, original: str, target: int | None, dtype: torch.
         if parameter.total_rank != config.r:
             config.rank_pattern[parameter.name] = config.alpha_pattern[parameter.name] = parameter.total_rank
     place = wrapped(adapted, config)
-    for parameter in found:
-        key = f"{place[parameter.name].removeprefix(_PREFIX)}.lora_A.weight"
-        if adapted.plain.renamed(key) != key:
-            raise CheckpointError(
-                f"{adapted.base}: PEFT would look for the LoRA of {parameter.name} under another name, "
-                f"{adapted.plain.renamed(key)!r}, so none can hold this adapter; export merged weights"
-            )
+    place = {p.name: _PREFIX + _place(adapted, p, place[p.name].removeprefix(_PREFIX)) for p in found}
     pair = partial(_pair, adapted, target)
     units = [_unit(adapted, adapted.layers[m], target, ranks[m], dtype) for m in ranks]
     return config, units + [stacked_unit(adapted, p, place[p.name], pair, dtype) for p in found]
+
+
+def _place(adapted: AdaptedBase, parameter: Parameter, place: str) -> str:
+    """Return the name by which PEFT finds the matrices of a parameter's LoRA, as `_name` does."""
+    holder, _, _ = parameter.name.rpartition(".")
+    on_disk = parameter.first.disk.removesuffix(parameter.first.module.removeprefix(holder))
+    for name in (place, place.replace(holder, on_disk, 1)):
+        if adapted.plain.renamed(f"{name}.lora_A.weight") == f"{place}.lora_A.weight":
+            return name
+    raise CheckpointError(
+        f"{adapted.base}: PEFT would look for the LoRA of {parameter.name} under another name, so none can hold this "
+        "adapter; export merged weights"
+    )
 
 
 def _config(adapted: AdaptedBase, ranks: Mapping[str, int], original: str, usual: int) -> LoraConfig:
