@@ -194,14 +194,27 @@ def stored_otherwise(model: PreTrainedModel) -> list[str]:
     """Return the linear layers whose weight is no `NAME.weight` on disk, but a part, or called otherwise."""
     transforms = without_stacking(get_model_conversion_mapping(model, add_legacy=False), model)
     makers = [t for t in transforms if isinstance(t, WeightConverter)]
-    kinds: dict[str, bool] = {}
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    state, kinds = model.state_dict(), dict[str, bool]()
+
+    def parts_stay(name: str, stem: str, weight: torch.Tensor) -> bool:
+        """Say whether the loader finds what a layer is stored in, by the name of its weight on disk."""
+        for part in ("U", "s", "weight_absmax"):
+            wanted = f"{name}.{part}"
+            known = {**state, wanted: weight}
+            if rename_source_key(stem + part, renamings, [], model.base_model_prefix, known)[0] != wanted:
+                return False
+        return True
+
     found = []
     for name, module in linear_layers(model).items():
         kind = re.sub(r"\d+", "0", name)
         if kind not in kinds:
             weight = {f"{name}.weight": module.weight}
             made = any(makes(maker, f"{name}.weight") for maker in makers)
-            kinds[kind] = made or not next(iter(revert_weight_conversion(model, weight))).endswith("weight")
+            disk = next(iter(revert_weight_conversion(model, weight)))
+            plain = not made and disk.endswith("weight")
+            kinds[kind] = not (plain and parts_stay(name, disk.removesuffix("weight"), module.weight))
         if kinds[kind]:
             found.append(name)
     return found

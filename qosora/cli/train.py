@@ -154,6 +154,10 @@ def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
         print(f"--- example {number} of {len(found.shown)}: {_LEGEND[colour]}")
         print(_marked(tokens, colour))
     trained_on = f"of which {found.supervised:,} are trained on; " * (found.supervised > 0)
+    if config.method == "classify":
+        trained_on = f"with {found.supervised:,} classes; "
+    elif config.method == "reward":
+        trained_on = "all of which count for the reward; "
     print(
         f"--- {found.examples:,} examples, {found.tokens:,} tokens, {trained_on}the longest sequence has "
         f"{found.longest:,}"

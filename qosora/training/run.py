@@ -51,6 +51,8 @@ _SHORT_TILE = 1024
 class TrainResult:
     """What a run did; losses of SFT are means over supervised tokens, evaluation's are None without evaluation data.
 
+    Of a classifier, `supervised_tokens` counts classes.
+
     `figures` has what shows a method's success, such as the reward, each in the first tenth of the steps and in the
     last, or before and after, where it was evaluated. `peak_memory_bytes` is that of the process with the most, and
     `longest` the tokens of the longest sequence, with its answer where answers are rewarded.
@@ -81,7 +83,8 @@ class TrainResult:
 
     def summary(self) -> list[str]:
         """Return lines for a reader."""
-        tokens = f" ({self.supervised_tokens:,} supervised tokens)" * (self.supervised_tokens > 0)
+        counted = {"classify": "classes", "reward": "tokens"}.get(self.method, "supervised tokens")
+        tokens = f" ({self.supervised_tokens:,} {counted})" * (self.supervised_tokens > 0)
         lines = [
             f"trained {self.trained_parameters:,} parameters for {self.steps} steps on {self.examples:,} examples"
             f"{tokens} in {self.wall_seconds:.0f} s, {self.precision}, "
