@@ -6,9 +6,12 @@ import argparse
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import qosora
@@ -134,8 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     args = build_parser().parse_args(argv)
     _set_up_messages(args.verbose, downloads=args.name == quantize.NAME)
+    pressed: list[int] = []
     try:
-        args.run(args)
+        with _noting_ctrl_c(pressed):
+            args.run(args)
     except EndedElsewhere:
         return 1
     except (QosoraError, OSError) as error:  # the latter of files, each with its name
@@ -150,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.verbose:
             raise
+        if pressed:  # in the midst of a library's own code, which has made another error of it
+            print(f"qosora {args.name}: interrupted", file=sys.stderr)
+            return 130
         if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: torch may not be imported
             text = f"out of GPU memory; {first_line(error)}"
         elif isinstance(error, MemoryError) or "allocate memory" in str(error):
@@ -162,6 +170,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qosora {args.name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _noting_ctrl_c(pressed: list[int]) -> Iterator[None]:
+    """Put the signal of each Ctrl-C into a list, and raise KeyboardInterrupt as ever."""
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+
+    def note(number: int, frame: Any) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Escaped(logging.Formatter):

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -353,3 +354,16 @@ def test_a_classifier_from_checkpoint_to_scores(tmp_path: Path, capsys: pytest.C
     assert cli.main(["eval", str(tmp_path / "run"), "--data", data, "--exact-match"]) == 2
     assert cli.main(["quantize", source, str(tmp_path / "b"), "--labels", "a", "b", "--check", data]) == 2
     assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "x"]) == 1
+
+
+def test_ctrl_c_that_becomes_another_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(args: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type") from None
+
+    monkeypatch.setattr("qosora.cli.inspect.run", run)
+    assert cli.main(["inspect", "x"]) == 130
+    assert capsys.readouterr().err == "qosora inspect: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
