@@ -74,9 +74,9 @@ def with_task(
         _know_padding(config, checkpoint.origin)
         config.save_pretrained(origin)
         before, after = PlainModel(checkpoint.origin, False), PlainModel(origin, False)
-        kept = _kept(checkpoint.reader, before, after)
-        located = {name for disk in kept for name in after.locate(disk)[1]}
         common = _common(before, after)
+        kept = _kept(checkpoint.reader, before, after, common)
+        located = {name for disk in kept for name in after.locate(disk)[1]}
         drawn = [name for name in after.missing(located) if name not in common]
         tensors = _drawn(after, drawn, seed)
         save_file(tensors, origin / _FILE)
@@ -115,9 +115,9 @@ def _common(before: PlainModel, after: PlainModel) -> set[str]:
     return {name for name, shape in after.shapes.items() if known.get(bare(after, name)) == shape}
 
 
-def _kept(reader: TensorReader, before: PlainModel, after: PlainModel) -> list[str]:
+def _kept(reader: TensorReader, before: PlainModel, after: PlainModel, common: set[str]) -> list[str]:
     """Return the names on disk of all tensors but those that only the head had, or that nobody needed."""
-    kept, homeless, common = [], [], _common(before, after)
+    kept, homeless = [], []
     for disk in reader.names():
         parts = after.locate(disk)[1]
         if not set(parts) & after.shapes.keys():

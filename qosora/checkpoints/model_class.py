@@ -76,16 +76,14 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False, **opt
 
 def class_for_task(config: PreTrainedConfig, task: str) -> type[PreTrainedModel] | None:
     """Return the class for one of `TASKS` that takes a configuration, if transformers has one."""
-    mapping = _CLASSES[task]
-    found = mapping[type(config)] if type(config) in mapping else None  # noqa: SIM401  (its `get` takes no default)
-    return found[0] if isinstance(found, tuple) else found
+    return next(iter(_classes_for_task(config, task)), None)
 
 
 def task_of(config: PreTrainedConfig) -> str | None:
     """Return which of `TASKS` a model is made for; None for any other model."""
     found = model_class_of(config)
     for task in (TEXTS, TAGS):
-        if found in _members(_CLASSES[task].values()):
+        if found in _classes_for_task(config, task):
             return REWARD if task == TEXTS and config.num_labels == 1 else task
     return None
 
@@ -95,8 +93,13 @@ def sees(config: PreTrainedConfig) -> bool:
     return "pixel_values" in inspect.signature(model_class_of(config).forward).parameters
 
 
-def _members(found: Any) -> set[Any]:
-    return {one for some in found for one in (some if isinstance(some, tuple) else [some])}
+def _classes_for_task(config: PreTrainedConfig, task: str) -> tuple[type[PreTrainedModel], ...]:
+    """Return the classes of one kind of configuration: asking for those of all would import every model."""
+    mapping = _CLASSES[task]
+    if type(config) not in mapping:
+        return ()
+    found = mapping[type(config)]
+    return found if isinstance(found, tuple) else (found,)
 
 
 def require_language_model(config: PreTrainedConfig, source: str, what: str) -> None:

@@ -43,91 +43,72 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qosora.checkpoints import REWARD, TAGS, TEXTS, task_of
     from qosora.data import Columns
-    from qosora.inference import evaluate
 
     columns = Columns(
         args.prompt_column, args.completion_column, args.messages_column, args.text_column, args.label_column
     )
     model, tokenizer = load(args)
-    if task_of(model.config) in (TEXTS, TAGS):
-        _classes(args, model, tokenizer, columns)
-        return
-    if task_of(model.config) == REWARD:
-        _rewards(args, model, tokenizer, columns)
-        return
+    measure = {TEXTS: _classes, TAGS: _classes, REWARD: _rewards}.get(task_of(model.config) or "", _language)
+    shared = {name: getattr(args, name) for name in ("split", "limit", "max_length", "batch_size")}
+    result, lines = measure(args, model, tokenizer, args.data, columns=columns, **shared)
+    if args.json:
+        print_json(result.to_dict())
+    else:
+        print("\n".join(lines))
+
+
+def _language(args: argparse.Namespace, *what: Any, **shared: Any) -> tuple[Any, list[str]]:
+    """Return how likely a language model finds the data, and lines of that."""
+    from qosora.inference import evaluate
+
     result = evaluate(
-        model,
-        tokenizer,
-        args.data,
-        split=args.split,
-        columns=columns,
+        *what,
+        **shared,
         chat=args.chat,
-        limit=args.limit,
-        max_length=args.max_length,
-        batch_size=args.batch_size,
         exact_match=args.exact_match,
         answer_pattern=args.answer_pattern,
         max_new_tokens=args.max_new_tokens,
     )
-    if args.json:
-        print_json(result.to_dict())
-        return
-    print(f"loss         {result.loss:.4f}")
-    print(f"perplexity   {result.perplexity:.4g}")
-    print(f"over         {result.tokens:,} tokens of {result.examples:,} examples")
+    lines = [
+        f"loss         {result.loss:.4f}",
+        f"perplexity   {result.perplexity:.4g}",
+        f"over         {result.tokens:,} tokens of {result.examples:,} examples",
+    ]
     if result.exact_match is not None:
-        print(f"exact match  {result.exact_match:.1%}")
-        for sample in result.samples:
-            print(f"\n{sample.prompt}\n  expected:  {sample.expected.strip()}\n  generated: {sample.generated.strip()}")
+        lines.append(f"exact match  {result.exact_match:.1%}")
+        lines += [
+            f"\n{sample.prompt}\n  expected:  {sample.expected.strip()}\n  generated: {sample.generated.strip()}"
+            for sample in result.samples
+        ]
+    return result, lines
 
 
-def _classes(args: argparse.Namespace, model: Any, tokenizer: Any, columns: Any) -> None:
-    """Print how often a classifier is right."""
+def _classes(args: argparse.Namespace, *what: Any, **shared: Any) -> tuple[Any, list[str]]:
+    """Return how often a classifier is right, and lines of that."""
     from qosora.inference import evaluate_classes
 
     if args.exact_match or args.chat:
         raise ConfigError("a classifier writes no text: leave out --exact-match and --chat")
-    result = evaluate_classes(
-        model,
-        tokenizer,
-        args.data,
-        split=args.split,
-        columns=columns,
-        limit=args.limit,
-        max_length=args.max_length,
-        batch_size=args.batch_size,
-    )
-    if args.json:
-        print_json(result.to_dict())
-        return
-    print(f"loss      {result.loss:.4f}")
-    print(f"accuracy  {result.accuracy:.1%}")
-    print(f"F1        {result.f1:.4f}")
-    print(f"over      {result.labels:,} labels of {result.examples:,} examples")
-    print(table(["class", "F1"], [[escaped(name), f"{f1:.4f}"] for name, f1 in result.classes.items()]))
+    result = evaluate_classes(*what, **shared)
+    return result, [
+        f"loss      {result.loss:.4f}",
+        f"accuracy  {result.accuracy:.1%}",
+        f"F1        {result.f1:.4f}",
+        f"over      {result.labels:,} labels of {result.examples:,} examples",
+        table(["class", "F1"], [[escaped(name), f"{f1:.4f}"] for name, f1 in result.classes.items()]),
+    ]
 
 
-def _rewards(args: argparse.Namespace, model: Any, tokenizer: Any, columns: Any) -> None:
-    """Print how often a model of rewards prefers the better answer."""
+def _rewards(args: argparse.Namespace, *what: Any, **shared: Any) -> tuple[Any, list[str]]:
+    """Return how often a model of rewards prefers the better answer, and lines of that."""
     from qosora.inference import evaluate_rewards
 
     if args.exact_match:
         raise ConfigError("a model of rewards writes no text: leave out --exact-match")
-    result = evaluate_rewards(
-        model,
-        tokenizer,
-        args.data,
-        split=args.split,
-        columns=columns,
-        chat=args.chat,
-        limit=args.limit,
-        max_length=args.max_length,
-        batch_size=args.batch_size,
-    )
-    if args.json:
-        print_json(result.to_dict())
-        return
-    print(f"loss      {result.loss:.4f}")
-    print(f"accuracy  {result.accuracy:.1%}")
-    print(f"margin    {result.margin:.4f}")
-    print(f"over      {result.pairs:,} pairs")
+    result = evaluate_rewards(*what, **shared, chat=args.chat)
+    return result, [
+        f"loss      {result.loss:.4f}",
+        f"accuracy  {result.accuracy:.1%}",
+        f"margin    {result.margin:.4f}",
+        f"over      {result.pairs:,} pairs",
+    ]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from qosora._lazy import door
 
 if TYPE_CHECKING:
+    from qosora.data.batch import batches_by_length as batches_by_length
     from qosora.data.batch import padded as padded
     from qosora.data.batch import padded_batch as padded_batch
     from qosora.data.chat import encode as encode
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from qosora.data.fit import learned_positions as learned_positions
     from qosora.data.fit import refuse_foreign_tokens as refuse_foreign_tokens
     from qosora.data.fit import refuse_too_long as refuse_too_long
+    from qosora.data.fit import refuse_unfit as refuse_unfit
     from qosora.data.prepared import Prepared as Prepared
     from qosora.data.prepared import prepare as prepare
     from qosora.data.records import Columns as Columns
     from qosora.data.records import Records as Records
     from qosora.data.records import load_records as load_records
     from qosora.data.records import no_progress_bars as no_progress_bars
+    from qosora.data.records import split_to_measure as split_to_measure
     from qosora.data.tokens import IGNORED as IGNORED
     from qosora.data.tokens import Example as Example
     from qosora.data.tokens import Tokenized as Tokenized
@@ -49,11 +52,11 @@ __getattr__, __dir__ = door(
     __name__,
     {
         "chat": ["encode", "refuse_broken_text", "render", "template_options"],
-        "records": ["Columns", "Records", "load_records", "no_progress_bars"],
+        "records": ["Columns", "Records", "load_records", "no_progress_bars", "split_to_measure"],
         "tokens": ["Example", "IGNORED", "Tokenized", "tokenize"],
         "prepared": ["Prepared", "prepare"],
-        "fit": ["embedding_rows", "learned_positions", "refuse_foreign_tokens", "refuse_too_long"],
-        "batch": ["padded", "padded_batch"],
+        "fit": ["embedding_rows", "learned_positions", "refuse_foreign_tokens", "refuse_too_long", "refuse_unfit"],
+        "batch": ["batches_by_length", "padded", "padded_batch"],
         "vision": ["SeenExample", "Seer"],
         "classes": ["ClassExample", "class_batch", "tokenize_classes"],
     },

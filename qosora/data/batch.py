@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from qosora.data.tokens import IGNORED, Example
 
-__all__ = ["padded", "padded_batch"]
+__all__ = ["batches_by_length", "padded", "padded_batch"]
+
+E = TypeVar("E", bound=Example)
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray], fill: int, *, left: bool = False) -> torch.Tensor:
@@ -26,6 +29,12 @@ def padded(rows: Sequence[Sequence[int] | np.ndarray], fill: int, *, left: bool 
         start = width - len(row) if left else 0
         line[start : start + len(row)] = row
     return torch.from_numpy(made)
+
+
+def batches_by_length(examples: Sequence[E], size: int) -> list[list[E]]:
+    """Return examples in batches, in the order of their length: the largest batch first, and little padding."""
+    by_length = sorted(examples, key=lambda example: -len(example.input_ids))
+    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
 
 
 def padded_batch(examples: Sequence[Example]) -> dict[str, torch.Tensor]:

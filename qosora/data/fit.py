@@ -10,7 +10,9 @@ from torch import nn
 
 from qosora.errors import DataError
 
-__all__ = ["embedding_rows", "learned_positions", "refuse_foreign_tokens", "refuse_too_long"]
+__all__ = [
+    "embedding_rows", "learned_positions", "refuse_foreign_tokens", "refuse_too_long", "refuse_unfit",
+]  # fmt: skip
 
 
 def refuse_foreign_tokens(rows: Iterable[Sequence[int] | np.ndarray[Any, Any]], vocabulary: int, source: str) -> None:
@@ -55,3 +57,16 @@ def learned_positions(model: Any) -> int | None:
     # OPT's table has two rows more.
     learned = positions is not None and any(0 <= len(table.weight) - positions <= 2 for table in tables)
     return positions if learned else None
+
+
+def refuse_unfit(rows: Sequence[Sequence[int] | np.ndarray[Any, Any]], model: Any, source: str) -> None:
+    """Raise DataError if a token of texts to measure has no embedding, or a text has more than the model's positions.
+
+    Args:
+        rows: Token ids, of at least one text.
+        model: That is measured.
+        source: Where the tokenizer is from, for the message.
+    """
+    refuse_foreign_tokens(rows, embedding_rows(model), source)
+    positions = learned_positions(model)
+    refuse_too_long(max(map(len, rows)), positions, f"set max_length to at most {positions}")

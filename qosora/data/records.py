@@ -34,7 +34,7 @@ from typing import Any, TextIO
 from qosora.data.chat import refuse_broken_text
 from qosora.errors import DataError, first_line
 
-__all__ = ["Columns", "Records", "load_records", "no_progress_bars"]
+__all__ = ["Columns", "Records", "load_records", "no_progress_bars", "split_to_measure"]
 
 logger = logging.getLogger("qosora")
 
@@ -161,6 +161,11 @@ def load_records(
 def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
     others = {part: value for part, value in row.items() if part not in ("prompt", "completion")}
     return {"messages": row["prompt"] + row["completion"], **others}
+
+
+def split_to_measure(source: Any, split: str | None) -> str | None:
+    """Return which split of some data to measure: of a hub data set "test" by default, of a file or rows none."""
+    return split or ("test" if isinstance(source, str) and not Path(source).expanduser().exists() else None)
 
 
 def _turns(part: str, value: Any) -> Any:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qosora.inference.chat import Chat as Chat
     from qosora.inference.classification import ClassResult as ClassResult
     from qosora.inference.classification import class_metrics as class_metrics
+    from qosora.inference.classification import class_names as class_names
     from qosora.inference.classification import evaluate_classes as evaluate_classes
     from qosora.inference.classification import judge as judge
     from qosora.inference.classification import pad_token as pad_token
@@ -37,7 +38,7 @@ __getattr__, __dir__ = door(
     {
         "generation": ["generate", "inference"],
         "chat": ["Chat"],
-        "classification": ["ClassResult", "class_metrics", "evaluate_classes", "judge", "pad_token"],
+        "classification": ["ClassResult", "class_metrics", "class_names", "evaluate_classes", "judge", "pad_token"],
         "preferences": ["RewardResult", "evaluate_rewards"],
         "evaluation": ["EvalResult", "batch_losses", "evaluate", "mean_loss", "perplexity"],
     },

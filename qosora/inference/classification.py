@@ -22,18 +22,17 @@ from qosora.data import (
     IGNORED,
     ClassExample,
     Columns,
+    batches_by_length,
     class_batch,
-    embedding_rows,
-    learned_positions,
     load_records,
-    refuse_foreign_tokens,
-    refuse_too_long,
+    refuse_unfit,
+    split_to_measure,
     tokenize_classes,
 )
 from qosora.errors import CheckpointError
 from qosora.inference.generation import inference
 
-__all__ = ["ClassResult", "Judged", "class_metrics", "evaluate_classes", "judge", "pad_token"]
+__all__ = ["ClassResult", "Judged", "class_metrics", "class_names", "evaluate_classes", "judge", "pad_token"]
 
 
 @dataclass(frozen=True)
@@ -100,16 +99,13 @@ def evaluate_classes(
     task = task_of(model.config)
     if task is None or task == REWARD:
         raise CheckpointError(f"{model.name_or_path} is no classifier, so there are no classes to compare")
-    hub_split = split or ("test" if isinstance(data, str) and not Path(data).expanduser().exists() else None)
     form = "tags" if task == TAGS else "classes"
-    records = load_records(data, form=form, split=hub_split, columns=columns, limit=limit)
+    records = load_records(data, form=form, split=split_to_measure(data, split), columns=columns, limit=limit)
     found = tokenize_classes(records, tokenizer, model.config.label2id, max_length=max_length)
     rows = [example.input_ids for example in found.examples]
-    refuse_foreign_tokens(rows, embedding_rows(model), tokenizer.name_or_path)
-    positions = learned_positions(model)
-    refuse_too_long(max(map(len, rows)), positions, f"set max_length to at most {positions}")
+    refuse_unfit(rows, model, tokenizer.name_or_path)
     judged = judge(model, found.examples, batch_size)
-    names = _names(model.config)
+    names = class_names(model.config)
     measured = class_metrics(judged, names)
     return ClassResult(**measured, classes=_scores(judged, names), labels=found.supervised, examples=len(found))
 
@@ -124,8 +120,7 @@ def judge(model: Any, examples: Sequence[Any], batch_size: int = 8, *, part: int
         part: Which of the `parts` of the batches to take: every `parts`-th from this one on.
         parts: Into how many to divide the batches.
     """
-    by_length = sorted(examples, key=lambda e: -len(e.input_ids))
-    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    batches = batches_by_length(examples, batch_size)
     with inference(model):
         return [judged for batch in batches[part::parts] for judged in _judged(model, batch)]
 
@@ -150,7 +145,8 @@ def pad_token(config: Any) -> int:
     return 0 if found is None else int(found)
 
 
-def _names(config: Any) -> list[str]:
+def class_names(config: Any) -> list[str]:
+    """Return the names of a classifier's classes, by their numbers."""
     return [config.id2label[i] for i in range(config.num_labels)]
 
 

@@ -29,12 +29,11 @@ from qosora.data import (
     Example,
     Records,
     Seer,
-    embedding_rows,
-    learned_positions,
+    batches_by_length,
     load_records,
     padded_batch,
-    refuse_foreign_tokens,
-    refuse_too_long,
+    refuse_unfit,
+    split_to_measure,
     template_options,
     tokenize,
 )
@@ -120,8 +119,7 @@ def evaluate(
     require_language_model(model.config, model.name_or_path, "evaluation")
     pattern = _compiled(answer_pattern)
     if not isinstance(data, Records):
-        hub_split = split or ("test" if isinstance(data, str) and not Path(data).expanduser().exists() else None)
-        data = load_records(data, split=hub_split, columns=columns, chat=chat, limit=limit)
+        data = load_records(data, split=split_to_measure(data, split), columns=columns, chat=chat, limit=limit)
     if data.seen:
         if exact_match:
             raise ConfigError("exact match takes no images: leave it out, or the images")
@@ -131,9 +129,7 @@ def evaluate(
     stops = stop_token_ids(model, tokenizer)
     tokenized = tokenize(data, tokenizer, max_length=max_length, completion_only=completion_only, stop_ids=stops)
     rows = [example.input_ids for example in tokenized.examples]
-    refuse_foreign_tokens(rows, embedding_rows(model), tokenizer.name_or_path)
-    positions = learned_positions(model)
-    refuse_too_long(max(map(len, rows)), positions, f"set max_length to at most {positions}")
+    refuse_unfit(rows, model, tokenizer.name_or_path)
     loss = mean_loss(model, tokenized.examples, batch_size)
     result = EvalResult(loss, perplexity(loss), tokenized.supervised, len(tokenized))
     if not exact_match:
@@ -162,12 +158,11 @@ def _seen(
         raise DataError(f"{data.name} has images, and the model takes none; leave out their column")
     seer = Seer(load_processor(tokenizer.name_or_path), completion_only=only, dtype=model.dtype)
     found = seer.tokenize(data, max_length=max_length)
-    by_length = sorted(found.examples, key=lambda e: -len(e.input_ids))
     total = 0.0
     device = model.get_input_embeddings().weight.device
     with inference(model):
-        for start in range(0, len(by_length), size):
-            batch = {name: tensor.to(device) for name, tensor in seer.batch(by_length[start : start + size]).items()}
+        for examples in batches_by_length(found.examples, size):
+            batch = {name: tensor.to(device) for name, tensor in seer.batch(examples).items()}
             targets = batch.pop("labels")[:, 1:]
             logits = model(**batch, use_cache=False).logits[:, :-1]
             chosen = targets != IGNORED
@@ -205,8 +200,7 @@ def batch_losses(
         part: Which of the `parts` of the batches to take: every `parts`-th from this one on.
         parts: Into how many to divide the batches.
     """
-    by_length = sorted(examples, key=lambda e: -len(e.input_ids))
-    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    batches = batches_by_length(examples, batch_size)
     with inference(model):
         return [_loss_sum(model, batch) for batch in batches[part::parts]]
 

@@ -17,13 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from qosora.checkpoints import REWARD, task_of
 from qosora.data import (
     Columns,
-    embedding_rows,
-    learned_positions,
     load_records,
     padded,
     prepare,
-    refuse_foreign_tokens,
-    refuse_too_long,
+    refuse_unfit,
+    split_to_measure,
 )
 from qosora.errors import CheckpointError
 from qosora.inference.classification import pad_token
@@ -77,13 +75,12 @@ def evaluate_rewards(
     """
     if task_of(model.config) != REWARD:
         raise CheckpointError(f"{model.name_or_path} is no model of rewards")
-    hub_split = split or ("test" if isinstance(data, str) and not Path(data).expanduser().exists() else None)
-    records = load_records(data, form="preference", split=hub_split, columns=columns, chat=chat, limit=limit)
+    records = load_records(
+        data, form="preference", split=split_to_measure(data, split), columns=columns, chat=chat, limit=limit
+    )
     examples = prepare(records, tokenizer, max_length=max_length, as_pairs=True).tokenized.examples
     rows = [example.input_ids for example in examples]
-    refuse_foreign_tokens(rows, embedding_rows(model), tokenizer.name_or_path)
-    positions = learned_positions(model)
-    refuse_too_long(max(map(len, rows)), positions, f"set max_length to at most {positions}")
+    refuse_unfit(rows, model, tokenizer.name_or_path)
     by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     rewards = torch.empty(len(rows))
     device = model.get_input_embeddings().weight.device

@@ -56,21 +56,18 @@ def _computes_as_linear(subclass: type[nn.Linear], bias: bool) -> bool:
 def read_directly(model: nn.Module) -> list[str]:
     """Return the linear layers whose weight another module reads in its code, without calling them."""
     linears = linear_layers(model)
-    found = {
-        f"{name}.{child}" if name else child
-        for name, module in model.named_modules()
-        for ancestor in type(module).__mro__
-        if ancestor not in (nn.Module, PreTrainedModel) and issubclass(ancestor, nn.Module)
-        for child in _weights_read(ancestor)  # type: ignore[arg-type]  # mypy takes a class for an instance
-    }
-    changed = {
-        f"{name}.*.{child}"
-        for name, module in model.named_modules()
-        for ancestor in type(module).__mro__
-        if ancestor not in (nn.Module, PreTrainedModel) and issubclass(ancestor, nn.Module)
-        for child in _weights_changed(ancestor)  # type: ignore[arg-type]
-    }
+    classes = list(_classes(model))
+    found = {f"{name}.{child}" if name else child for name, one in classes for child in _weights_read(one)}  # type: ignore[arg-type]
+    changed = {f"{name}.*.{child}" for name, one in classes for child in _weights_changed(one)}  # type: ignore[arg-type]
     return [name for name in linears if name in found or any(_is_within(name, place) for place in changed)]
+
+
+def _classes(model: nn.Module) -> Iterator[tuple[str, type[nn.Module]]]:
+    """Give the names of a model's modules, each with every class whose code it runs."""
+    for name, module in model.named_modules():
+        for one in type(module).__mro__:
+            if one not in (nn.Module, PreTrainedModel) and issubclass(one, nn.Module):
+                yield name, one
 
 
 def _is_within(name: str, place: str) -> bool:

@@ -32,7 +32,7 @@ from qosora.checkpoints import (
     task_of,
 )
 from qosora.config import OsoraConfig
-from qosora.data import Columns, Prepared, Records, Seer, load_records, prepare, refuse_foreign_tokens
+from qosora.data import Columns, Prepared, Records, Seer, load_records, prepare, refuse_foreign_tokens, split_to_measure
 from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, ConfigError
 from qosora.layers import Tiling
@@ -308,7 +308,7 @@ def records_of(config: TrainConfig, *, held_out: bool, limit: int | None, form: 
     source, split = config.data, config.data_split
     if held_out and config.eval_data is not None:
         source = config.eval_data
-        split = config.eval_split or (None if Path(source).expanduser().exists() else "test")
+        split = split_to_measure(source, config.eval_split)
     columns = Columns(
         config.prompt_column, config.completion_column, config.messages_column, config.text_column, config.label_column
     )

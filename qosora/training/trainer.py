@@ -28,9 +28,9 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
 from qosora.checkpoints import ADAPTER_STEM
 from qosora.compat.trl import know_parameters_again, loss_chunks, orpo
-from qosora.data import IGNORED, Example, Seer, class_batch, padded_batch
+from qosora.data import IGNORED, Example, Seer, batches_by_length, class_batch, padded_batch
 from qosora.errors import EndedElsewhere, QosoraError
-from qosora.inference import batch_losses, class_metrics, inference, judge, pad_token, perplexity
+from qosora.inference import batch_losses, class_metrics, class_names, inference, judge, pad_token, perplexity
 from qosora.layers import panel_of
 from qosora.training.heads import cast_to_heads, class_loss
 from qosora.training.processes import Processes
@@ -163,8 +163,7 @@ class QosoraTrainer(_OfVectors, SFTTrainer):
     def _losses_by_forward(self, size: int) -> list[float]:
         """Do as `batch_losses` by the model's own forward, which brings together what is divided, and sees."""
         rank, count = self.processes.rank, self.processes.count
-        by_length = sorted(self.eval_examples, key=lambda e: -len(e.input_ids))
-        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        batches = batches_by_length(self.eval_examples, size)
         losses = []
         with inference(self.model):
             for first in range(0, len(batches), count):
@@ -236,8 +235,8 @@ class ClassifierTrainer(_OfVectors, Trainer):
         start = time.perf_counter()
         rank, count = self.processes.rank, self.processes.count
         mine = judge(self.model, self.eval_examples, self.args.per_device_eval_batch_size, part=rank, parts=count)
-        names = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
-        found = class_metrics([one for part in self.processes.gathered(mine) for one in part], names)
+        judged = [one for part in self.processes.gathered(mine) for one in part]
+        found = class_metrics(judged, class_names(self.model.config))
         return self._evaluated(found, metric_key_prefix, start)
 
 
