@@ -45,7 +45,8 @@ class Experiment:
         label: What tables call it.
         group: Experiments of the first groups are run first.
         base: What is frozen: {"kind": "16bit"}, {"kind": "nf4", ... options of `nf4.quantize`}, {"kind": "qosora", ...
-            options of `QosoraConfig`}, or {"kind": "osora-16bit", "rank": r}: OSoRA as its paper has it.
+            options of `QosoraConfig`; "train" as calibration is the task's training examples}, or
+            {"kind": "osora-16bit", "rank": r}: OSoRA as its paper has it.
         adapter: Of a PEFT method its config; {"peft_type": "OSORA", ...} for qosora; None to train everything.
         learning_rates: To choose from.
         tasks: Those it is run on.
@@ -100,8 +101,12 @@ def _nf4(task: Task, work: Path, **options: Any) -> tuple[Any, float]:
 
 
 def _qosora(task: Task, work: Path, **options: Any) -> tuple[Any, float]:
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
+    calibrated = options.get("calibration") == "train"
+    of = [options, task.name] if calibrated else options
+    digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
     folder = work / f"{task.model.name}-{digest}"
+    if calibrated:
+        options["calibration"] = [example.input_ids.tolist() for example in task.examples("train")]
     with (work / f"{folder.name}.lock").open("w") as lock:  # one worker makes it
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
