@@ -23,12 +23,15 @@ from methods import shape_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qosora.config import QosoraConfig
-from qosora.layers import fused, ops
+from qosora.layers import experts, fused, ops
 from qosora.memory import Batch, StepOptions, TracedModel, training_step
 from qosora.memory.meta_kernels import MetaKernels, computing_as
 
 QUESTION = "How many kernels does a training step launch, against PEFT QLoRA?"
 SHAPE = "llama-2-7b"
+MIXTURE = "qwen3-30b-a3b"
+#: Of a mixture PEFT's way has no experts in 4 bits, so there is no QLoRA to count.
+METHODS = {SHAPE: ("qosora", "qosora-plain", "qlora"), MIXTURE: ("qosora", "qosora-alone")}
 #: Operations that allocate or look at memory, and run nothing.
 NOTHING = ("empty", "detach", "alias", "_unsafe_view", "_local_scalar_dense", "is_same_size")
 #: Launches of an operation that makes several: for many rows bitsandbytes decodes absmax, adds its offset, decodes the
@@ -70,21 +73,31 @@ def counting() -> Iterator[Counter[str]]:
         yield counts
 
 
-def step_launches(method: str, layers: int, *, checkpointing: bool, tokens: int) -> Counter[str]:
-    """Return the launches of forward and backward of a model of some layers, by operation."""
+def step_launches(method: str, shape: str, *, checkpointing: bool, tokens: int) -> Counter[str]:
+    """Return the launches of forward and backward of a model, by operation.
+
+    Args:
+        method: "qlora", "qosora", "qosora-plain" without fused kernels, or "qosora-alone", each expert by itself.
+        shape: NAME:LAYERS.
+        checkpointing: Whether layers are.
+        tokens: Of the one sequence. Each expert has some of them.
+    """
     options = StepOptions(method="qlora" if method == "qlora" else "qosora", gradient_checkpointing=checkpointing)
-    model = TracedModel(shape_config(f"{SHAPE}:{layers}"), QosoraConfig(), options, full_depth=True)
+    model = TracedModel(shape_config(shape), QosoraConfig(), options, full_depth=True)
     with torch.device("meta"):
         inputs = Batch(1, tokens).tensors(model.vocab, "meta")
-    with fused(False) if method == "qosora-plain" else nullcontext(), counting() as counts:
+    alone = patch.object(experts, "members", lambda layers: None) if method == "qosora-alone" else nullcontext()
+    with fused(False) if method == "qosora-plain" else nullcontext(), alone, counting() as counts:
         training_step(model.model, inputs, SimpleNamespace(step=lambda: None), max_grad_norm=0)
     return counts
 
 
-def of_a_layer(method: str, *, checkpointing: bool, tokens: int = 2048) -> Counter[str]:
+def of_a_layer(method: str, *, checkpointing: bool, shape: str = SHAPE, tokens: int = 2048) -> Counter[str]:
     """Return the launches of one decoder layer's part of a step."""
     # The first makes what is made once in a process, such as the tables of codes.
-    _, two, three = (step_launches(method, n, checkpointing=checkpointing, tokens=tokens) for n in (2, 2, 3))
+    _, two, three = (
+        step_launches(method, f"{shape}:{n}", checkpointing=checkpointing, tokens=tokens) for n in (2, 2, 3)
+    )
     return Counter({name: three[name] - two[name] for name in three if three[name] != two[name]})
 
 
@@ -94,15 +107,23 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument("--resume", action="store_true", help="keep the stages that the output holds")
     args = parser.parse_args()
-    record = Record(args.output, "launches", QUESTION, {"shape": SHAPE, "tokens": 2048, "rank": 128}, args.resume)
+    record = Record(
+        args.output,
+        "launches",
+        QUESTION,
+        {"shape": SHAPE, "mixture": MIXTURE, "tokens": 2048, "rank": 128},
+        args.resume,
+    )
     for checkpointing in (True, False):
-        for method in ("qosora", "qosora-plain", "qlora"):
+        for shape, methods in METHODS.items():
+            for method in methods:
 
-            def count(method: str = method, checkpointing: bool = checkpointing) -> dict[str, Any]:
-                counts = of_a_layer(method, checkpointing=checkpointing)
-                return {"launches": counts.total(), "by_operation": dict(counts.most_common())}
+                def count(method: str = method, checkpointing: bool = checkpointing, shape: str = shape) -> Any:
+                    counts = of_a_layer(method, checkpointing=checkpointing, shape=shape)
+                    return {"launches": counts.total(), "by_operation": dict(counts.most_common())}
 
-            record.stage(f"{method}_{'checkpointed' if checkpointing else 'kept'}", count)
+                name = method if shape == SHAPE else f"{shape}_{method}"
+                record.stage(f"{name}_{'checkpointed' if checkpointing else 'kept'}", count)
 
 
 if __name__ == "__main__":

@@ -201,8 +201,10 @@ def adapted(config: Any, step: StepOptions, rank: int) -> Any:
     """Return the PEFT model of `step.method`, whose adapter is as it starts."""
     if step.method == "qosora":
         return get_peft_model(random_model(config, QosoraConfig(rank=rank), step), OsoraConfig())
-    lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    return _trained_as(torch.bfloat16, get_peft_model(qlora_model(config, step), lora))
+    model = qlora_model(config, step)
+    stacks = [name for name, p in model.named_parameters() if p.ndim == 3]  # experts, which stay in 16 bits
+    lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", target_parameters=stacks or None, task_type="CAUSAL_LM")
+    return _trained_as(torch.bfloat16, get_peft_model(model, lora))
 
 
 def trainable(config: Any, step: StepOptions, rank: int) -> tuple[Any, Any]:

@@ -21,7 +21,6 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -30,7 +29,16 @@ from qosora.checkpoints import base_fingerprint, require_finite
 from qosora.compat.peft import check_adapters_to_merge, check_target_module_exists
 from qosora.config import OsoraConfig
 from qosora.errors import ConfigError, FingerprintError
-from qosora.layers import QosoraEmbedding, QosoraHead, QosoraLinear, VocabularyMatrix, float32_kept, qosora_modules
+from qosora.layers import (
+    Member,
+    QosoraEmbedding,
+    QosoraHead,
+    QosoraLinear,
+    VocabularyMatrix,
+    float32_kept,
+    qosora_modules,
+    updated,
+)
 from qosora.patterns import matches_module
 
 __all__ = ["OsoraLayer", "OsoraModel", "model_fingerprint"]
@@ -116,18 +124,18 @@ class OsoraLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the output with the active adapter. x: (..., in_features)."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x)
-        if self.merged:
-            return self.base_layer(x)
+        layer, s, o, update = self.member()
+        y = layer.apply_vectors(x, s, o)
+        return y if update is None else y + updated(x.to(y.dtype), *update)
+
+    def member(self) -> Member:
+        """Return what the layer multiplies by, with the active adapter."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer.member()
         active = self._active()
-        y = self.base_layer.apply_vectors(x, *self.vectors(active))
-        if (update := self.update(active)) is None:
-            return y
-        B, A = (matrix.to(y.dtype) for matrix in update)
-        return y + F.linear(F.linear(x.to(y.dtype), A), B)
+        return Member(self.base_layer, *self.vectors(active), self.update(active))
 
     def _active(self) -> str:
         active = [name for name in self.active_adapters if name in self.osora_s or name in self.osora_o]

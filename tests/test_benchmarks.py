@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-NAMES = ("layer_step", "optimizer_step", "generate", "load", "plans", "growth")
+NAMES = ("layer_step", "optimizer_step", "generate", "load", "plans", "growth", "mixture_step")
 #: Runs some scripts in one process, since importing takes longer than they do: their folder, then a JSON list of argv.
 RUN = """
 import json, runpy, sys

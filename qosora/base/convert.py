@@ -176,7 +176,7 @@ def quantize(
         task = task or (TEXTS if labels else None)
         if task is not None:
             checkpoint = stack.enter_context(with_task(checkpoint, str(source), task, labels, seed=config.seed))
-        device = _usable(device or (f"cuda:{processes.local_index}" if torch.cuda.is_available() else "cpu"))
+        device = _usable(device or own_device(processes))
         local = Path(expanded(source))
         refuse_input_as_output(output, local if local.exists() else None, origin)
         conversion = _Conversion(str(source), checkpoint, config, dtype, trust_remote_code)
@@ -217,6 +217,11 @@ def quantize(
     layers = [LayerReport(**{**report, "shape": tuple(report["shape"])}) for report in reports.values() if report]
     base_bytes = sum(spec.nbytes for unit in units for spec in unit.specs.values())
     return ConversionReport(str(source), layers, base_bytes, time.perf_counter() - start)
+
+
+def own_device(processes: Processes) -> str:
+    """Return the GPU of a process, which with fewer GPUs than processes is another's, too; the CPU without one."""
+    return f"cuda:{processes.local_index % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def _usable(device: torch.device | str) -> torch.device:

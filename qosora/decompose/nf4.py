@@ -17,6 +17,7 @@ trace like any other tensor. On a CPU values are quantized here, bit for bit as 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ __all__ = [
     "code_table",
     "columns",
     "dequantize",
+    "dequantize_all",
     "matmul",
     "quantize",
     "rows",
@@ -280,6 +282,27 @@ def dequantize(q: FourBitTensor, dtype: torch.dtype = torch.float32) -> torch.Te
         shape = (numel + numel % 2,)
     out: torch.Tensor = dequantize_4bit(q.packed, _absmax(q), q.blocksize, q.quant_type, shape, dtype)
     return out.view(-1)[:numel].view(q.shape)  # the kernel returns a vector as a matrix of one row
+
+
+def dequantize_all(tensors: Sequence[FourBitTensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return tensors of one shape and storage, (tensors, *shape), bit for bit as `dequantize` gives each.
+
+    Args:
+        tensors: At least one.
+        dtype: float32, float16 or bfloat16.
+    """
+    first = tensors[0]
+    if math.prod(first.shape) % first.blocksize:  # a block of the whole would hold values of two
+        return torch.stack([dequantize(q, dtype) for q in tensors])
+    absmax = torch.stack([q.absmax for q in tensors])
+    if first.absmax_scale is not None:
+        scales, offsets = zip(*((q.absmax_scale, q.absmax_offset) for q in tensors), strict=True)
+        scale = torch.stack(scales).repeat_interleave(ABSMAX_BLOCKSIZE, 1)[:, : absmax.shape[1]]
+        absmax = absmax_code(absmax.device)[absmax.int()].mul_(scale).add_(torch.stack(offsets)[:, None])
+    shape = (len(tensors) * first.shape[0], *first.shape[1:])
+    packed = torch.cat([q.packed for q in tensors])
+    whole = replace(first, packed=packed, absmax=absmax.view(-1), absmax_scale=None, absmax_offset=None, shape=shape)
+    return dequantize(whole, dtype).view(len(tensors), *first.shape)
 
 
 def rows(q: FourBitTensor, index: slice | torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -9,6 +9,7 @@
 | `product` | the layer's product and its gradients |
 | `kept` | what a layer keeps while it generates on a CPU |
 | `linear` | `QosoraLinear` |
+| `grouped` | the products of many small layers together |
 | `vocabulary` | embeddings and output layer in 4 bits |
 | `found` | which modules are linear layers that can be replaced |
 | `stacks` | experts that are one tensor on disk as linear layers |
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
     from qosora.layers.experts import without_stacking as without_stacking
     from qosora.layers.found import linear_layers as linear_layers
     from qosora.layers.found import read_directly as read_directly
+    from qosora.layers.linear import Member as Member
     from qosora.layers.linear import QosoraLinear as QosoraLinear
     from qosora.layers.linear import float32_kept as float32_kept
     from qosora.layers.linear import qosora_modules as qosora_modules
+    from qosora.layers.linear import updated as updated
     from qosora.layers.ops import dequantize as dequantize
     from qosora.layers.ops import fused as fused
     from qosora.layers.ops import why_unfused as why_unfused
@@ -64,7 +67,7 @@ __getattr__, __dir__ = door(
         "device": ["planning_for"],
         "precision": ["fast_dtype", "slowdown"],
         "ops": ["dequantize", "fused", "why_unfused"],
-        "linear": ["QosoraLinear", "float32_kept", "qosora_modules"],
+        "linear": ["Member", "QosoraLinear", "float32_kept", "qosora_modules", "updated"],
         "vocabulary": [
             "STORE",
             "QosoraEmbedding",

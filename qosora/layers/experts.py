@@ -12,7 +12,8 @@ checkpoints are stacked by nothing but `MergeModulelist` and `Concatenate`. Othe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from qosora.compat.transformers import (
     own_gate,
     stacks_experts,
 )
+from qosora.layers.grouped import grouped_product, members
 from qosora.layers.stacks import is_taken_apart
 
 __all__ = ["LinearExperts", "router_names", "split_experts", "stack_experts", "stacked_names", "without_stacking"]
@@ -86,16 +88,33 @@ class LinearExperts(nn.Module):
         tokens, top_k = top_k_index.shape
         order = top_k_index.flatten().argsort(stable=True)
         counted = _hardest if hidden_states.is_meta else _tokens_of_each  # there, a planner asks for what is enough
-        inputs = torch.split(hidden_states[order // top_k], counted(top_k_index, self.num_experts))
-        outputs = torch.cat([self._expert(i, rows) for i, rows in enumerate(inputs) if len(rows)])
+        counts = dict(enumerate(counted(top_k_index, self.num_experts)))
+        outputs = self._outputs(hidden_states[order // top_k], {i: n for i, n in counts.items() if n})
         outputs = (outputs * top_k_weights.flatten()[order, None])[order.argsort()]
         return outputs.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
 
-    def _expert(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        expert: Any = self.get_submodule(str(index))
+    def _outputs(self, x: torch.Tensor, counts: dict[int, int]) -> torch.Tensor:
+        """Return the experts' outputs, (tokens, n).
+
+        Args:
+            x: The tokens of the first expert that has any, then those of the next, (tokens, n).
+            counts: How many are each expert's.
+        """
+        experts: dict[int, Any] = {i: self.get_submodule(str(i)) for i in counts}
+        # Without a graph a CPU has matrices of each expert; see `kept`.
+        if (torch.is_grad_enabled() or x.device.type != "cpu") and not torch.compiler.is_compiling():
+            names = [name for names in self.projections.values() for name in names]
+            found = {name: members([expert[name] for expert in experts.values()]) for name in names}
+            groups = {name: group for name, group in found.items() if group is not None}
+            if len(groups) == len(names):
+                return self._mlp(x, lambda name, x: grouped_product(x, list(counts.values()), groups[name]))
+        inputs = zip(experts.values(), torch.split(x, list(counts.values())), strict=True)
+        return torch.cat([self._mlp(rows, partial(_project, expert)) for expert, rows in inputs])
+
+    def _mlp(self, x: torch.Tensor, project: Callable[[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         (stacked,) = self._stacked
         inner, (down,) = self.projections.values()
-        projected = [expert[name](x) for name in inner]
+        projected = [project(name, x) for name in inner]
         if not self._has_gate:
             hidden = stacked.act_fn(*projected)
         elif self._own_gate is None:  # without a copy of both into one tensor
@@ -103,7 +122,7 @@ class LinearExperts(nn.Module):
             hidden = stacked.act_fn(gate) * up
         else:
             hidden = self._own_gate(torch.cat(projected, -1))
-        return expert[down](hidden)
+        return project(down, hidden)
 
     @torch.no_grad()
     def stacked(self) -> nn.Module:
@@ -184,6 +203,11 @@ def stacked_names(model: nn.Module) -> list[str]:
         if not (type(module).__module__.startswith("torch.") or isinstance(module, Conv1D) or is_taken_apart(module))
         and any(p.ndim >= (2 if "experts" in name.split(".") else 3) and len(p) > 1 for p in module.parameters(False))
     ]
+
+
+def _project(expert: Any, name: str, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = expert[name](x)
+    return y
 
 
 def _tokens_of_each(top_k_index: torch.Tensor, num_experts: int) -> list[int]:

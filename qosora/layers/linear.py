@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qosora.compat.torch import own_parameters
@@ -27,7 +28,7 @@ from qosora.layers.device import autocast_dtype
 from qosora.layers.kept import KEPT_ROWS, Kept
 from qosora.layers.product import osora_product, scaled
 
-__all__ = ["QosoraLinear", "float32_kept", "qosora_modules"]
+__all__ = ["Member", "QosoraLinear", "float32_kept", "qosora_modules", "updated"]
 
 
 class QosoraLinear(nn.Module):
@@ -132,8 +133,7 @@ class QosoraLinear(nn.Module):
             s: (rank,), float32.
             o: (out_features,), float32.
         """
-        if self.weight.is_meta and not x.is_meta:
-            raise QosoraError("the base's weights are not in memory: load it whole on one device, not offloaded")
+        self.require_weights(x)
         autocast = autocast_dtype(x)
         out_dtype, dtype = autocast or x.dtype, autocast or self.compute_dtype or x.dtype
         rows = x.reshape(-1, self.in_features)
@@ -149,6 +149,15 @@ class QosoraLinear(nn.Module):
             y = nf4.matmul(rows, factors.residual)
             ops.add_low_rank_(y, h, factors.U, s, o, bias)
         return y.to(out_dtype).view(*x.shape[:-1], self.out_features)
+
+    def member(self) -> Member:
+        """Return what the layer multiplies by."""
+        return Member(self, self.s, self.o)
+
+    def require_weights(self, x: torch.Tensor) -> None:
+        """Refuse to multiply by weights that are not there."""
+        if self.weight.is_meta and not x.is_meta:
+            raise QosoraError("the base's weights are not in memory: load it whole on one device, not offloaded")
 
     def _kept_for(self, x: torch.Tensor, s: torch.Tensor, o: torch.Tensor, factors: Factors) -> Kept | None:
         """Return the matrices to generate with, made anew where the vectors have changed; None where none are kept."""
@@ -185,6 +194,34 @@ class QosoraLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"rank={self.rank}, quant_type={self.quant_type}, blocksize={self.blocksize}"
         )
+
+
+class Member(NamedTuple):
+    """What a layer multiplies by, where several are computed together; see `grouped`.
+
+    Attributes:
+        layer: With what is frozen.
+        s: (r,), float32.
+        o: (m,), float32.
+        update: B (m, k) and A (k, n) of an adapter that has them, float32.
+    """
+
+    layer: QosoraLinear
+    s: torch.Tensor
+    o: torch.Tensor
+    update: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What layers that are computed together have in common."""
+        at, ranks = self.layer, None if self.update is None else self.update[1].shape
+        stored = (at.in_features, at.out_features, at.rank, at.quant_type, at.blocksize, at.double_quant)
+        return (type(at), *stored, at.bias is None, at.c is None, at.compute_dtype, at.weight.device, ranks)
+
+
+def updated(x: torch.Tensor, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """Return an update's part of an output, B A x, (..., m), in the dtype of x, (..., n); B and A: float32."""
+    return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from qosora.decompose import Factors, parts
 from qosora.layers import ops
 from qosora.layers.device import device_type
 
-__all__ = ["osora_product", "scaled"]
+__all__ = ["no_autocast", "osora_product", "product_float32", "scaled"]
 
 
 def scaled(x: torch.Tensor, c: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -127,13 +127,13 @@ def _gradients(
 ) -> list[torch.Tensor]:
     """Return those of dL/ds (r,) and dL/do (m,), and of dL/dx (T, n), that are wanted."""
     found: list[torch.Tensor] = []
-    with _no_autocast(g.device.type):
+    with no_autocast(g.device.type):
         if h is None:
             B = ops.scaled_U(factors.U, s, o, g.dtype)
         elif of_x:
-            *found, B = ops.gradients_and_scaled_U(_product_float32(h.T, g), factors.U, s, o, g.dtype)
+            *found, B = ops.gradients_and_scaled_U(product_float32(h.T, g), factors.U, s, o, g.dtype)
         else:
-            found += ops.vector_gradients(_product_float32(h.T, g), factors.U, s, o)
+            found += ops.vector_gradients(product_float32(h.T, g), factors.U, s, o)
         if of_x:
             dh = g @ B.T
             del B
@@ -317,12 +317,12 @@ def _stored(factors: Factors) -> tuple[list[torch.Tensor], str, int]:
     return list(parts.tensors(factors).values()), factors.residual.quant_type, factors.residual.blocksize
 
 
-def _no_autocast(device: str) -> AbstractContextManager[None]:
+def no_autocast(device: str) -> AbstractContextManager[None]:
     """For a backward that is called under autocast, which would round the products with s and o to 16 bits."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _product_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def product_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Multiply in float32, a @ b from operands of 16 bits, without float32 copies of them."""
     if a.dtype == torch.float32:
         return a @ b

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, decompose, load, logits, make_checkpoint, relative_difference
 from transformers import AutoModelForCausalLM
 
-from qosora.base.convert import by_kind, quantize
+from qosora.base.convert import by_kind, own_device, quantize
 from qosora.checkpoints.names import MANIFEST_NAME
 from qosora.checkpoints.reader import CheckpointReader
-from qosora.checkpoints.work import Progress
+from qosora.checkpoints.work import Processes, Progress
 from qosora.config import QosoraConfig
 from qosora.decompose.factorize import measure_error
 from qosora.errors import CheckpointError, ConfigError
@@ -270,3 +270,15 @@ def test_a_head_of_its_own_in_spite_of_a_tied_config(tmp_path: Path, caplog: pyt
     )
     quantize(source, tmp_path / "tied", QosoraConfig(rank=8))
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+
+
+def test_more_processes_than_gpus_share_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    processes = Processes()
+    found = []
+    for processes.local_index in range(3):
+        found.append(own_device(processes))
+    assert found == ["cuda:0", "cuda:1", "cuda:0"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert own_device(processes) == "cpu"

@@ -365,6 +365,17 @@ def test_cuda(dtype: torch.dtype, double_quant: bool):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(300, 64), (5, 96), (7, 45), (1, 32)])
+def test_several_at_once_are_what_each_is(shape: tuple[int, int], double_quant: bool, seed: int):
+    """Of fewer and of more blocks than share a scale of absmax values, and of values that fill no block."""
+    each = [quantize(random(shape, seed + i), blocksize=32, double_quant=double_quant) for i in range(3)]
+    for dtype in DTYPES:
+        got = nf4.dequantize_all(each, dtype)
+        assert torch.equal(got, torch.stack([dequantize(q, dtype) for q in each]))
+        assert got.dtype == dtype
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_rows_and_columns_are_those_of_the_whole(quant_type: str, double_quant: bool, seed: int):
     """Over more blocks than share a scale of absmax values, 256."""
