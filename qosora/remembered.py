@@ -14,12 +14,12 @@ from typing import Any
 
 __all__ = ["recall", "remember"]
 
-#: Entries of a file; the oldest are forgotten.
-_KEPT = 10_000
+#: Entries of a file, and files of a folder; the oldest are forgotten.
+_KEPT, _KEPT_FILES = 10_000, 100
 
 
 def recall(subject: str) -> dict[str, Any]:
-    """Return what is remembered of a subject, by key."""
+    """Return what is remembered of a subject, by key. Subjects of a kind may be in a folder: "kind/subject"."""
     with suppress(OSError, ValueError, RuntimeError, RecursionError):  # no home, say, or a damaged file
         found = json.loads(_file(subject).read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
@@ -36,6 +36,10 @@ def remember(subject: str, entries: Mapping[str, Any]) -> None:
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         temporary.write_text(json.dumps(dict(list(kept.items())[-_KEPT:])), encoding="utf-8")
         temporary.replace(file)
+        if "/" in subject:
+            by_age = sorted(file.parent.glob("*.json"), key=lambda other: other.stat().st_mtime, reverse=True)
+            for old in by_age[_KEPT_FILES:]:
+                old.unlink(missing_ok=True)
 
 
 def _file(subject: str) -> Path:

@@ -61,6 +61,9 @@ def page(results: dict[str, Any]) -> str:
     for kind, models in kinds.items():
         lines += ["", f"## {KINDS[kind][0].upper()}{KINDS[kind][1:]}", ""]
         lines += wrapped("Everything: ", (name for name, m in models.items() if group(m) == "everything"))
+        kept = [name for name, m in models.items() if m.get("checkpointed", "yes") not in ("yes", "not supported")]
+        if kept:
+            lines += ["", *wrapped("Without checkpointing alone, as with LoRA:", kept)]
         rows = [(name, m) for name, m in models.items() if group(m) != "everything"]
         lines += ["", "| | comes through | what stops it |", "|---|---|---|"]
         for name, model in sorted(rows, key=lambda row: (groups.index(group(row[1])), row[0])):

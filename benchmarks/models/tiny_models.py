@@ -6,6 +6,7 @@ What a number means is told by its name, as all configurations have these in com
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -63,6 +64,8 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"num_mel_bins", 16),
     (r"spatial_merge_size|num_buckets", 2),
 )  # fmt: skip
+#: Of the halves of a head, those that are turned by each of an image's three positions.
+_TURNED: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 #: What the rules do not tell, by model type (or by type of a part) and key.
 TINY: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
@@ -106,6 +109,16 @@ TINY: dict[str, dict[str, Any]] = {
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "qwen4_exp_text": {"ple_embed_dim": 16, "ple_vocab_size": 128},
+    **{
+        model: {"rope_parameters": _TURNED}
+        for model in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text")
+    },
+    "glm4v_moe_text": {"rope_parameters": {**_TURNED, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
+    "t5": {"decoder_start_token_id": 0},
+    "esm": {"vocab_size": 128, "mask_token_id": 4, "pad_token_id": 1},
+    "mobilebert": {"intra_bottleneck_size": 64, "true_hidden_size": 64, "embedding_size": 64},
+    "lilt": {"hidden_size": 96},
+    "bros": {"dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_projection": 16},
 }
 
 
@@ -153,6 +166,9 @@ def inputs_of(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor]:
         found = {"input_features": torch.randn(2, getattr(config, "num_mel_bins", 16), length, generator=generator)}
     else:
         found = {model.main_input_name: torch.randn(2, 1600, generator=generator)}
+    if "bbox" in inspect.signature(model.forward).parameters:  # where each token is on a page
+        box = [0.1, 0.2, 0.3, 0.4] if config.model_type in ("udop", "bros") else [1, 2, 30, 40]
+        found["bbox"] = torch.tensor(box).expand(*ids.shape, 4).contiguous()
     if config.is_encoder_decoder and not type(model).__name__.endswith("Classification"):
         found["decoder_input_ids"] = ids[:, :8]
     return found

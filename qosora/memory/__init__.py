@@ -9,7 +9,9 @@ memory, `profile` on real ones.
 | `meta_kernels` | what another device's kernels would allocate |
 | `standins` | what stands for parts that need real memory |
 | `step` | one training step, for a tracer to look at |
+| `options` | what a planned step is told, and what is said of it |
 | `predict` | the step of a whole model, from few of its layers |
+| `traces` | what has been traced, remembered |
 | `cards` | sizes of GPUs, and what CUDA adds |
 | `shapes` | shapes of well-known models |
 | `plan` | `plan` |
@@ -27,12 +29,12 @@ from qosora._lazy import door
 if TYPE_CHECKING:
     from qosora.memory.cards import Card as Card
     from qosora.memory.cards import the_card as the_card
+    from qosora.memory.options import StepOptions as StepOptions
     from qosora.memory.plan import LASTING as LASTING
     from qosora.memory.plan import Plan as Plan
     from qosora.memory.plan import Usage as Usage
     from qosora.memory.plan import events as events
     from qosora.memory.plan import usage_of as usage_of
-    from qosora.memory.predict import StepOptions as StepOptions
     from qosora.memory.predict import TracedModel as TracedModel
     from qosora.memory.predict import meta_model as meta_model
     from qosora.memory.profile import Measurement as Measurement
@@ -52,7 +54,8 @@ __getattr__, __dir__ = door(
     __name__,
     {
         "step": ["Batch", "prepare_model", "training_step"],
-        "predict": ["StepOptions", "TracedModel", "meta_model"],
+        "options": ["StepOptions"],
+        "predict": ["TracedModel", "meta_model"],
         "cards": ["Card", "the_card"],
         "shapes": ["model_config"],
         "plan": ["LASTING", "Plan", "Usage", "events", "usage_of"],

@@ -25,10 +25,11 @@ from qosora.compat.trl import TOKEN_CHUNK_SIZE
 from qosora.config import EMBEDDINGS, QosoraConfig
 from qosora.errors import ConfigError
 from qosora.memory.cards import ASSUMPTIONS, LINK, OF_EXPERTS, OF_FP16, OF_HOST, OVERHEAD, Card, the_card
-from qosora.memory.predict import Prediction, StepOptions, TracedModel, has_experts
+from qosora.memory.options import Prediction, StepOptions, has_experts
 from qosora.memory.shapes import model_config
 from qosora.memory.step import Batch
 from qosora.memory.tracer import CATEGORIES, PHASES, Event, Site
+from qosora.memory.traces import Traces
 
 __all__ = [
     "OUTSIDE",
@@ -280,6 +281,8 @@ def plan(
 def events(model: str | Path | PreTrainedConfig, found: Plan, *, trust_remote_code: bool = False) -> list[Event]:
     """Return the allocations of the step that was planned, all layers traced, for pictures."""
     config = model if isinstance(model, PreTrainedConfig) else model_config(model, trust_remote_code=trust_remote_code)
+    from qosora.memory.predict import TracedModel
+
     traced = TracedModel(config, storage_of(config, found.rank, found.embeddings), found.options, full_depth=True)
     return traced.events(found.batch)
 
@@ -321,7 +324,7 @@ class _Planner:
     ) -> None:  # fmt: skip
         self.config, self.storage, self.step, self.card = config, storage, step, card
         self.packing, self.padding = packing, padding
-        self.traced = TracedModel(config, storage, step)
+        self.traced = Traces(config, storage, step)
         text = config.get_text_config()
         self.positions: int = getattr(text, "max_position_embeddings", None) or 2**20
         self.window: int = getattr(text, "sliding_window", None) or 2**30
@@ -382,7 +385,7 @@ class _Planner:
         found = [self._predict(batch).sites for batch in batches]
         common = set.intersection(*(set(sites) for sites in found))
         tile = self.tile if tiled else 0
-        return {site: _Family(batches, [s[site].total for s in found], tile, squares) for site in common}
+        return {site: _Family(batches, [s[site] for s in found], tile, squares) for site in common}
 
     def verdict(self, total: int) -> str | None:
         """Return what a total means for the card."""

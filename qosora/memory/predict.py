@@ -14,7 +14,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -28,10 +28,11 @@ from qosora.checkpoints import TAGS, empty_model, require_language_model, task_o
 from qosora.compat.peft import load_bnb_layers, mark_as_4bit
 from qosora.compat.transformers import attention_of, should_convert_module
 from qosora.config import OsoraConfig, QosoraConfig
-from qosora.dtypes import PRECISIONS, dtype_named
+from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, QosoraError
-from qosora.layers import QosoraLinear, Tiling, decoder_layers, is_taken_apart, qosora_modules, stacked_names
+from qosora.layers import QosoraLinear, decoder_layers, is_taken_apart, qosora_modules, stacked_names
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
+from qosora.memory.options import GRANULARITY, Prediction, StepOptions, has_experts
 from qosora.memory.standins import (
     STASH,
     FourBitLinear,
@@ -43,115 +44,15 @@ from qosora.memory.standins import (
 )
 from qosora.memory.step import Batch, prepare_model, register_model, training_step
 from qosora.memory.tracer import Event, Peak, Site, Tracer
-from qosora.training import ALIGNMENT, OPTIMIZERS, PAGED_NUMEL, PLACES, STRATEGIES, parameter_groups, with_head
+from qosora.training import ALIGNMENT, PAGED_NUMEL, parameter_groups, with_head
 
 __all__ = [
-    "Prediction", "StepOptions", "TracedModel", "has_experts", "meta_model", "prediction", "quantize_linears",
-    "stacked_experts",
+    "TracedModel", "meta_model", "prediction", "quantize_linears", "stacked_experts"
 ]  # fmt: skip
 
 #: Decoder layers whose frozen tensors a GPU holds at once where they come from elsewhere: the one that computes, the
 #: next, which comes meanwhile, and the buffer that it comes in; from other GPUs the last one's buffer, too.
 _IN_USE = {"host": 3, "fsdp": 4}
-_GRANULARITY = {"cuda": 512, "cpu": 1}  # bytes; what PyTorch's CUDA allocator rounds to
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """What decides about a step's memory, beside model and batch; the names are those of `TrainConfig`.
-
-    Attributes:
-        method: "qosora", or "qlora" for PEFT's LoRA on bitsandbytes' 4-bit layers.
-        lora_rank: Of QLoRA.
-        vectors: Which vectors are trained.
-        update_rank: Of the matrix that is trained beside them.
-        gradient_checkpointing: Whether layers are computed again in backward.
-        chunked_loss: Whether the loss never builds all logits, as TRL's does.
-        tile_length: Tokens of the tiles that MLPs and norms compute in, as `TrainConfig`'s; no matter to QLoRA.
-        activation_offloading: Whether saved activations lie in host memory.
-        attn_implementation: "sdpa" or "eager"; by default the first of them that the model has.
-        optimizer: One of `qosora.training.flat_buffers.OPTIMIZERS`.
-        precision: "bf16", "fp16" or "fp32": of activations, and of what is not in 4 bits.
-        device: "cuda" or "cpu": whose kernels and allocator.
-        gpus: That train together. The batch is that of one.
-        strategy: "ddp", or "fsdp" for a base that is divided among them.
-        base_on: "gpu", or "host" for a base in host memory.
-    """
-
-    method: str = "qosora"
-    lora_rank: int = 16
-    vectors: str = "both"
-    update_rank: int = 0
-    gradient_checkpointing: bool = True
-    chunked_loss: bool = True
-    tile_length: int | None = None
-    activation_offloading: bool = False
-    attn_implementation: str | None = None
-    optimizer: str = "paged_adamw_32bit"
-    precision: str = "bf16"
-    device: str = "cuda"
-    gpus: int = 1
-    strategy: str = "ddp"
-    base_on: str = "gpu"
-
-    @property
-    def away(self) -> str | None:
-        """Where the base comes from layer by layer: "host", or "fsdp" for other GPUs."""
-        if self.method != "qosora":
-            return None
-        return "host" if self.base_on == "host" else "fsdp" if self.strategy == "fsdp" and self.gpus > 1 else None
-
-    @property
-    def tiling(self) -> Tiling:
-        """What computes in tiles."""
-        return Tiling.of(self.tile_length, gradient_checkpointing=self.gradient_checkpointing)
-
-    def problems(self) -> list[str]:
-        """Return a sentence for every value that there is not."""
-        choices = {
-            "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"),
-            "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS),
-            "precision": tuple(PRECISIONS), "device": tuple(_GRANULARITY), "strategy": STRATEGIES,
-            "base_on": PLACES,
-        }  # fmt: skip
-        problems = [f"update_rank must be at least 0, got {self.update_rank}"] * (self.update_rank < 0)
-        problems += [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
-        problems += [f"gpus must be at least 1, got {self.gpus}"] * (self.gpus < 1)
-        problems += ["strategy fsdp divides a base among several GPUs: say how many with gpus"] * (
-            self.strategy == "fsdp" and self.gpus == 1
-        )
-        if self.device == "cpu" and (self.base_on, self.gpus) != ("gpu", 1):
-            problems.append("base_on and gpus are about GPUs, and device is cpu")
-        if self.activation_offloading and self.device == "cpu":
-            problems.append("activation_offloading moves activations from a GPU to host memory, and there is no GPU")
-        return problems + [
-            f"{name} must be one of {', '.join(filter(None, known))}, got {getattr(self, name)!r}"
-            for name, known in choices.items()
-            if getattr(self, name) not in known
-        ]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The most that is live in a step.
-
-    Attributes:
-        peak_bytes: Bytes.
-        live: Bytes by category at the peak.
-        site: Where the peak is.
-        op: The operation after (or in) which it is.
-        phases: Bytes at each phase's own peak.
-        paged_bytes: Optimizer state in managed memory, outside of the others.
-        sites: The peak of each place of the step.
-    """
-
-    peak_bytes: int
-    live: dict[str, int]
-    site: Site
-    op: str
-    phases: dict[str, int]
-    paged_bytes: int
-    sites: dict[Site, Peak]
 
 
 class TracedModel:
@@ -328,7 +229,7 @@ class TracedModel:
         for p in trained:
             p.data, p.grad = torch.empty_like(p, memory_format=torch.contiguous_format), None
         workspaces = CUDA_WORKSPACES if options.device == "cuda" else CPU_WORKSPACES
-        tracer = Tracer(granularity=_GRANULARITY[options.device], workspaces=workspaces, run=kernels, log=log)
+        tracer = Tracer(granularity=GRANULARITY[options.device], workspaces=workspaces, run=kernels, log=log)
         with computing_as(options.device), tracer, tracer.following(self.model, self.stack, layers):
             register_model(tracer, self.model)
             optimizer = self._optimizer(tracer, trained)
@@ -388,14 +289,15 @@ def prediction(sites: dict[Site, Peak], paged_bytes: int) -> Prediction:
     phases: dict[str, int] = {}
     for place, found in sites.items():
         phases[place.phase] = max(found.total, phases.get(place.phase, 0))
-    return Prediction(peak.total, peak.live, site, peak.op, phases, paged_bytes, sites)
-
-
-def has_experts(config: PreTrainedConfig) -> bool:
-    """Say whether a model is a mixture of experts."""
-    text = config.get_text_config()
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    return any((getattr(text, name, None) or 0) > 1 for name in names)
+    return Prediction(
+        peak.total,
+        peak.live,
+        site,
+        peak.op,
+        phases,
+        paged_bytes,
+        {place: found.total for place, found in sites.items()},
+    )
 
 
 def stacked_experts(model: PreTrainedModel) -> list[str]:

@@ -32,9 +32,9 @@ from qosora.errors import ConfigError, DataError, QosoraError
 from qosora.layers import decoder_layers
 from qosora.memory.cards import the_card
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES
+from qosora.memory.options import StepOptions
 from qosora.memory.plan import Usage, shape_problems, storage_of, usage_of
 from qosora.memory.predict import (
-    StepOptions,
     TracedModel,
     meta_model,
     prediction,

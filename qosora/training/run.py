@@ -353,6 +353,11 @@ def _advice(run: Run) -> Iterator[None]:
                 "another process of this run has ended, or cannot be reached; see what it said, if anything, and go on "
                 "with resume"
             ) from error
+        if "leaf Variable" in str(error) and config.gradient_checkpointing:  # TRL has embeddings require gradients
+            raise QosoraError(
+                f"{config.model}: the model changes its embeddings in place, which no adapter can be trained through "
+                "with checkpointing: turn gradient_checkpointing off (--no-gradient-checkpointing)"
+            ) from error
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's writer
             raise
         raise CheckpointError(

@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.layers.decoder import decoder_layers
 from qosora.layers.tiling import Tiling
-from qosora.memory.predict import StepOptions
+from qosora.memory.options import StepOptions
 from qosora.memory.profile import random_model
 from qosora.memory.step import prepare_model
 from qosora.training.run import train

@@ -15,8 +15,9 @@ from qosora.cli import main
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, QosoraError
 from qosora.memory.cards import ATTAINED, LINK, TFLOPS, the_card
+from qosora.memory.options import StepOptions
 from qosora.memory.plan import OUTSIDE, _Planner, plan
-from qosora.memory.predict import StepOptions, TracedModel
+from qosora.memory.predict import TracedModel
 from qosora.memory.shapes import SHAPES, model_config
 from qosora.memory.step import Batch
 

@@ -15,7 +15,9 @@ from transformers import (
 
 from qosora.config import QosoraConfig
 from qosora.errors import QosoraError
-from qosora.memory.predict import StepOptions, TracedModel, _depths
+from qosora.memory.meta_kernels import MetaKernels
+from qosora.memory.options import StepOptions
+from qosora.memory.predict import TracedModel, _depths
 from qosora.memory.step import Batch
 
 SIZES = {
@@ -129,9 +131,9 @@ def whole_base(name: str) -> list[torch.Tensor]:
 
 
 def test_flash_backward_has_its_float32_accumulator():
-    options = StepOptions()
-    found = TracedModel(CONFIGS["llama"], STORAGE, options).predict(Batch(1, 512))
-    works = [p.live["workspace"] for p in found.sites.values() if "workspace" in p.live]
+    traced = TracedModel(CONFIGS["llama"], STORAGE, StepOptions())
+    sites = traced._trace(Batch(1, 512), traced.depths[-1], MetaKernels(answer=True))
+    works = [p.live["workspace"] for p in sites.values() if "workspace" in p.live]
     # dQ (heads, tokens, head_dim to 32) in float32 with row sums; dK and dV of all heads in 16 bits
     assert 4 * 512 * (32 + 1) * 4 + 2 * 4 * 512 * 16 * 2 in works
 

@@ -21,8 +21,8 @@ from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, DataError
 from qosora.layers import vocabulary
 from qosora.memory import step
+from qosora.memory.options import StepOptions
 from qosora.memory.plan import plan
-from qosora.memory.predict import StepOptions
 from qosora.memory.profile import profile, random_model
 from qosora.memory.shapes import model_config
 

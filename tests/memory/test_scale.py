@@ -10,7 +10,8 @@ from tiny import make_base
 from transformers import LlamaConfig
 
 from qosora.config import QosoraConfig
-from qosora.memory.predict import StepOptions, TracedModel
+from qosora.memory.options import StepOptions
+from qosora.memory.predict import TracedModel
 from qosora.memory.profile import profile
 from qosora.memory.step import Batch
 

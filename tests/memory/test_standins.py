@@ -17,7 +17,8 @@ from transformers import (
 
 from qosora.config import QosoraConfig
 from qosora.layers.tiling import Tiling
-from qosora.memory.predict import StepOptions, TracedModel
+from qosora.memory.options import StepOptions
+from qosora.memory.predict import TracedModel
 from qosora.memory.profile import measure
 from qosora.memory.standins import OffloadingStandIn, PackedStandIn, state_shapes
 from qosora.memory.step import Batch, prepare_model

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import make_base, make_checkpoint, make_tokenizer, rounding, sums, write_jsonl
 from training_runs import RUN, config, metrics, names_in
 from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaModel
 
 import qosora.training.run
 from qosora.base.load import load_model, load_tokenizer
@@ -387,6 +388,23 @@ def test_out_of_memory_says_what_to_lower(place: Path, tmp_path: Path, monkeypat
     expected = r"out of GPU memory: lower batch_size \(4\), .*; or lower max_length \(1024\); or turn activation_off"
     with pytest.raises(QosoraError, match=expected):
         train(config(place, tmp_path / "run"))
+
+
+def test_embeddings_that_are_changed_in_place_do_not_go_with_checkpointing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As in transformers' Git, Blt and Udop, which TRL cannot train so with LoRA either."""
+    forward = LlamaModel.forward
+
+    def in_place(self: Any, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+        embedded = self.embed_tokens(input_ids)
+        embedded += 1
+        return forward(self, inputs_embeds=embedded, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", in_place)
+    with pytest.raises(QosoraError, match=r"changes its embeddings in place.*turn gradient_checkpointing off"):
+        train(config(place, tmp_path / "run", max_steps=1))
+    train(config(place, tmp_path / "another", max_steps=1, gradient_checkpointing=False))
 
 
 def test_the_cpu_is_told_of_once(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -1,0 +1,123 @@
+"""What a planned step is told, and what is said of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qosora.dtypes import PRECISIONS
+from qosora.layers import Tiling
+from qosora.memory.tracer import Site
+from qosora.training import OPTIMIZERS, PLACES, STRATEGIES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["GRANULARITY", "Prediction", "StepOptions", "has_experts"]
+
+GRANULARITY = {"cuda": 512, "cpu": 1}  # bytes; what PyTorch's CUDA allocator rounds to
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What decides about a step's memory, beside model and batch; the names are those of `TrainConfig`.
+
+    Attributes:
+        method: "qosora", or "qlora" for PEFT's LoRA on bitsandbytes' 4-bit layers.
+        lora_rank: Of QLoRA.
+        vectors: Which vectors are trained.
+        update_rank: Of the matrix that is trained beside them.
+        gradient_checkpointing: Whether layers are computed again in backward.
+        chunked_loss: Whether the loss never builds all logits, as TRL's does.
+        tile_length: Tokens of the tiles that MLPs and norms compute in, as `TrainConfig`'s; no matter to QLoRA.
+        activation_offloading: Whether saved activations lie in host memory.
+        attn_implementation: "sdpa" or "eager"; by default the first of them that the model has.
+        optimizer: One of `qosora.training.flat_buffers.OPTIMIZERS`.
+        precision: "bf16", "fp16" or "fp32": of activations, and of what is not in 4 bits.
+        device: "cuda" or "cpu": whose kernels and allocator.
+        gpus: That train together. The batch is that of one.
+        strategy: "ddp", or "fsdp" for a base that is divided among them.
+        base_on: "gpu", or "host" for a base in host memory.
+    """
+
+    method: str = "qosora"
+    lora_rank: int = 16
+    vectors: str = "both"
+    update_rank: int = 0
+    gradient_checkpointing: bool = True
+    chunked_loss: bool = True
+    tile_length: int | None = None
+    activation_offloading: bool = False
+    attn_implementation: str | None = None
+    optimizer: str = "paged_adamw_32bit"
+    precision: str = "bf16"
+    device: str = "cuda"
+    gpus: int = 1
+    strategy: str = "ddp"
+    base_on: str = "gpu"
+
+    @property
+    def away(self) -> str | None:
+        """Where the base comes from layer by layer: "host", or "fsdp" for other GPUs."""
+        if self.method != "qosora":
+            return None
+        return "host" if self.base_on == "host" else "fsdp" if self.strategy == "fsdp" and self.gpus > 1 else None
+
+    @property
+    def tiling(self) -> Tiling:
+        """What computes in tiles."""
+        return Tiling.of(self.tile_length, gradient_checkpointing=self.gradient_checkpointing)
+
+    def problems(self) -> list[str]:
+        """Return a sentence for every value that there is not."""
+        choices = {
+            "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"),
+            "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS),
+            "precision": tuple(PRECISIONS), "device": tuple(GRANULARITY), "strategy": STRATEGIES,
+            "base_on": PLACES,
+        }  # fmt: skip
+        problems = [f"update_rank must be at least 0, got {self.update_rank}"] * (self.update_rank < 0)
+        problems += [f"tile_length must be at least 0, got {self.tile_length}"] * ((self.tile_length or 0) < 0)
+        problems += [f"gpus must be at least 1, got {self.gpus}"] * (self.gpus < 1)
+        problems += ["strategy fsdp divides a base among several GPUs: say how many with gpus"] * (
+            self.strategy == "fsdp" and self.gpus == 1
+        )
+        if self.device == "cpu" and (self.base_on, self.gpus) != ("gpu", 1):
+            problems.append("base_on and gpus are about GPUs, and device is cpu")
+        if self.activation_offloading and self.device == "cpu":
+            problems.append("activation_offloading moves activations from a GPU to host memory, and there is no GPU")
+        return problems + [
+            f"{name} must be one of {', '.join(filter(None, known))}, got {getattr(self, name)!r}"
+            for name, known in choices.items()
+            if getattr(self, name) not in known
+        ]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most that is live in a step.
+
+    Attributes:
+        peak_bytes: Bytes.
+        live: Bytes by category at the peak.
+        site: Where the peak is.
+        op: The operation after (or in) which it is.
+        phases: Bytes at each phase's own peak.
+        paged_bytes: Optimizer state in managed memory, outside of the others.
+        sites: Bytes at each place of the step.
+    """
+
+    peak_bytes: int
+    live: dict[str, int]
+    site: Site
+    op: str
+    phases: dict[str, int]
+    paged_bytes: int
+    sites: dict[Site, int]
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Say whether a model is a mixture of experts."""
+    text = config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return any((getattr(text, name, None) or 0) > 1 for name in names)
