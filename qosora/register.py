@@ -22,9 +22,9 @@ __all__ = ["install", "loaded"]
 
 #: Table, key, entry: what the adapter's tensors' names begin with, or a class and its module.
 _ENTRIES: tuple[tuple[str, str, str | tuple[str, str]], ...] = (
-    (TABLES["configs"], "qosora", ("qosora.config", "QosoraConfig")),
+    (TABLES["configs"], "qosora", ("qosora.config.base", "QosoraConfig")),
     (TABLES["quantizers"], "qosora", ("qosora.base.quantizer", "QosoraHfQuantizer")),
-    (TABLES["adapter configs"], "OSORA", ("qosora.config", "OsoraConfig")),
+    (TABLES["adapter configs"], "OSORA", ("qosora.config.adapter", "OsoraConfig")),
     (TABLES["tuners"], "OSORA", ("qosora.adapter", "OsoraModel")),
     (TABLES["prefixes"], "OSORA", "osora_"),
 )

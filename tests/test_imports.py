@@ -163,11 +163,11 @@ def test_every_public_name_exists():
 def test_the_walk_sees_all_forms_of_import(tmp_path: Path):
     file = tmp_path / "main.py"
     file.write_text(
-        "import qosora.decompose.svd\nfrom qosora import config, train\nfrom qosora.memory.plan import plan\n"
+        "import qosora.decompose.svd\nfrom qosora import adapter, train\nfrom qosora.memory.plan import plan\n"
         "import torch, qosora.errors\ndef late():\n    from qosora.demo import run\n"
     )
     assert [(module, name) for module, name, _ in imports(file)] == [
-        ("qosora.decompose.svd", None), ("qosora.config", None), ("qosora", "train"), ("qosora.memory.plan", "plan"),
+        ("qosora.decompose.svd", None), ("qosora.adapter", None), ("qosora", "train"), ("qosora.memory.plan", "plan"),
         ("qosora.errors", None), ("qosora.demo", "run"),
     ]  # fmt: skip
     file.write_text("from .. import train\n")

@@ -24,10 +24,9 @@ from qosora.config import OsoraConfig, QosoraConfig
 from qosora.decompose import nf4
 from qosora.errors import CheckpointError, ConfigError
 from qosora.export import export_lora, export_merged
-from qosora.memory.options import StepOptions
+from qosora.memory.options import Batch, StepOptions
 from qosora.memory.predict import TracedModel
 from qosora.memory.profile import profile
-from qosora.memory.step import Batch
 from qosora.training import create_optimizer, train
 from qosora.training.config import TrainConfig
 

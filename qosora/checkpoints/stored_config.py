@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedConfig
 
 from qosora.checkpoints.folders import expanded, local_folder, read_json
 from qosora.checkpoints.names import ADAPTER_CONFIG, CONFIG_NAME
-from qosora.config import QUANT_METHOD, OsoraConfig, QosoraConfig
+from qosora.config import QUANT_METHOD, QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, QosoraError, first_line
 from qosora.places import place_of
+
+if TYPE_CHECKING:
+    from qosora.config import OsoraConfig
 
 __all__ = ["adapter_config", "base_storage", "load_config", "quantization_in", "require_base", "split_source"]
 
@@ -100,6 +102,10 @@ def adapter_config(adapter: str | Path) -> OsoraConfig:
     Raises:
         CheckpointError: If there is none, or it is not OSoRA's.
     """
+    from peft import PeftConfig  # which takes seconds, and most of what this module is for needs none
+
+    from qosora.config import OsoraConfig
+
     file = Path(expanded(adapter)) / ADAPTER_CONFIG
     if file.is_file():
         read_json(file)

@@ -107,9 +107,7 @@ def step_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from qosora.memory import events
     from qosora.memory.plan import plan
-    from qosora.memory.report import report
     from qosora.pages import require_plots
 
     if args.report:
@@ -133,6 +131,9 @@ def run(args: argparse.Namespace) -> None:
     else:
         print("\n".join(_lines(found)))
     if args.report:
+        from qosora.memory import events
+        from qosora.memory.report import report
+
         report(found, events(args.model, found, trust_remote_code=args.trust_remote_code), args.report)
 
 

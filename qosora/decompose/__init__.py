@@ -3,6 +3,7 @@
 | module | one line |
 |---|---|
 | `threads` | the same bits on any number of threads |
+| `kinds` | which kinds of 4-bit tensors there are |
 | `svd` | truncated SVD, randomized or exact |
 | `nf4` | 4-bit tensors |
 | `scales` | what inputs are multiplied by, to make a weight's columns alike |
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from qosora.decompose.factorize import factorize_with_report as factorize_with_report
     from qosora.decompose.factorize import measure_error as measure_error
     from qosora.decompose.factorize import reconstruct as reconstruct
+    from qosora.decompose.kinds import BLOCKSIZES as BLOCKSIZES
+    from qosora.decompose.kinds import QUANT_TYPES as QUANT_TYPES
     from qosora.decompose.nf4 import ABSMAX_BLOCKSIZE as ABSMAX_BLOCKSIZE
-    from qosora.decompose.nf4 import BLOCKSIZES as BLOCKSIZES
-    from qosora.decompose.nf4 import QUANT_TYPES as QUANT_TYPES
     from qosora.decompose.nf4 import FourBitTensor as FourBitTensor
     from qosora.decompose.nf4 import quantize as quantize
     from qosora.decompose.scales import SCALES as SCALES
@@ -38,7 +39,8 @@ __getattr__, __dir__ = door(
     {
         "threads": ["reproducible"],
         "svd": ["SVD_ITERATIONS", "SVD_METHODS", "SVD_OVERSAMPLING"],
-        "nf4": ["ABSMAX_BLOCKSIZE", "BLOCKSIZES", "FourBitTensor", "QUANT_TYPES", "quantize"],
+        "kinds": ["BLOCKSIZES", "QUANT_TYPES"],
+        "nf4": ["ABSMAX_BLOCKSIZE", "FourBitTensor", "quantize"],
         "scales": ["SCALES"],
         "factorize": ["ErrorReport", "Factors", "factorize_with_report", "measure_error", "reconstruct"],
     },

@@ -34,6 +34,7 @@ from qosora.compat.bitsandbytes import (
     quantize_4bit,
     quantize_blockwise,
 )
+from qosora.decompose.kinds import BLOCKSIZES, QUANT_TYPES
 from qosora.decompose.threads import panels, parallel_map, reproducible
 
 __all__ = [
@@ -54,11 +55,8 @@ __all__ = [
     "stored_shapes",
 ]
 
-QUANT_TYPES = ("nf4", "fp4")
 #: The tensors that a `FourBitTensor` is stored as; the last two with double quantization only.
 FIELDS = ("packed", "absmax", "absmax_scale", "absmax_offset")
-#: bitsandbytes also knows 2048 and 4096, where its CPU kernels lose accuracy and fall back to compiled code.
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024)
 #: Block of the second quantization; fixed in bitsandbytes' kernels.
 ABSMAX_BLOCKSIZE = 256
 #: Values that one thread quantizes at a time: few enough to stay in its cache.

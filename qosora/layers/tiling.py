@@ -31,7 +31,6 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from qosora.compat.torch import changes
 from qosora.errors import ConfigError
-from qosora.layers.linear import QosoraLinear
 
 __all__ = ["TILE_LENGTH", "Tiling", "apply_tiling"]
 
@@ -91,6 +90,8 @@ def apply_tiling(model: nn.Module, tile_length: int | None = None, *, mlps: bool
         >>> model = get_peft_model(model, OsoraConfig())  # doctest: +SKIP
         >>> apply_tiling(model, 2048)  # doctest: +SKIP
     """
+    from qosora.layers.linear import QosoraLinear  # which takes seconds, and a planner wants `Tiling` alone
+
     length = Tiling.of(tile_length).length
     hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
     tiled = []

@@ -29,6 +29,7 @@ from qosora._lazy import door
 if TYPE_CHECKING:
     from qosora.memory.cards import Card as Card
     from qosora.memory.cards import the_card as the_card
+    from qosora.memory.options import Batch as Batch
     from qosora.memory.options import StepOptions as StepOptions
     from qosora.memory.plan import LASTING as LASTING
     from qosora.memory.plan import Plan as Plan
@@ -46,15 +47,14 @@ if TYPE_CHECKING:
     from qosora.memory.run import plan_run as plan_run
     from qosora.memory.run import planned_peak as planned_peak
     from qosora.memory.shapes import model_config as model_config
-    from qosora.memory.step import Batch as Batch
     from qosora.memory.step import prepare_model as prepare_model
     from qosora.memory.step import training_step as training_step
 
 __getattr__, __dir__ = door(
     __name__,
     {
-        "step": ["Batch", "prepare_model", "training_step"],
-        "options": ["StepOptions"],
+        "step": ["prepare_model", "training_step"],
+        "options": ["Batch", "StepOptions"],
         "predict": ["TracedModel", "meta_model"],
         "cards": ["Card", "the_card"],
         "shapes": ["model_config"],

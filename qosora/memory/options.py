@@ -1,19 +1,21 @@
-"""What a planned step is told, and what is said of it."""
+"""What a planned step is told, and what is said of it; without what traces one, which takes seconds to import."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from qosora.dtypes import PRECISIONS
 from qosora.layers import Tiling
 from qosora.memory.tracer import Site
-from qosora.training import OPTIMIZERS, PLACES, STRATEGIES
+from qosora.training import OPTIMIZER_NAMES, PLACES, STRATEGIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["GRANULARITY", "Prediction", "StepOptions", "has_experts"]
+__all__ = ["GRANULARITY", "Batch", "Prediction", "StepOptions", "has_experts"]
 
 GRANULARITY = {"cuda": 512, "cpu": 1}  # bytes; what PyTorch's CUDA allocator rounds to
 
@@ -72,7 +74,7 @@ class StepOptions:
         """Return a sentence for every value that there is not."""
         choices = {
             "method": ("qosora", "qlora"), "vectors": ("both", "s", "o"),
-            "attn_implementation": (None, "sdpa", "eager"), "optimizer": tuple(OPTIMIZERS),
+            "attn_implementation": (None, "sdpa", "eager"), "optimizer": OPTIMIZER_NAMES,
             "precision": tuple(PRECISIONS), "device": tuple(GRANULARITY), "strategy": STRATEGIES,
             "base_on": PLACES,
         }  # fmt: skip
@@ -91,6 +93,68 @@ class StepOptions:
             for name, known in choices.items()
             if getattr(self, name) not in known
         ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The shape of a batch.
+
+    Attributes:
+        size: Examples.
+        length: Tokens of each.
+        padding: Whether some are shorter and filled up, so that attention needs a mask.
+        packing: Whether all lie in one row, several to an example.
+    """
+
+    size: int
+    length: int
+    padding: bool = False
+    packing: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding included."""
+        return self.size * self.length
+
+    @property
+    def columns(self) -> int:
+        """Length of a row."""
+        return self.tokens if self.packing else self.length
+
+    def tensors(
+        self, vocab: int, device: torch.device | str, task: str | None = None, eos: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return what the trainer's collator makes, with random tokens.
+
+        Args:
+            vocab: Tokens that there are.
+            device: Where to.
+            task: Of the model, as `task_of` has it.
+            eos: Token that each row has once, at its end, where the model looks for it.
+        """
+        shape = (self.tokens // self.columns, self.columns)
+        if torch.device(device).type == "meta":
+            ids = torch.empty(shape, dtype=torch.int64, device=device)
+        else:
+            ids = torch.randint(0, vocab, shape, device=device)
+            if eos is not None:
+                ids[ids == eos] = (eos + 1) % vocab
+                ids[:, -1] = eos
+        made = {"input_ids": ids, "labels": ids.clone()}
+        if self.packing:
+            half = -(-self.length // 2)
+            positions = torch.cat([torch.arange(half), torch.arange(self.length - half)]).repeat(self.size)
+            return made | {"position_ids": positions[None].to(device)}
+        mask = torch.ones_like(ids)
+        if self.padding and not mask.is_meta:
+            mask[-1, -1:] = 0
+            made["labels"][-1, -1:] = -100
+        if task is not None:  # a class for each row, or each token; none for rewards
+            from qosora.checkpoints import REWARD, TAGS
+
+            labels = torch.zeros_like(ids) if task == TAGS else torch.zeros_like(ids[:, 0])
+            made = {"input_ids": ids} if task == REWARD else {"input_ids": ids, "labels": labels}
+        return made | {"attention_mask": mask}
 
 
 @dataclass(frozen=True)

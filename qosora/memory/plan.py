@@ -21,13 +21,11 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from qosora.checkpoints import base_storage
-from qosora.compat.trl import TOKEN_CHUNK_SIZE
 from qosora.config import EMBEDDINGS, QosoraConfig
 from qosora.errors import ConfigError
 from qosora.memory.cards import ASSUMPTIONS, LINK, OF_EXPERTS, OF_FP16, OF_HOST, OVERHEAD, Card, the_card
-from qosora.memory.options import Prediction, StepOptions, has_experts
+from qosora.memory.options import Batch, Prediction, StepOptions, has_experts
 from qosora.memory.shapes import model_config
-from qosora.memory.step import Batch
 from qosora.memory.tracer import CATEGORIES, PHASES, Event, Site
 from qosora.memory.traces import Traces
 
@@ -376,7 +374,7 @@ class _Planner:
             size = self.tile // unit + 1
         elif self.tile:
             unit = min(unit, self.tile // 8)
-            size, chunks = max(1, self.tile // (8 * unit or 1)), self.tile > TOKEN_CHUNK_SIZE
+            size, chunks = max(1, self.tile // (8 * unit or 1)), self.tile > self.traced.loss_chunk
             if unit < 2 or (slides and not like.packing and unit < self.window):
                 return {}
         squares = like.padding or like.packing or slides or self.traced.attention == "eager"
@@ -385,7 +383,9 @@ class _Planner:
         found = [self._predict(batch).sites for batch in batches]
         common = set.intersection(*(set(sites) for sites in found))
         tile = self.tile if tiled else 0
-        return {site: _Family(batches, [s[site] for s in found], tile, squares) for site in common}
+        return {
+            site: _Family(batches, [s[site] for s in found], tile, self.traced.loss_chunk, squares) for site in common
+        }
 
     def verdict(self, total: int) -> str | None:
         """Return what a total means for the card."""
@@ -482,11 +482,12 @@ class _Family:
         batches: Traced ones.
         totals: Their bytes.
         tile: The most tokens of a tile; 0 where nothing is computed in tiles.
+        chunk: The most tokens of which the loss is computed at once.
         squares: Whether something goes with the square of the length.
     """
 
-    def __init__(self, batches: Sequence[Batch], totals: Sequence[int], tile: int, squares: bool) -> None:
-        self._tile, self._squares = tile, squares
+    def __init__(self, batches: Sequence[Batch], totals: Sequence[int], tile: int, chunk: int, squares: bool) -> None:
+        self._tile, self._chunk, self._squares = tile, chunk, squares
         terms = np.array([self._terms(batch) for batch in batches])
         self._scale = terms.max(axis=0)
         # Least squares, as two terms may be the same for all batches like these, and which of them counts is no matter.
@@ -497,7 +498,7 @@ class _Family:
         return round(float((np.array(self._terms(batch)) / self._scale) @ self._coefficients))
 
     def _terms(self, batch: Batch) -> list[float]:
-        terms = [1.0, batch.tokens, min(batch.tokens, TOKEN_CHUNK_SIZE)]
+        terms = [1.0, batch.tokens, min(batch.tokens, self._chunk)]
         if self._tile:  # tiles are of equal length, in each row of the batch
             rows, count = batch.tokens // batch.columns, -(-batch.tokens // self._tile)
             terms.append(rows * -(-batch.columns // count))

@@ -32,7 +32,7 @@ from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, QosoraError
 from qosora.layers import QosoraLinear, decoder_layers, is_taken_apart, qosora_modules, stacked_names
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
-from qosora.memory.options import GRANULARITY, Prediction, StepOptions, has_experts
+from qosora.memory.options import GRANULARITY, Batch, Prediction, StepOptions, has_experts
 from qosora.memory.standins import (
     STASH,
     FourBitLinear,
@@ -42,7 +42,7 @@ from qosora.memory.standins import (
     PerTensorStandIn,
     state_shapes,
 )
-from qosora.memory.step import Batch, prepare_model, register_model, training_step
+from qosora.memory.step import prepare_model, register_model, training_step
 from qosora.memory.tracer import Event, Peak, Site, Tracer
 from qosora.training import ALIGNMENT, PAGED_NUMEL, parameter_groups, with_head
 

@@ -32,7 +32,7 @@ from qosora.errors import ConfigError, DataError, QosoraError
 from qosora.layers import decoder_layers
 from qosora.memory.cards import the_card
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES
-from qosora.memory.options import StepOptions
+from qosora.memory.options import Batch, StepOptions
 from qosora.memory.plan import Usage, shape_problems, storage_of, usage_of
 from qosora.memory.predict import (
     TracedModel,
@@ -42,7 +42,7 @@ from qosora.memory.predict import (
     stacked_experts,
 )
 from qosora.memory.shapes import model_config
-from qosora.memory.step import Batch, prepare_model, register_model, register_optimizer, training_step
+from qosora.memory.step import prepare_model, register_model, register_optimizer, training_step
 from qosora.memory.tracer import Event, Tracer
 from qosora.training import choose_precision, create_optimizer, with_head
 

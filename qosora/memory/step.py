@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from qosora.checkpoints import REWARD, TAGS, task_of
+from qosora.checkpoints import REWARD, task_of
 from qosora.compat.bitsandbytes import is_paged, quant_tensors
 from qosora.compat.trl import add_fused_lm_head, loss_chunks
 from qosora.decompose import nf4
@@ -24,67 +23,7 @@ from qosora.layers import Tiling, VocabularyMatrix, apply_tiling, panel_of, qoso
 from qosora.memory.tracer import Tracer
 from qosora.training import PackedPagedOptimizer, cast_to_heads, class_loss
 
-__all__ = ["Batch", "prepare_model", "register_model", "register_optimizer", "training_step"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The shape of a batch.
-
-    Attributes:
-        size: Examples.
-        length: Tokens of each.
-        padding: Whether some are shorter and filled up, so that attention needs a mask.
-        packing: Whether all lie in one row, several to an example.
-    """
-
-    size: int
-    length: int
-    padding: bool = False
-    packing: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Tokens, padding included."""
-        return self.size * self.length
-
-    @property
-    def columns(self) -> int:
-        """Length of a row."""
-        return self.tokens if self.packing else self.length
-
-    def tensors(
-        self, vocab: int, device: torch.device | str, task: str | None = None, eos: int | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Return what the trainer's collator makes, with random tokens.
-
-        Args:
-            vocab: Tokens that there are.
-            device: Where to.
-            task: Of the model, as `task_of` has it.
-            eos: Token that each row has once, at its end, where the model looks for it.
-        """
-        shape = (self.tokens // self.columns, self.columns)
-        if torch.device(device).type == "meta":
-            ids = torch.empty(shape, dtype=torch.int64, device=device)
-        else:
-            ids = torch.randint(0, vocab, shape, device=device)
-            if eos is not None:
-                ids[ids == eos] = (eos + 1) % vocab
-                ids[:, -1] = eos
-        made = {"input_ids": ids, "labels": ids.clone()}
-        if self.packing:
-            half = -(-self.length // 2)
-            positions = torch.cat([torch.arange(half), torch.arange(self.length - half)]).repeat(self.size)
-            return made | {"position_ids": positions[None].to(device)}
-        mask = torch.ones_like(ids)
-        if self.padding and not mask.is_meta:
-            mask[-1, -1:] = 0
-            made["labels"][-1, -1:] = -100
-        if task is not None:  # a class for each row, or each token; none for rewards
-            labels = torch.zeros_like(ids) if task == TAGS else torch.zeros_like(ids[:, 0])
-            made = {"input_ids": ids} if task == REWARD else {"input_ids": ids, "labels": labels}
-        return made | {"attention_mask": mask}
+__all__ = ["prepare_model", "register_model", "register_optimizer", "training_step"]
 
 
 def prepare_model(model: Any, *, gradient_checkpointing: bool, tiling: Tiling, fused_head: bool = True) -> None:

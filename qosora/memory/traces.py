@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qosora.config import QosoraConfig
-from qosora.memory.options import Prediction, StepOptions
-from qosora.memory.step import Batch
+from qosora.memory.options import Batch, Prediction, StepOptions
 from qosora.memory.tracer import Site
 from qosora.remembered import recall, remember
 
@@ -69,6 +68,17 @@ class Traces:
     def attention(self) -> str:
         """The implementation of attention."""
         return self._fact("attention", lambda: self.model.attention)
+
+    @property
+    def loss_chunk(self) -> int:
+        """The most tokens of which TRL computes the loss at once."""
+
+        def of_trl() -> int:
+            from qosora.compat.trl import TOKEN_CHUNK_SIZE
+
+            return int(TOKEN_CHUNK_SIZE)
+
+        return self._fact("loss_chunk", of_trl)
 
     @property
     def layer_products(self) -> int:

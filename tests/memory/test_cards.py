@@ -7,8 +7,8 @@ import pytest
 from qosora.errors import ConfigError
 from qosora.memory import StepOptions, TracedModel, model_config, usage_of
 from qosora.memory.cards import ASSUMPTIONS, ATTAINED, GIB, GPUS, MIB, TFLOPS, Card, parse_bytes, the_card
+from qosora.memory.options import Batch
 from qosora.memory.plan import storage_of
-from qosora.memory.step import Batch
 
 
 @pytest.mark.parametrize(

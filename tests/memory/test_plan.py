@@ -15,11 +15,10 @@ from qosora.cli import main
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, QosoraError
 from qosora.memory.cards import ATTAINED, LINK, TFLOPS, the_card
-from qosora.memory.options import StepOptions
+from qosora.memory.options import Batch, StepOptions
 from qosora.memory.plan import OUTSIDE, _Planner, plan
 from qosora.memory.predict import TracedModel
 from qosora.memory.shapes import SHAPES, model_config
-from qosora.memory.step import Batch
 
 #: Tiles of few tokens make tracing slow, so batches and the memory that they have are small.
 TINY = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,

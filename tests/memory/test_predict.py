@@ -16,9 +16,8 @@ from transformers import (
 from qosora.config import QosoraConfig
 from qosora.errors import QosoraError
 from qosora.memory.meta_kernels import MetaKernels
-from qosora.memory.options import StepOptions
+from qosora.memory.options import Batch, StepOptions
 from qosora.memory.predict import TracedModel, _depths
-from qosora.memory.step import Batch
 
 SIZES = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2,

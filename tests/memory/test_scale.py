@@ -10,10 +10,9 @@ from tiny import make_base
 from transformers import LlamaConfig
 
 from qosora.config import QosoraConfig
-from qosora.memory.options import StepOptions
+from qosora.memory.options import Batch, StepOptions
 from qosora.memory.predict import TracedModel
 from qosora.memory.profile import profile
-from qosora.memory.step import Batch
 
 LLAMA = LlamaConfig(
     num_hidden_layers=10, vocab_size=512, hidden_size=64, intermediate_size=160, num_attention_heads=4,

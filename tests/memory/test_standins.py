@@ -17,11 +17,11 @@ from transformers import (
 
 from qosora.config import QosoraConfig
 from qosora.layers.tiling import Tiling
-from qosora.memory.options import StepOptions
+from qosora.memory.options import Batch, StepOptions
 from qosora.memory.predict import TracedModel
 from qosora.memory.profile import measure
 from qosora.memory.standins import OffloadingStandIn, PackedStandIn, state_shapes
-from qosora.memory.step import Batch, prepare_model
+from qosora.memory.step import prepare_model
 from qosora.memory.tracer import Tracer
 from qosora.training.flat_buffers import OPTIMIZERS
 from qosora.training.optimizer import PackedPagedOptimizer

@@ -14,8 +14,9 @@ import qosora
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.layers.decoder import decoder_layers
 from qosora.layers.tiling import Tiling
+from qosora.memory.options import Batch
 from qosora.memory.profile import profile
-from qosora.memory.step import Batch, prepare_model, register_model, register_optimizer, training_step
+from qosora.memory.step import prepare_model, register_model, register_optimizer, training_step
 from qosora.memory.tracer import Tracer
 from qosora.training.trainer import TRAINERS
 

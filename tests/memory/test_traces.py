@@ -11,10 +11,9 @@ from transformers import LlamaConfig
 from qosora import remembered
 from qosora.config import QosoraConfig
 from qosora.memory import traces
-from qosora.memory.options import StepOptions
+from qosora.memory.options import Batch, StepOptions
 from qosora.memory.plan import plan
 from qosora.memory.predict import TracedModel
-from qosora.memory.step import Batch
 from qosora.memory.traces import Traces
 
 CONFIG: dict[str, Any] = {

@@ -1,0 +1,9 @@
+"""The kinds of 4-bit tensors that there are: by themselves, as all of `nf4` takes seconds to import."""
+
+from __future__ import annotations
+
+__all__ = ["BLOCKSIZES", "QUANT_TYPES"]
+
+QUANT_TYPES = ("nf4", "fp4")
+#: bitsandbytes also knows 2048 and 4096, where its CPU kernels lose accuracy and fall back to compiled code.
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024)
