@@ -92,9 +92,14 @@ def _tests(parts: dict[str, Any]) -> str:
 
 def launches(found: dict[str, Any], file: str) -> str:
     """Return a sentence on the kernels that a decoder layer launches."""
-    counts = [found["results"][f"{name}_checkpointed"]["launches"] for name in ("qosora", "qosora-plain", "qlora")]
+    mixture = found["config"]["mixture"]
+    counts, of_mixture = (
+        [found["results"][f"{name}_checkpointed"]["launches"] for name in names]
+        for names in (("qosora", "qosora-plain", "qlora"), (f"{mixture}_qosora", f"{mixture}_qosora-alone"))
+    )
     return (
         f"A checkpointed decoder layer of {found['config']['shape']} takes {counts[0]} kernel launches in a training "
-        f"step, {counts[1]} with the plain code, and {counts[2]} in QLoRA, counted on the meta device "
-        f"({found['date']}; [all figures](benchmarks/results/{file})).\n"
+        f"step, {counts[1]} with the plain code, and {counts[2]} in QLoRA; one of {mixture} takes "
+        f"{of_mixture[0]:,} with its experts together, and {of_mixture[1]:,} with one after the other; counted "
+        f"on the meta device ({found['date']}; [all figures](benchmarks/results/{file})).\n"
     )

@@ -80,16 +80,23 @@ def step_launches(method: str, shape: str, *, checkpointing: bool, tokens: int) 
         method: "qlora", "qosora", "qosora-plain" without fused kernels, or "qosora-alone", each expert by itself.
         shape: NAME:LAYERS.
         checkpointing: Whether layers are.
-        tokens: Of the one sequence. Each expert has some of them.
+        tokens: Of the one sequence. All experts have as many.
     """
     options = StepOptions(method="qlora" if method == "qlora" else "qosora", gradient_checkpointing=checkpointing)
     model = TracedModel(shape_config(shape), QosoraConfig(), options, full_depth=True)
     with torch.device("meta"):
         inputs = Batch(1, tokens).tensors(model.vocab, "meta")
-    alone = patch.object(experts, "members", lambda layers: None) if method == "qosora-alone" else nullcontext()
-    with fused(False) if method == "qosora-plain" else nullcontext(), alone, counting() as counts:
+    alone = patch.object(experts, "_together", lambda x: False) if method == "qosora-alone" else nullcontext()
+    even = patch.object(experts, "_hardest", even_shares)
+    with fused(False) if method == "qosora-plain" else nullcontext(), alone, even, counting() as counts:
         training_step(model.model, inputs, SimpleNamespace(step=lambda: None), max_grad_norm=0)
     return counts
+
+
+def even_shares(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
+    """Give all experts as many tokens."""
+    share, more = divmod(top_k_index.numel(), num_experts)
+    return [share + (i < more) for i in range(num_experts)]
 
 
 def of_a_layer(method: str, *, checkpointing: bool, shape: str = SHAPE, tokens: int = 2048) -> Counter[str]:

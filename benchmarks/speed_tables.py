@@ -88,6 +88,30 @@ def train_step(found: dict[str, Any], file: str) -> str:
     return table(["", *head], rows, note)
 
 
+def mixture_step(found: dict[str, Any], file: str) -> str:
+    """Return the table of a mixture's training step, with its conditions."""
+    config, rows = found["config"], []
+    methods = {
+        "qosora, expert by expert": "qosora, experts one by one",
+        "qosora, together": "qosora, experts together",
+        "qlora": f"PEFT, LoRA r = {config['lora_rank']}",
+    }
+    for stage in found["results"].values():
+        for method, label in methods.items():
+            ratio = stage[method]["ratio"]
+            spread = f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})"
+            seconds, peak = milliseconds(stage[method]["seconds"]["median"]), gib(stage[method]["peak_bytes"])
+            rows.append([f"{count(stage['tokens'], 'token')}: {label}", seconds, spread, peak])
+    note = (
+        f"A training step of one decoder layer of {config['shape']} with a small vocabulary, in {config['precision']}, "
+        f"all activations kept; qosora at r = {config['rank']} against PEFT's LoRA on linear layers in NF4 and on the "
+        "stacked experts, which bitsandbytes leaves in 16 bits. Medians of rounds in turns, the ratio to PEFT in the "
+        f"same round (10th to 90th percentile), and the peak of live tensor bytes. "
+        f"{conditions(found, file, *QLORA, threads=True)}"
+    )
+    return table(["", "time", "ratio", "peak"], rows, note)
+
+
 def optimizer_step(found: dict[str, Any], file: str) -> str:
     """Return the table of times of an optimizer's step, with its conditions."""
     config, stages = found["config"], [found["results"][name] for name in ("qosora", "lora")]

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "quality"))
 import quality_page
 from gpu_tables import gpu, launches
 from page import QLORA, conditions, gib, mib, table
-from speed_tables import generate, layer_step, load, optimizer_step, train_step
+from speed_tables import generate, layer_step, load, mixture_step, optimizer_step, train_step
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -316,6 +316,7 @@ TABLES: dict[str, tuple[str, Callable[[Any, str], str]]] = {
     "plans": ("plans.json", plans),
     "layer_step": ("layer_step_cpu.json", layer_step),
     "train_step": ("train_step_cpu.json", train_step),
+    "mixture_step": ("mixture_step_cpu.json", mixture_step),
     "optimizer_step": ("optimizer_step_cpu.json", optimizer_step),
     "generate": ("generate_cpu.json", generate),
     "load": ("load_cpu.json", load),

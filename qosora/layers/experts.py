@@ -34,6 +34,7 @@ from qosora.compat.transformers import (
     own_gate,
     stacks_experts,
 )
+from qosora.layers.device import device_type
 from qosora.layers.grouped import grouped_product, members
 from qosora.layers.stacks import is_taken_apart
 
@@ -101,8 +102,7 @@ class LinearExperts(nn.Module):
             counts: How many are each expert's.
         """
         experts: dict[int, Any] = {i: self.get_submodule(str(i)) for i in counts}
-        # Without a graph a CPU has matrices of each expert; see `kept`.
-        if (torch.is_grad_enabled() or x.device.type != "cpu") and not torch.compiler.is_compiling():
+        if _together(x):
             names = [name for names in self.projections.values() for name in names]
             found = {name: members([expert[name] for expert in experts.values()]) for name in names}
             groups = {name: group for name, group in found.items() if group is not None}
@@ -205,6 +205,11 @@ def stacked_names(model: nn.Module) -> list[str]:
     ]
 
 
+def _together(x: torch.Tensor) -> bool:
+    """Say whether experts are computed together: a CPU is faster with one matrix after the other, in its cache."""
+    return device_type(x) != "cpu" and not torch.compiler.is_compiling()
+
+
 def _project(expert: Any, name: str, x: torch.Tensor) -> torch.Tensor:
     y: torch.Tensor = expert[name](x)
     return y
@@ -217,18 +222,20 @@ def _tokens_of_each(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
 
 
 def _hardest(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
-    """Give the last expert every token, and the others even shares of what is left: no choice of experts takes more.
+    """Give the last experts every token, and the others one each where there are enough: no choice takes more.
 
     For tensors without values, by which the memory of a step is planned.
 
     What experts save for backward, and the gradients of vectors whose expert has any token, add up to the same however
-    tokens are spread. What one expert's backward needs goes with its tokens, and that of the last comes first, when
-    all is still saved.
+    tokens are spread. What the backward of one expert, or of some that are computed together, needs goes with its
+    tokens, and that of the last comes first, when all is still saved.
     """
     tokens, top_k = top_k_index.shape
-    rest = max(tokens * (top_k - 1), min(num_experts, tokens * top_k) - 1)
-    share, more = divmod(rest, num_experts - 1)
-    return [share + (i < more) for i in range(num_experts - 1)] + [tokens * top_k - rest]
+    left, counts = tokens * top_k, [0] * num_experts
+    for i in reversed(range(num_experts)):  # of which i are before it
+        counts[i] = max(min(tokens, left - i), min(left, 1))
+        left -= counts[i]
+    return counts
 
 
 def _stackers(conversions: Iterable[WeightTransform]) -> Iterator[WeightConverter]:

@@ -22,7 +22,7 @@ from qosora.layers.product import no_autocast, product_float32
 
 __all__ = ["DECODED_BYTES", "GROUPED_SINCE", "grouped_product", "members"]
 
-#: Of the largest part of the layers that are decoded together.
+#: Of the largest part of the layers that are decoded together, and of their inputs or outputs, if they are several.
 DECODED_BYTES = 2**26
 #: CUDA devices from which on torch has a grouped product that does not ask the host for the groups' sizes.
 GROUPED_SINCE = (9, 0)
@@ -83,12 +83,14 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(layers: list[QosoraLinear], counts: list[int], dtype: torch.dtype) -> Iterator[_Chunk]:
-    size = layers[0].in_features * layers[0].out_features * dtype.itemsize
-    at_once, ends = max(1, DECODED_BYTES // size), [0, *accumulate(counts)]
-    for start in range(0, len(layers), at_once):
-        stop = min(start + at_once, len(layers))
-        rows = slice(ends[start], ends[stop])
-        yield _Chunk(layers[start:stop], counts[start:stop], rows, slice(start, stop))
+    n, m = layers[0].in_features, layers[0].out_features
+    at_once, most_rows = (DECODED_BYTES // (numbers * dtype.itemsize) for numbers in (n * m, max(n, m)))
+    ends, start = [0, *accumulate(counts)], 0
+    for stop in range(1, len(layers) + 1):
+        if stop < len(layers) and stop + 1 - start <= at_once and ends[stop + 1] - ends[start] <= most_rows:
+            continue
+        yield _Chunk(layers[start:stop], counts[start:stop], slice(ends[start], ends[stop]), slice(start, stop))
+        start = stop
 
 
 class _Grouped(torch.autograd.Function):
