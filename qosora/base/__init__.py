@@ -2,6 +2,7 @@
 
 | module | one line |
 |---|---|
+| `reports` | what a conversion says of the layers that it decomposed |
 | `layout` | names, shapes and ties of the plain model |
 | `structure` | which layers are decomposed |
 | `load` | loads a base, with or without an adapter |
@@ -22,7 +23,6 @@ from qosora._lazy import door
 if TYPE_CHECKING:
     from qosora.base.check import Divergence as Divergence
     from qosora.base.check import divergence as divergence
-    from qosora.base.convert import ConversionReport as ConversionReport
     from qosora.base.convert import quantize as quantize
     from qosora.base.describe import verify as verify
     from qosora.base.layout import PlainModel as PlainModel
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qosora.base.load import load_processor as load_processor
     from qosora.base.load import load_tokenizer as load_tokenizer
     from qosora.base.load import rows_brought as rows_brought
+    from qosora.base.reports import ConversionReport as ConversionReport
     from qosora.base.structure import decompose_structure as decompose_structure
     from qosora.base.structure import head_modules as head_modules
     from qosora.base.structure import skipped_modules as skipped_modules
@@ -45,7 +46,8 @@ __getattr__, __dir__ = door(
     {
         "structure": ["decompose_structure", "head_modules", "skipped_modules"],
         "layout": ["PlainModel", "natural_order"],
-        "convert": ["ConversionReport", "quantize"],
+        "reports": ["ConversionReport"],
+        "convert": ["quantize"],
         "check": ["Divergence", "divergence"],
         "describe": ["verify"],
         "load": [

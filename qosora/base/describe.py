@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from qosora.base.convert import by_kind
 from qosora.base.layout import PlainModel
+from qosora.base.reports import by_kind
 from qosora.checkpoints import (
     ADAPTER_CONFIG,
     ADAPTER_STEM,
