@@ -143,7 +143,7 @@ def step(name: str, precision: str, *, checkpointing: bool, capability: tuple[in
             layer = next(m for m in model.modules() if hasattr(m, "osora_o"))
             layer.base_layer.c = torch.nn.Parameter(torch.empty_like(layer.base_layer.c, device="cpu"), False)
         inputs = {key: t.to("cuda") for key, t in Batch(*TOKENS, padding=True).tensors(512, "cpu").items()}
-        loss = training_step(model, inputs, optimizer, fused_head=False)
+        loss = training_step(model, inputs, optimizer, loss="whole")
         devices = {str(t.device) for t in (loss, *model.parameters(), *model.buffers())}
     if devices != {"cuda:0"}:
         raise RuntimeError(f"after the step there are tensors on {sorted(devices)}")

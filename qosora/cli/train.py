@@ -174,8 +174,8 @@ def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
     print(f"\n{usage_table(planned.usage, None)}")
     if found.seen:
         print("not counted: what the tower of vision takes for pixels")
-    if config.method in _NOT_PLANNED:
-        print(_NOT_PLANNED[config.method])
+    if config.method == "grpo":
+        print("not counted: keys and values while answers are written, when nothing is kept for backward")
     if planned.verdict is not None:
         words = {"fits": "fits into", "tight": "fits tightly, if at all, into", "no": "does not fit into"}
         print(f"\n{words[planned.verdict]} {planned.card.name}")
@@ -184,11 +184,6 @@ def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
     print("nothing was trained: leave out --dry-run")
 
 
-#: What a step takes beside that of SFT on as many sequences.
-_NOT_PLANNED = {
-    "orpo": "not counted: TRL's orpo builds the logits of all tokens",
-    "grpo": "not counted: keys and values while answers are written, when nothing is kept for backward",
-}
 _LEGEND = {
     False: "tokens end at |, and those in [[ ]] are trained on",
     True: "tokens end at |, and the coloured ones are trained on",

@@ -27,6 +27,8 @@ _FOUND = found(
             "trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling(processor, completion_only_loss)"
         ),
         "get_act_offloading_ctx_manager": f"{_OFFLOADING}(model)",
+        # What ORPO builds of the logits.
+        "orpo_log_probs": "trl.experimental.orpo.ORPOTrainer.get_batch_logps(logits, labels, average_log_prob)",
     },
 )
 

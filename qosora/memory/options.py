@@ -31,6 +31,7 @@ class StepOptions:
         update_rank: Of the matrix that is trained beside them.
         gradient_checkpointing: Whether layers are computed again in backward.
         chunked_loss: Whether the loss never builds all logits, as TRL's does.
+        orpo: Whether the loss is TRL's ORPO, which builds them; a batch is then preferred examples and as many others.
         tile_length: Tokens of the tiles that MLPs and norms compute in, as `TrainConfig`'s; no matter to QLoRA.
         activation_offloading: Whether saved activations lie in host memory.
         attn_implementation: "sdpa" or "eager"; by default the first of them that the model has.
@@ -48,6 +49,7 @@ class StepOptions:
     update_rank: int = 0
     gradient_checkpointing: bool = True
     chunked_loss: bool = True
+    orpo: bool = False
     tile_length: int | None = None
     activation_offloading: bool = False
     attn_implementation: str | None = None
@@ -64,6 +66,11 @@ class StepOptions:
         if self.method != "qosora":
             return None
         return "host" if self.base_on == "host" else "fsdp" if self.strategy == "fsdp" and self.gpus > 1 else None
+
+    @property
+    def loss(self) -> str:
+        """The loss, as `training_step` takes it."""
+        return "orpo" if self.orpo else "chunked" if self.chunked_loss else "whole"
 
     @property
     def tiling(self) -> Tiling:

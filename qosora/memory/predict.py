@@ -108,7 +108,7 @@ class TracedModel:
         prepare_model(
             self.model,
             gradient_checkpointing=options.gradient_checkpointing,
-            fused_head=options.chunked_loss,
+            fused_head=options.loss == "chunked",
             tiling=options.tiling,
         )
         self.trained_parameters = self._in_all(lambda: sum(p.numel() for p in self._trained()))
@@ -240,7 +240,7 @@ class TracedModel:
             if options.activation_offloading:
                 saving = partial(OffloadingStandIn, list(self.model.parameters()))
             try:
-                training_step(self.model, inputs, optimizer, tracer, fused_head=options.chunked_loss, saving=saving)
+                training_step(self.model, inputs, optimizer, tracer, loss=options.loss, saving=saving)
             except (RuntimeError, NotImplementedError) as error:
                 raise QosoraError(
                     f"{type(self.model.get_base_model()).__name__} cannot be traced without weights: "

@@ -250,7 +250,7 @@ def _measure(base: PreTrainedModel, inputs: dict[str, torch.Tensor], step: StepO
     prepare_model(
         model,
         gradient_checkpointing=step.gradient_checkpointing,
-        fused_head=step.chunked_loss,
+        fused_head=step.loss == "chunked",
         tiling=step.tiling,
     )
     optimizer = create_optimizer(model, lr=1e-6, optimizer=step.optimizer)
@@ -276,7 +276,7 @@ def measure(
     inputs = {name: tensor.to(step.device) for name, tensor in inputs.items()}
 
     def run(tracer: Tracer | None = None) -> None:
-        training_step(model, inputs, optimizer, tracer, fused_head=step.chunked_loss, saving=saving)
+        training_step(model, inputs, optimizer, tracer, loss=step.loss, saving=saving)
 
     seconds = []
     for _ in range(steps + 1):  # the first warms up

@@ -60,6 +60,7 @@ def _plan(
         vectors=config.vectors,
         update_rank=config.update_rank,
         gradient_checkpointing=config.gradient_checkpointing,
+        orpo=config.method == "orpo",
         tile_length=config.tile_length,
         activation_offloading=config.activation_offloading,
         base_on=config.base_on,

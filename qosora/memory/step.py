@@ -87,7 +87,7 @@ def training_step(
     optimizer: Any,
     tracer: Tracer | None = None,
     *,
-    fused_head: bool = True,
+    loss: str = "chunked",
     max_grad_norm: float = 1.0,
     saving: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> torch.Tensor:
@@ -98,25 +98,25 @@ def training_step(
         batch: What `Batch.tensors` makes.
         optimizer: With `step()`.
         tracer: Entered, and following the model; None for a step that nobody looks at.
-        fused_head: Whether the loss is computed in chunks, never building all logits.
+        loss: "chunked", never building all logits, "whole", or "orpo", of a batch whose first half is preferred.
         max_grad_norm: To clip to; 0 does not clip.
         saving: Context of forward and backward, where activations are offloaded.
     """
     begin = (lambda phase: None) if tracer is None else tracer.enter_phase
     with nullcontext() if tracer is None else _gradients_counted(model, tracer), saving():
         begin("forward")
-        loss = _loss(model, batch, fused_head)
+        value = _loss(model, batch, loss)
         begin("loss")  # also where the backbone is not told apart
-        loss.backward()  # type: ignore[no-untyped-call]
+        value.backward()  # type: ignore[no-untyped-call]
     begin("optimizer")
     if max_grad_norm:
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
     model.zero_grad()
-    return loss.detach()
+    return value.detach()
 
 
-def _loss(model: Any, batch: dict[str, torch.Tensor], fused_head: bool) -> torch.Tensor:
+def _loss(model: Any, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
     """As the trainer of the model's kind computes it."""
     task = task_of(model.get_base_model().config)
     if task == REWARD:
@@ -125,13 +125,28 @@ def _loss(model: Any, batch: dict[str, torch.Tensor], fused_head: bool) -> torch
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         return class_loss(model(**inputs), batch["labels"])
     items = (batch["labels"] != -100).sum()
-    if not fused_head:
+    if kind == "orpo":
+        return _orpo(model, batch)
+    if kind == "whole":
         loss: torch.Tensor = model(**batch, use_cache=False, num_items_in_batch=items).loss
         return loss
     with loss_chunks(panel_of(model)):
         outputs = model(**batch, use_cache=False, fused_lm_head=True)
     per_token_loss = -outputs.log_probs
     return per_token_loss.sum() / torch.as_tensor(items).clamp(min=1)
+
+
+def _orpo(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """ORPO's loss (arXiv 2403.07691) by what TRL's trainer builds for it, in its order."""
+    from qosora.compat.trl import orpo_log_probs
+
+    labels, half = batch["labels"], len(batch["labels"]) // 2
+    logits = model(batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
+    preferred = logits[:half, :-1].contiguous().flatten(0, 1)
+    of_preferred = F.cross_entropy(preferred, labels[:half, 1:].flatten())
+    chosen, rejected = orpo_log_probs(logits, labels, average_log_prob=True).float().split(half)
+    odds = (chosen - rejected) - ((-chosen.exp()).log1p() - (-rejected.exp()).log1p())
+    return of_preferred - F.logsigmoid(odds).mean()
 
 
 @contextmanager

@@ -95,6 +95,8 @@ def test_what_writes_no_text_is_refused():
         {"packing": True, "seq_len": 24},
         {"tile_length": 16},
         {"tile_length": 0},
+        {"orpo": True},
+        {"orpo": True, "gradient_checkpointing": False, "padding": False},
     ],
 )
 def test_planned_equals_measured_with_options(bases: dict[str, Path], options: dict[str, Any]):
@@ -129,15 +131,15 @@ def test_autocast_and_a_scaled_loss_take_nothing(
     scaler, own_loss, clip = torch.amp.GradScaler("cpu"), step._loss, torch.nn.utils.clip_grad_norm_
     autocast = []
 
-    def loss(model: Any, batch: dict[str, torch.Tensor], fused_head: bool) -> torch.Tensor:
+    def loss(model: Any, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
         if batch["input_ids"].is_meta:
-            return own_loss(model, batch, fused_head)
+            return own_loss(model, batch, kind)
         if "forward" not in vars(model):
             model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.float16)(model.forward))
             model.get_input_embeddings().register_forward_hook(
                 lambda *_: autocast.append(torch.is_autocast_enabled("cpu"))
             )
-        return scaler.scale(own_loss(model, batch, fused_head))
+        return scaler.scale(own_loss(model, batch, kind))
 
     def unscale_and_clip(params: Any, norm: float) -> torch.Tensor:
         params = [p for p in params if p.requires_grad]

@@ -25,6 +25,7 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "sft": ({}, 1),
     "dpo": ({}, 2),
     "kto": ({}, 1),
+    "orpo": ({}, 2),
     "grpo": ({"reward": ["regex:b"], "max_completion_length": 21}, 1),
 }
 
@@ -34,13 +35,13 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
 def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str):
     base = make_base(
         tmp_path / "base",
-        make_checkpoint(tmp_path / "llama", "llama-text", intermediate_size=512),
+        make_checkpoint(tmp_path / "llama", "llama-text", intermediate_size=512, vocab_size=16384),
         QosoraConfig(rank=16),
     )
     rows = [{"prompt": "a" * 20, "completion": "b" * 20} for _ in range(8)]
     data = str(write_jsonl(tmp_path / "data.jsonl", rows))
     pairs = [{"prompt": "a" * 20, "chosen": "b" * 20, "rejected": "c" * 20} for _ in range(8)]
-    given = str(write_jsonl(tmp_path / "pairs.jsonl", pairs)) if method in ("dpo", "kto") else data
+    given = str(write_jsonl(tmp_path / "pairs.jsonl", pairs)) if method in ("dpo", "kto", "orpo") else data
     own, sequences = METHODS[method]
     peaks = []
     trainer = TRAINERS[method]
@@ -52,7 +53,8 @@ def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with tracer, tracer.following(self.model, backbone, layers):
             register_optimizer(tracer, self.optimizer.optimizer)
             register_model(tracer, self.model)
-            tracer.register(inputs.values() if isinstance(inputs, dict) else [], "batch")
+            tensors = inputs.values() if isinstance(inputs, dict) else []
+            tracer.register([t for t in tensors if isinstance(t, torch.Tensor)], "batch")
             tracer.enter_phase("forward")
             loss = step(self, model, inputs, *args, **kwargs)
         peaks.append({site.phase: 0 for site in tracer.sites})
@@ -77,7 +79,7 @@ def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 **own,
             )
         )
-        options["batch_size"] = 2 * sequences
+        options |= {"batch_size": 2 * sequences, "orpo": method == "orpo"}
         measured = profile(base, data=data, steps=1, padding=False, **options).live.phases
         if method == "sft":
             for phase in ("forward", "loss", "backward"):
@@ -120,10 +122,10 @@ def test_a_batch_on_meta_has_shapes_alone():
         assert all(t.is_meta for t in there.values())
 
 
-@pytest.mark.parametrize("fused_head", [True, False])
-def test_a_step_trains_and_tells_where_it_is(tmp_path: Path, fused_head: bool):
+@pytest.mark.parametrize("loss", ["chunked", "whole", "orpo"])
+def test_a_step_trains_and_tells_where_it_is(tmp_path: Path, loss: str):
     model = get_peft_model(decompose(make_checkpoint(tmp_path)), OsoraConfig())
-    prepare_model(model, gradient_checkpointing=True, fused_head=fused_head, tiling=Tiling.of())
+    prepare_model(model, gradient_checkpointing=True, fused_head=loss == "chunked", tiling=Tiling.of())
     assert model.training
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
@@ -132,9 +134,9 @@ def test_a_step_trains_and_tells_where_it_is(tmp_path: Path, fused_head: bool):
     register_model(tracer, model)
     assert tracer.total >= sum(p.nbytes for p in model.parameters())
     with tracer:
-        loss = training_step(model, batch, optimizer, tracer, fused_head=fused_head)
+        found = training_step(model, batch, optimizer, tracer, loss=loss)
     assert {site.phase for site in tracer.sites} >= {"forward", "loss", "optimizer"}
-    assert float(loss) > 0
-    assert not loss.requires_grad
+    assert float(found) > 0
+    assert not found.requires_grad
     assert all(p.grad is None for p in trained)
     assert any(not torch.equal(p, old) for p, old in zip(trained, before, strict=True))
