@@ -32,7 +32,15 @@ from qosora.decompose.svd import PANEL, SVD_ITERATIONS, SVD_METHODS, SVD_OVERSAM
 from qosora.decompose.threads import panels, parallel_map, reproducible
 from qosora.errors import CheckpointError, ConfigError
 
-__all__ = ["ErrorReport", "Factors", "factorize", "factorize_with_report", "measure_error", "reconstruct"]
+__all__ = [
+    "ErrorReport",
+    "Factors",
+    "factorize",
+    "factorize_with_report",
+    "measure_error",
+    "reconstruct",
+    "require_float64",
+]
 
 
 @dataclass(frozen=True)
@@ -114,8 +122,9 @@ def factorize(
 
     Raises:
         CheckpointError: If the weight is not a matrix, or holds NaN or infinity.
-        ConfigError: If moments are missing, too many, or of no use.
+        ConfigError: If moments are missing, too many, or of no use, or the weight is on one of Apple's GPUs.
     """
+    require_float64(weight.device)
     if weight.ndim != 2 or not weight.is_floating_point():
         raise CheckpointError(
             f"{name}: only floating-point matrices can be decomposed, got {tuple(weight.shape)}, {weight.dtype}. "
@@ -141,6 +150,19 @@ def factorize(
 
 
 @reproducible
+def require_float64(device: torch.device) -> None:
+    """Refuse a device that has no float64, in which a decomposition sums.
+
+    Raises:
+        ConfigError: It is one of Apple's GPUs.
+    """
+    if device.type == "mps":
+        raise ConfigError(
+            "a decomposition sums in float64, which Apple's GPUs have not: decompose on the CPU (device cpu), and move "
+            "the model then"
+        )
+
+
 def factorize_with_report(weight: torch.Tensor, rank: int, **options: Any) -> tuple[Factors, ErrorReport]:
     """Decompose a weight and measure the error: `factorize`, with its options and errors, and `measure_error` in one.
 

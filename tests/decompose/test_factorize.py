@@ -22,6 +22,7 @@ from qosora.decompose.factorize import (
     factorize_with_report,
     measure_error,
     reconstruct,
+    require_float64,
 )
 from qosora.decompose.nf4 import BLOCKSIZES, QUANT_TYPES
 from qosora.errors import CheckpointError, ConfigError
@@ -306,3 +307,9 @@ def test_the_same_bits_wherever_the_weight_lies(dtype: torch.dtype, offset: int,
             found = getattr(getattr(got, part), name)
             assert torch.equal(found, tensor) if isinstance(tensor, torch.Tensor) else found == tensor, (part, name)
     assert measure_error(moved, got) == measure_error(weight, expected)
+
+
+def test_apples_gpus_are_refused_in_a_line():
+    require_float64(torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"float64, which Apple's GPUs have not: decompose on the CPU"):
+        require_float64(torch.device("mps"))
