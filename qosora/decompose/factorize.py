@@ -149,7 +149,6 @@ def factorize(
     return Factors(quantize(W), U_q, V_q, sigma, c)
 
 
-@reproducible
 def require_float64(device: torch.device) -> None:
     """Refuse a device that has no float64, in which a decomposition sums.
 
@@ -163,6 +162,7 @@ def require_float64(device: torch.device) -> None:
         )
 
 
+@reproducible
 def factorize_with_report(weight: torch.Tensor, rank: int, **options: Any) -> tuple[Factors, ErrorReport]:
     """Decompose a weight and measure the error: `factorize`, with its options and errors, and `measure_error` in one.
 
