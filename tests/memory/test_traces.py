@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +59,18 @@ def test_what_is_remembered_is_what_was_traced(traced: list[Batch]):
     assert not traced
     again.predict(replace(batch, size=3))
     assert traced == [replace(batch, size=3)]
+
+
+def test_what_somebody_has_changed_is_traced_anew():
+    batch = Batch(1, 64)
+    found = Traces(LlamaConfig(**CONFIG), STORAGE, STEP).predict(batch)
+    (file,) = (Path(os.environ["XDG_CACHE_HOME"]) / "qosora" / "plans").glob("*.json")
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    damages: list[Any] = [{"site": ["forward"]}, {"sites": 3}, {"another": 1}, []]
+    for damaged in damages:
+        made: Any = {key: {**value, **damaged} if isinstance(damaged, dict) else damaged for key, value in kept.items()}
+        file.write_text(json.dumps(made), encoding="utf-8")
+        assert Traces(LlamaConfig(**CONFIG), STORAGE, STEP).predict(batch) == found
 
 
 def test_a_plan_that_is_asked_for_again_is_the_same(traced: list[Batch]):
