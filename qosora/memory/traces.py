@@ -52,6 +52,7 @@ class Traces:
         """The model itself, made at first use."""
         from qosora.memory.predict import TracedModel
 
+        self._fact("loss_chunk", _loss_chunk)  # first: it says in a line if TRL is another than was tried
         return TracedModel(*self._of)
 
     @property
@@ -72,13 +73,7 @@ class Traces:
     @property
     def loss_chunk(self) -> int:
         """The most tokens of which TRL computes the loss at once."""
-
-        def of_trl() -> int:
-            from qosora.compat.trl import TOKEN_CHUNK_SIZE
-
-            return int(TOKEN_CHUNK_SIZE)
-
-        return self._fact("loss_chunk", of_trl)
+        return self._fact("loss_chunk", _loss_chunk)
 
     @property
     def layer_products(self) -> int:
@@ -111,6 +106,12 @@ class Traces:
                 remember(self._subject, {name: made})
         found: _T = self._known[name]
         return found
+
+
+def _loss_chunk() -> int:
+    from qosora.compat.trl import TOKEN_CHUNK_SIZE
+
+    return int(TOKEN_CHUNK_SIZE)
 
 
 def _plain(found: Prediction) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -11,7 +9,8 @@ from qosora.decompose import nf4
 from qosora.decompose.kinds import BLOCKSIZES, QUANT_TYPES
 
 
-@pytest.mark.parametrize(("quant_type", "blocksize"), itertools.product(QUANT_TYPES, BLOCKSIZES))
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_each_kind_can_be_made(quant_type: str, blocksize: int, seed: int):
     x = torch.randn(4, 2 * max(BLOCKSIZES), generator=torch.Generator().manual_seed(seed))
     q = nf4.quantize(x, quant_type=quant_type, blocksize=blocksize)
