@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from common import Record, arguments, in_turns
-from methods import LORA_RANK, OPTIMIZER, Training, release, shape_config
+from methods import LORA_RANK, MINIATURE, OPTIMIZER, Training, release, shape_config
 from transformers import PreTrainedConfig, Qwen3MoeConfig
 
 from qosora.layers import experts
@@ -28,7 +28,6 @@ from qosora.memory import Batch, StepOptions
 QUESTION = "How long does a mixture's training step take, and how much memory, against PEFT's way?"
 SHAPE, VOCABULARY = "qwen3-30b-a3b", 1024
 TOGETHER, ALONE, RIVAL = "qosora, together", "qosora, expert by expert", "qlora"
-MINIATURE = "miniature"
 
 
 def config_of(shape: str) -> PreTrainedConfig:

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from qosora.decompose import FourBitTensor, nf4
+from qosora.layers import ops
 from qosora.layers.device import autocast_dtype, device_type
 from qosora.layers.linear import Member, QosoraLinear, updated
 from qosora.layers.product import no_autocast, product_float32
@@ -39,9 +41,8 @@ def members(layers: Sequence[Any]) -> list[Member] | None:
     if not all(hasattr(layer, "member") for layer in layers):
         return None
     found: list[Member] = [layer.member() for layer in layers]
-    first = found[0]
-    one_kind = first.layer.bias is None and all(member.alike == first.alike for member in found)
-    return found if one_kind else None
+    kind = found[0].alike
+    return found if found[0].layer.bias is None and all(member.alike == kind for member in found) else None
 
 
 def grouped_product(x: torch.Tensor, counts: Sequence[int], group: Sequence[Member]) -> torch.Tensor:
@@ -113,7 +114,9 @@ class _Grouped(torch.autograd.Function):
             projected, out = h[chunk.rows], y[chunk.rows]
             _multiply(inputs, _decoded(chunk, "V", dtype).mT, chunk.counts, projected)
             _multiply(inputs, _decoded(chunk, "residual", dtype).mT, chunk.counts, out)
-            B = _scaled_U(_decoded(chunk, "U", torch.float32), s[chunk.experts], o[chunk.experts], dtype)
+            B = ops.scale_rows_and_columns(
+                _decoded(chunk, "U", torch.float32), s[chunk.experts], o[chunk.experts], dtype
+            )
             _multiply(projected, B, chunk.counts, out, add=True)
         trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(h if trained else None, s, o)
@@ -136,7 +139,7 @@ class _Grouped(torch.autograd.Function):
                     do[chunk.experts] = torch.bmm(vectors[0][:, None], P)[:, 0]
                     del P
                 if dx is not None:
-                    B = _scaled_U(U, *vectors, g.dtype)
+                    B = ops.scale_rows_and_columns(U, *vectors, g.dtype)
                     dh = here.new_empty(len(here), s.shape[1])
                     _multiply(here, B.mT, chunk.counts, dh)
                     del B, U
@@ -153,11 +156,6 @@ def _decoded(chunk: _Chunk, part: str, dtype: torch.dtype) -> torch.Tensor:
     return nf4.dequantize_all(found, dtype)
 
 
-def _scaled_U(U: torch.Tensor, s: torch.Tensor, o: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return B = diag(s) Uᵀ diag(o) of each layer, (layers, r, m), scaled in float32; overwrites U."""
-    return U.mul_(s[:, :, None]).mul_(o[:, None]).to(dtype)
-
-
 def _scaled(x: torch.Tensor, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
     """Return c ⊙ x of each layer's rows, rounded once; x in that dtype where layers have no scale."""
     scales: list[torch.Tensor] = [layer.c for layer in chunk.layers if layer.c is not None]
@@ -165,7 +163,7 @@ def _scaled(x: torch.Tensor, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
         return x.to(dtype)
     c, out = torch.stack(scales), x.new_empty(x.shape, dtype=dtype)
     # Which layer's each row is, from numbers that the host has.
-    of = torch.tensor([i for i, n in enumerate(chunk.counts) for _ in range(n)]).to(x.device, non_blocking=True)
+    of = torch.from_numpy(np.repeat(np.arange(len(c)), chunk.counts)).to(x.device, non_blocking=True)
     at_once = max(1, _SCALED_BYTES // (4 * x.shape[1]))
     for rows in (slice(start, start + at_once) for start in range(0, len(x), at_once)):
         torch.mul(x[rows], c.index_select(0, of[rows]), out=out[rows])

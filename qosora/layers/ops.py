@@ -31,6 +31,7 @@ __all__ = [
     "dequantize",
     "fused",
     "gradients_and_scaled_U",
+    "scale_rows_and_columns",
     "scaled_U",
     "vector_gradients",
     "why_unfused",
@@ -129,12 +130,13 @@ def scaled_U(U: FourBitTensor, s: torch.Tensor, o: torch.Tensor, dtype: torch.dt
         dtype: Of the result.
     """
     if not _fused_rows(U):
-        return _scaled(nf4.dequantize(U), s, o, dtype)
+        return scale_rows_and_columns(nf4.dequantize(U), s, o, dtype)
     return _dequantize(U, s.contiguous(), o.contiguous(), dtype)
 
 
-def _scaled(U: torch.Tensor, s: torch.Tensor, o: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return U.mul_(s[:, None]).mul_(o).to(dtype)
+def scale_rows_and_columns(U: torch.Tensor, s: torch.Tensor, o: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return B of decoded values, (..., rank, out_features) float32, which are overwritten; see `scaled_U`."""
+    return U.mul_(s[..., None]).mul_(o[..., None, :]).to(dtype)
 
 
 def _dequantize(q: FourBitTensor, s: torch.Tensor | None, o: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -188,7 +190,7 @@ def gradients_and_scaled_U(
         return *vector_gradients(P, U, s, o), scaled_U(U, s, o, dtype)
     values = nf4.dequantize(U)
     ds, do = _plain_vector_gradients(P, values, s, o)
-    return ds, do, _scaled(values, s, o, dtype)
+    return ds, do, scale_rows_and_columns(values, s, o, dtype)
 
 
 def add_low_rank_(

@@ -258,7 +258,7 @@ def plan(
         model=str(model) if isinstance(model, (str, Path)) else config.name_or_path or config.model_type,
         rank=storage.rank,
         embeddings=storage.embeddings,
-        trained_parameters=planner.traced.trained_parameters,
+        trained_parameters=planner.traced.facts.trained_parameters,
         batch=batch,
         options=step,
         card=card,
@@ -332,7 +332,7 @@ class _Planner:
 
     def streaming(self, link: float, tflops: float | None) -> Streaming:
         """Return how the base comes, and from which batch on that takes no time."""
-        traced = self.traced
+        traced = self.traced.facts
         free = None
         if tflops is not None and not has_experts(self.config):  # of which a layer's tokens use some
             for_a_token = 2 * traced.layer_products / (1e12 * tflops)
@@ -362,7 +362,7 @@ class _Planner:
         if not self._families[regime]:
             return self.usage(batch).total_bytes
         live = max(family.at(batch) for family in self._families[regime].values())
-        return sum(_outside(live, self.traced.paged_bytes, self.card, self.step.device).values()) + live
+        return sum(_outside(live, self.traced.facts.paged_bytes, self.card, self.step.device).values()) + live
 
     def _families_of(self, like: Batch, slides: bool, tiled: bool) -> dict[Site, _Family]:
         """Trace batches like one: of two lengths, on the same side of the sliding window, and in tiles or in one."""
@@ -374,17 +374,18 @@ class _Planner:
             size = self.tile // unit + 1
         elif self.tile:
             unit = min(unit, self.tile // 8)
-            size, chunks = max(1, self.tile // (8 * unit or 1)), self.tile > self.traced.loss_chunk
+            size, chunks = max(1, self.tile // (8 * unit or 1)), self.tile > self.traced.facts.loss_chunk
             if unit < 2 or (slides and not like.packing and unit < self.window):
                 return {}
-        squares = like.padding or like.packing or slides or self.traced.attention == "eager"
+        squares = like.padding or like.packing or slides or self.traced.facts.attention == "eager"
         shapes = [(size, unit), (4 * size, 2 * unit)] + [(size, 2 * unit)] * chunks + [(4 * size, unit)] * squares
         batches = [replace(like, size=size, length=length) for size, length in shapes]
         found = [self._predict(batch).sites for batch in batches]
         common = set.intersection(*(set(sites) for sites in found))
         tile = self.tile if tiled else 0
         return {
-            site: _Family(batches, [s[site] for s in found], tile, self.traced.loss_chunk, squares) for site in common
+            site: _Family(batches, [s[site] for s in found], tile, self.traced.facts.loss_chunk, squares)
+            for site in common
         }
 
     def verdict(self, total: int) -> str | None:
@@ -392,7 +393,7 @@ class _Planner:
         memory = self.card.memory_bytes
         if memory is None:
             return None
-        slack = total - self.card.context_bytes - self.traced.paged_bytes
+        slack = total - self.card.context_bytes - self.traced.facts.paged_bytes
         return _verdict(total, slack - int(slack / (1 + OVERHEAD)), memory)
 
     def largest_batch(self, length: int) -> int:

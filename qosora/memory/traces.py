@@ -10,7 +10,8 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +27,33 @@ if TYPE_CHECKING:
 
     from qosora.memory.predict import TracedModel
 
-__all__ = ["Traces"]
+__all__ = ["Facts", "Traces"]
 
 _COMPUTES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a traced model.
+
+    Attributes:
+        trained_parameters: Elements of all that is trained.
+        paged_bytes: Bytes of optimizer states in managed memory.
+        attention: The implementation of attention.
+        loss_chunk: The most tokens of which TRL computes the loss at once.
+        layer_products: Multiplications of a decoder layer's forward for each token.
+        largest_layer: Bytes of the largest decoder layer's stored matrices.
+        host_bytes: Bytes of the base that a process keeps in host memory.
+    """
+
+    trained_parameters: int
+    paged_bytes: int
+    attention: str
+    loss_chunk: int
+    layer_products: int
+    largest_layer: int
+    host_bytes: int
 
 
 class Traces:
@@ -52,60 +76,31 @@ class Traces:
         """The model itself, made at first use."""
         from qosora.memory.predict import TracedModel
 
-        self._fact("loss_chunk", _loss_chunk)  # first: it says in a line if TRL is another than was tried
+        _loss_chunk()  # first: it says in a line if TRL is another than was tried
         return TracedModel(*self._of)
 
-    @property
-    def trained_parameters(self) -> int:
-        """Elements of all that is trained."""
-        return self._fact("trained_parameters", lambda: self.model.trained_parameters)
+    @cached_property
+    def facts(self) -> Facts:
+        """What the planner asks of a model beside its steps."""
 
-    @property
-    def paged_bytes(self) -> int:
-        """Bytes of optimizer states in managed memory."""
-        return self._fact("paged_bytes", lambda: self.model.paged_bytes)
+        def of_model() -> dict[str, Any]:
+            names = (field.name for field in fields(Facts) if field.name != "loss_chunk")
+            return {"loss_chunk": _loss_chunk(), **{name: getattr(self.model, name) for name in names}}
 
-    @property
-    def attention(self) -> str:
-        """The implementation of attention."""
-        return self._fact("attention", lambda: self.model.attention)
-
-    @property
-    def loss_chunk(self) -> int:
-        """The most tokens of which TRL computes the loss at once."""
-        return self._fact("loss_chunk", _loss_chunk)
-
-    @property
-    def layer_products(self) -> int:
-        """Multiplications of a decoder layer's forward for each token."""
-        return self._fact("layer_products", lambda: self.model.layer_products)
-
-    @property
-    def largest_layer(self) -> int:
-        """Bytes of the largest decoder layer's stored matrices."""
-        return self._fact("largest_layer", lambda: self.model.largest_layer)
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the base that a process keeps in host memory."""
-        return self._fact("host_bytes", lambda: self.model.host_bytes)
+        return self._fact("facts", of_model, lambda known: Facts(**known))
 
     def predict(self, batch: Batch) -> Prediction:
         """Return the peak of a step on a batch."""
-        found = self._fact(f"batch {json.dumps(asdict(batch))}", lambda: _plain(self.model.predict(batch)))
-        try:
-            sites = {Site(*site): total for *site, total in found["sites"]}
-            return Prediction(**{**found, "site": Site(*found["site"]), "sites": sites})
-        except (KeyError, TypeError, ValueError):  # a file that somebody has changed
-            return self.model.predict(batch)
+        return self._fact(f"batch {json.dumps(asdict(batch))}", lambda: _plain(self.model.predict(batch)), _read)
 
-    def _fact(self, name: str, make: Callable[[], _T]) -> _T:
-        if name not in self._known:
-            self._known[name] = made = make()
-            if self._subject:
-                remember(self._subject, {name: made})
-        found: _T = self._known[name]
-        return found
+    def _fact(self, name: str, make: Callable[[], dict[str, Any]], read: Callable[[Any], _T]) -> _T:
+        if name in self._known:
+            with suppress(KeyError, TypeError, ValueError):  # a file that somebody has changed
+                return read(self._known[name])
+        self._known[name] = made = make()
+        if self._subject:
+            remember(self._subject, {name: made})
+        return read(made)
 
 
 def _loss_chunk() -> int:
@@ -116,6 +111,11 @@ def _loss_chunk() -> int:
 
 def _plain(found: Prediction) -> dict[str, Any]:
     return {**asdict(found), "sites": [[*site, total] for site, total in found.sites.items()]}
+
+
+def _read(plain: Any) -> Prediction:
+    sites = {Site(*site): total for *site, total in plain["sites"]}
+    return Prediction(**{**plain, "site": Site(*plain["site"]), "sites": sites})
 
 
 def _key(config: PreTrainedConfig, storage: QosoraConfig, options: StepOptions) -> str:

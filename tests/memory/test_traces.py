@@ -55,7 +55,7 @@ def test_what_is_remembered_is_what_was_traced(traced: list[Batch]):
     assert again.predict(batch) == found
     names = ("trained_parameters", "paged_bytes", "attention", "layer_products", "largest_layer", "host_bytes")
     for name in names:
-        assert getattr(again, name) == getattr(first, name) == getattr(first.model, name)
+        assert getattr(again.facts, name) == getattr(first.facts, name) == getattr(first.model, name)
     assert not traced
     again.predict(replace(batch, size=3))
     assert traced == [replace(batch, size=3)]
