@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import platform
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["recall", "remember"]
+__all__ = ["code_state", "recall", "remember"]
 
 #: Entries of a file, and files of a folder; the oldest are forgotten.
 _KEPT, _KEPT_FILES = 10_000, 100
@@ -40,6 +43,18 @@ def remember(subject: str, entries: Mapping[str, Any]) -> None:
             by_age = sorted(file.parent.glob("*.json"), key=lambda other: other.stat().st_mtime, reverse=True)
             for old in by_age[_KEPT_FILES:]:
                 old.unlink(missing_ok=True)
+
+
+def code_state(packages: Iterable[str]) -> list[Any]:
+    """Return what is another when what computes is: versions of Python and of packages, and qosora's own code."""
+    return [platform.python_version(), *map(version, packages), *_own_code()]
+
+
+@cache
+def _own_code() -> list[Any]:
+    folder = Path(__file__).parent
+    files = ((file, file.stat()) for file in sorted(folder.rglob("*.py")))
+    return [[file.relative_to(folder).as_posix(), found.st_size, found.st_mtime_ns] for file, found in files]
 
 
 def _file(subject: str) -> Path:

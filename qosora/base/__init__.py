@@ -12,6 +12,7 @@
 | `convert` | `quantize`: a checkpoint becomes a base, streamed |
 | `check` | how far a base is from its original |
 | `describe` | what a folder of ours holds |
+| `inspected` | the same, remembered |
 """
 
 from __future__ import annotations

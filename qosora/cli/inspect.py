@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from qosora.base.describe import describe
+    from qosora.base.inspected import inspected
 
-    found = describe(args.folder)
+    found = inspected(args.folder)
     if args.json:
         print_json(found)
     else:

@@ -84,6 +84,7 @@ _STORAGE = ("rank", "svd", "svd_iterations", "seed", "scale", "quant_type", "blo
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qosora.base import divergence, quantize
+    from qosora.base.inspected import inspected
     from qosora.checkpoints import Processes, Progress, expanded, write_atomically
     from qosora.config import QosoraConfig
     from qosora.dtypes import dtype_named
@@ -128,6 +129,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if Processes().index:  # the first of several processes reports
         return
+    inspected(args.output)  # what was written is what was meant, and `qosora inspect` tells it at once
     if args.report:
         write_atomically(expanded(args.report), json.dumps(report.to_dict(), indent=2) + "\n")
     found = None

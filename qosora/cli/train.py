@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
         look(config, args.gpu, as_json=args.json)
         return
 
+    from qosora.base.inspected import inspected
     from qosora.pages import can_draw
     from qosora.training import Processes, train
     from qosora.training.report import report
@@ -122,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
     Processes.leave()
     if not first:
         return
+    inspected(config.output_dir)  # as after `quantize`
     if args.json:
         print_json(result.to_dict() | pushed(config.output_dir, args.push_to_hub))
         return

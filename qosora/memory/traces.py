@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from functools import cache, cached_property
-from importlib.metadata import version
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qosora.config import QosoraConfig
 from qosora.memory.options import Batch, Prediction, StepOptions
 from qosora.memory.tracer import Site
-from qosora.remembered import recall, remember
+from qosora.remembered import code_state, recall, remember
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -120,14 +117,5 @@ def _read(plain: Any) -> Prediction:
 
 def _key(config: PreTrainedConfig, storage: QosoraConfig, options: StepOptions) -> str:
     described = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-    versions = [platform.python_version(), *map(version, _COMPUTES), _code()]
-    parts = [type(config).__name__, described, storage.to_dict(), asdict(options), versions]
+    parts = [type(config).__name__, described, storage.to_dict(), asdict(options), code_state(_COMPUTES)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@cache
-def _code() -> list[Any]:
-    """What tells one state of qosora's own code from another."""
-    folder = Path(__file__).parent.parent
-    files = ((file, file.stat()) for file in sorted(folder.rglob("*.py")))
-    return [[file.relative_to(folder).as_posix(), found.st_size, found.st_mtime_ns] for file, found in files]

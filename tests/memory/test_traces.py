@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 
 from qosora import remembered
 from qosora.config import QosoraConfig
-from qosora.memory import traces
 from qosora.memory.options import Batch, StepOptions
 from qosora.memory.plan import plan
 from qosora.memory.predict import TracedModel
@@ -100,9 +99,9 @@ def test_is_traced_anew_where_what_it_depends_on_changed(
     elif changed == "options":
         step = StepOptions(gradient_checkpointing=False)
     elif changed == "version":
-        monkeypatch.setattr(traces, "version", lambda name: "0")
+        monkeypatch.setattr(remembered, "version", lambda name: "0")
     else:
-        monkeypatch.setattr(traces, "_code", lambda: ["another"])
+        monkeypatch.setattr(remembered, "_own_code", lambda: ["another"])
     Traces(config, storage, step).predict(Batch(1, 64))
     assert traced == [Batch(1, 64)]
 
