@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vocabulary import cut_model, cut_tokenizer
 
 from qosora.config import QosoraConfig
-from qosora.decompose import SCALES, nf4
+from qosora.decompose import EMBEDDINGS, SCALES, nf4
 from qosora.decompose.scales import column_scale
 from qosora.layers import VocabularyMatrix, qosora_modules
 
@@ -139,15 +139,11 @@ class Start:
         stored = sum(layer.factors.nbytes for layer in layers)
         return model, 8 * stored / sum(layer.in_features * layer.out_features for layer in layers)
 
-    def quantized_embeddings(self, draw: int, rank: int, kind: str) -> tuple[PreTrainedModel, float]:
-        """Decompose the weights, and quantize the embeddings as they are: to NF4, or to int8 with a scale a row."""
+    def nf4_embeddings(self, draw: int, rank: int) -> tuple[PreTrainedModel, float]:
+        """Decompose the weights, and quantize the embeddings as they are to NF4."""
         model, bits = self.base(draw, rank, "columns")
         weight = model.get_input_embeddings().weight.data
-        if kind == "nf4":
-            weight.copy_(nf4.dequantize(nf4.quantize(weight.roll(16 * draw, 1))).roll(-16 * draw, 1))
-        else:
-            scale = weight.abs().amax(1, keepdim=True) / 127
-            weight.copy_((weight / scale).round() * scale)
+        weight.copy_(nf4.dequantize(nf4.quantize(weight.roll(16 * draw, 1))).roll(-16 * draw, 1))
         return model, bits
 
 
@@ -185,12 +181,10 @@ def stages(args: argparse.Namespace, start: Start) -> Mapping[str, Callable[[], 
         for scale in (None, *SCALES)
     }
     rank = max(args.ranks)
-    rivals[f"qosora_r{rank}_columns_embeddings_4bit"] = partial(
-        start.base, rank=rank, scale="columns", embeddings="4bit"
-    )
-    for kind in ("nf4", "int8"):
-        made = partial(start.quantized_embeddings, rank=rank, kind=kind)
-        rivals[f"qosora_r{rank}_columns_embeddings_plain_{kind}"] = made
+    for kind in EMBEDDINGS:
+        made = partial(start.base, rank=rank, scale="columns", embeddings=kind)
+        rivals[f"qosora_r{rank}_columns_embeddings_{kind}"] = made
+    rivals[f"qosora_r{rank}_columns_embeddings_plain_nf4"] = partial(start.nf4_embeddings, rank=rank)
     return {name: partial(start.over_draws, made) for name, made in rivals.items() if name in (args.only or rivals)}
 
 

@@ -110,9 +110,9 @@ def embeddings(found: dict[str, Any], file: str) -> str:
     prefix = f"qosora_r{config['ranks'][0]}_columns"
     names = {
         prefix: "16 bits",
+        f"{prefix}_embeddings_8bit": "`--embeddings 8bit`",
         f"{prefix}_embeddings_4bit": "`--embeddings 4bit`",
         f"{prefix}_embeddings_plain_nf4": "NF4 as they are",
-        f"{prefix}_embeddings_plain_int8": "int8, a scale a row",
     }
     kinds = ("gsm8k", "openbookqa")
     rows = [[text, *(_spread(results[name][kind]["kl_divergence"]) for kind in kinds)] for name, text in names.items()]

@@ -383,19 +383,19 @@ class OsoraModel(BaseTuner):
     def _refuse_other_targets(self, config: OsoraConfig) -> None:
         """Raise ConfigError, before the model is changed, if something else than decomposed layers is targeted.
 
-        Embeddings and output layer in 4 bits have no vectors, and cannot be trained in full.
+        Quantized embeddings and output layer have no vectors, and cannot be trained in full.
         """
         of_vocabulary = [n for n, m in self.model.named_modules() if isinstance(m, (QosoraEmbedding, QosoraHead))]
         if of_vocabulary and config.trainable_token_indices:
             raise ConfigError(
-                f"trainable_token_indices: {of_vocabulary[0]} is stored in 4 bits, so none of its rows can be trained; "
-                "make the base without embeddings in 4 bits"
+                f"trainable_token_indices: {of_vocabulary[0]} is quantized, so none of its rows can be trained; "
+                "make the base without --embeddings"
             )
         for name in of_vocabulary:
             if any(name == saved or name.endswith(f".{saved}") for saved in config.modules_to_save or ()):
                 raise ConfigError(
-                    f"modules_to_save={config.modules_to_save!r}: {name} is stored in 4 bits and cannot be trained in "
-                    "full; make the base without embeddings in 4 bits"
+                    f"modules_to_save={config.modules_to_save!r}: {name} is quantized and cannot be trained in full; "
+                    "make the base without --embeddings"
                 )
         if others := self._other_targets(config):
             raise ConfigError(

@@ -3,7 +3,7 @@
     base        `format_version` in config.json's quantization_config
                 1, which has none: decomposed as it is.  2: `scale`, and c of each layer.
                 3: experts that the model holds in one tensor are layers of their own
-                4: `embeddings`: embeddings and output layer are decomposed, too
+                4: `embeddings`: embeddings and output layer are decomposed, too.  5: or are in 8 bits
     adapter     `format_version` in adapter_config.json
                 1, or none: vectors.  2: `update_rank`, and A and B of each layer
                 3: `trainable_token_indices`, and rows of embeddings
@@ -26,6 +26,7 @@ __all__ = [
     "ADAPTER_WITHOUT_TOKENS",
     "BASE",
     "BASE_WITHOUT_EMBEDDINGS",
+    "BASE_WITHOUT_INT8",
     "BASE_WITHOUT_STACKS",
     "MANIFEST",
     "RUN",
@@ -33,8 +34,10 @@ __all__ = [
     "require_known",
 ]
 
-BASE: Final = 4
-#: Of bases whose embeddings are in 16 bits, and of those that have no such experts either: an older qosora reads them.
+BASE: Final = 5
+#: Of bases whose embeddings are in 4 bits, of those whose are in 16, and of those that have no such experts either:
+#: an older qosora reads them.
+BASE_WITHOUT_INT8: Final = 4
 BASE_WITHOUT_EMBEDDINGS: Final = 3
 BASE_WITHOUT_STACKS: Final = 2
 ADAPTER: Final = 3

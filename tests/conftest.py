@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+from outsiders import Outsiders
 from training_runs import place, run  # noqa: F401  (fixtures)
 
 SEED_VARIABLE = "QOSORA_TEST_SEED"
@@ -41,6 +43,26 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _outsiders() -> Iterator[None]:
+    """Verify exports in forks of one process, which takes no seconds to begin."""
+    if not hasattr(os, "fork"):
+        yield
+        return
+    outsiders = Outsiders()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(subprocess, "run", outsiders)
+        yield
+    outsiders.end()
+
+
+@pytest.fixture
+def process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify exports as users do."""
+    if isinstance(subprocess.run, Outsiders):
+        monkeypatch.setattr(subprocess, "run", subprocess.run.plain)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

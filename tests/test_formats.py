@@ -51,7 +51,7 @@ def test_older_ones_are_read(version: int, tmp_path: Path):
     ):
         torch.testing.assert_close(logits(model), torch.tensor(expected[kind]), rtol=1e-4, atol=2e-6)
     assert not verify(base)["problems"]
-    assert describe(base)["decomposed_layers"] == (7 if version < 3 else 8)
+    assert describe(base)["decomposed_layers"] == (8 if version in (3, 4) else 7)
 
 
 @pytest.mark.parametrize("name", ["adapter-2-update", "adapter-2-tokens"])
@@ -156,8 +156,9 @@ def test_a_run(tmp_path: Path):
 
 def test_what_is_made_is_of_the_newest():
     assert QosoraConfig().to_dict()["format_version"] == formats.BASE_WITHOUT_STACKS
-    for version in (formats.BASE_WITHOUT_STACKS, formats.BASE_WITHOUT_EMBEDDINGS, formats.BASE):
-        stored = QosoraConfig(embeddings="4bit" if version == formats.BASE else None).to_dict()
+    embeddings = {formats.BASE: "8bit", formats.BASE_WITHOUT_INT8: "4bit"}
+    for version in (formats.BASE_WITHOUT_STACKS, formats.BASE_WITHOUT_EMBEDDINGS, *embeddings):
+        stored = QosoraConfig(embeddings=embeddings.get(version)).to_dict()
         stored["format_version"] = version
         assert QosoraConfig.from_dict(stored).to_dict() == stored
     assert OsoraConfig().to_dict()["format_version"] == formats.ADAPTER_WITHOUT_TOKENS

@@ -47,7 +47,7 @@ from qosora.compat.transformers import forget_tie, unexpected_tensors
 from qosora.config import QosoraConfig
 from qosora.decompose import factorize_with_report
 from qosora.errors import CheckpointError, ConfigError
-from qosora.layers import QosoraLinear, layers_on_disk
+from qosora.layers import EightBitMatrix, QosoraLinear, layers_on_disk
 from qosora.places import published_name
 
 __all__ = ["own_device", "quantize"]
@@ -208,7 +208,7 @@ class _Conversion:
         self.dtype = self.config.dtype = dtype or self.config.dtype or self._stored_dtype()
         self.config.architectures = [self.plain.class_name]
         self.config.quantization_config = storage
-        self.layers: dict[str, QosoraLinear] = {}
+        self.layers: dict[str, QosoraLinear | EightBitMatrix] = {}
         self.linears: list[str] = []
         self.tensors: dict[str, str] = {}
         self.moments: dict[str, torch.Tensor] = {}
@@ -279,7 +279,18 @@ class _Conversion:
         if module is None:
             return self._copied(disk, name)
         reader, prefix = self.reader, disk.removesuffix("weight")
+        files = [reader.file(disk)]
         specs = {prefix + key: StoredSpec.of(p) for key, p in module.named_parameters() if key != "bias"}
+
+        if isinstance(module, EightBitMatrix):
+            return Unit(
+                disk,
+                specs,
+                module.out_features * module.in_features,
+                files,
+                lambda: _fetched(reader.tensor(disk), device),
+                lambda weight: ({prefix + k: t.cpu() for k, t in module.state_of(weight, name).items()}, {}),
+            )
 
         def make(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             start = time.perf_counter()
@@ -294,7 +305,7 @@ class _Conversion:
             return state, asdict(report)
 
         cost = module.out_features * module.in_features * (module.rank + _QUANTIZATION_COST)
-        return Unit(disk, specs, cost, [reader.file(disk)], lambda: _fetched(reader.tensor(disk), device), make)
+        return Unit(disk, specs, cost, files, lambda: _fetched(reader.tensor(disk), device), make)
 
     def _copied(self, disk: str, name: str) -> Unit:
         reader = self.reader

@@ -20,6 +20,7 @@ from qosora.checkpoints import (
     TEXTS,
     CheckpointReader,
     adapter_config,
+    eight_bit_scales,
     expanded,
     group_modules,
     read_json,
@@ -113,7 +114,7 @@ def _describe_base(folder: Path) -> dict[str, Any]:
                 adapter_entries += entries
         fingerprint = stored_fingerprint(reader)
         _refuse_what_does_not_fit(folder, reader, modules, QosoraConfig.from_dict(storage), plain)
-        _refuse_impossible(folder, reader, part_of)
+        _refuse_impossible(folder, reader, [*part_of, *eight_bit_scales(reader).values()])
     manifest = read_manifest(folder)
     return {
         "kind": "base",
@@ -181,6 +182,7 @@ def _refuse_what_does_not_fit(
                if f"{weight.removesuffix('weight')}{key}" not in names]  # fmt: skip
     if plain is not None:
         others = set(reader.names()) - {name for names in stored.values() for name in names}
+        others -= {*eight_bit_scales(reader).values()}
         missing += plain.missing(part for name in (*others, *stored) for part in plain.locate(name)[1])
         _refuse_others(folder, reader, others, plain)
     if missing:

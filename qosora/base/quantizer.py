@@ -49,6 +49,7 @@ from qosora.decompose.factorize import factorize
 from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, ConfigError
 from qosora.layers import (
+    EightBitMatrix,
     LinearExperts,
     QosoraLinear,
     VocabularyMatrix,
@@ -56,6 +57,7 @@ from qosora.layers import (
     plain_vocabulary,
     put_together,
     qosora_modules,
+    quantized_modules,
     stack_experts,
     without_stacking,
 )
@@ -105,14 +107,17 @@ class _Factorize(ConversionOps):
             result.update({f"{name.removesuffix('weight')}{key}": tensor for key, tensor in state.items()})
         return result
 
-    def _state(self, name: str, module: QosoraLinear, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        weight = weight.T if module.fan_in_fan_out else weight
+    def _state(self, name: str, module: QosoraLinear | EightBitMatrix, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        if isinstance(module, QosoraLinear) and module.fan_in_fan_out:
+            weight = weight.T
         expected = (module.out_features, module.in_features)
         if tuple(weight.shape) != expected:
             raise CheckpointError(
                 f"{name}: config.json makes it {expected}, the checkpoint has {tuple(weight.shape)}; "
                 "config and weights belong to different models"
             )
+        if isinstance(module, EightBitMatrix):
+            return module.state_of(weight, name)
         options: dict[str, Any] = {"name": name, "moments": self.moments.get(name.removesuffix(".weight"))}
         options |= self.config.factorize_options() | module.factorize_options
         return module.state_of(factorize(weight, module.rank, **options))
@@ -173,7 +178,7 @@ class QosoraHfQuantizer(HfQuantizer):
         """Say whether a checkpoint's tensor is a weight to decompose."""
         module, name = get_module_from_name(model, param_name)
         # Of a base, too, the loader would ask, and not compare the shape of a tensor that "needs quantization".
-        return not self.pre_quantized and isinstance(module, QosoraLinear) and name == "weight"
+        return not self.pre_quantized and isinstance(module, (QosoraLinear, EightBitMatrix)) and name == "weight"
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that decomposes a weight."""
@@ -186,17 +191,18 @@ class QosoraHfQuantizer(HfQuantizer):
             _untie_what_differs(model)
         self._stacks = {} if self.pre_quantized else take_stacks_apart(model)
         names = decompose_structure(model, self.quantization_config, stored=self.pre_quantized)
-        for module in model.modules():  # a decomposed layer has none to fill, nor what only holds such layers
-            if isinstance(module, QosoraLinear) or not (own_parameters(module) or own_buffers(module)):
+        quantized = quantized_modules(model)
+        for name, module in model.named_modules():  # these have none to fill, nor what only holds such layers
+            if name in quantized or not (own_parameters(module) or own_buffers(module)):
                 leave_unfilled(module)
         self._moments: dict[str, torch.Tensor] = {}
         if not self.pre_quantized:
             if self.quantization_config.scale == "calibrated":
                 self._moments = _measured(model, self.quantization_config, names)
             # Else the loader would round float32 weights to the model's dtype before they are decomposed.
-            kept = ((n, m) for n, m in model.named_modules() if not isinstance(m, QosoraLinear))
+            kept = ((n, m) for n, m in model.named_modules() if n not in quantized)
             others = {f"{name}.{key}" for name, module in kept for key in own_parameters(module)}
-            self._read_in_float32 = _few_patterns({f"{name}.weight" for name in qosora_modules(model)}, others)
+            self._read_in_float32 = _few_patterns({f"{name}.weight" for name in quantized}, others)
             read_in_float32(model, self._read_in_float32)
 
     def update_weight_conversions(
@@ -205,7 +211,7 @@ class QosoraHfQuantizer(HfQuantizer):
         """Leave experts as they are on disk, where their matrices are layers of the model."""
         self._taking_apart = _taking_apart(self._stacks)
         found = without_stacking(super().update_weight_conversions(weight_conversions, model), model)
-        of_vocabulary = (n for n, m in qosora_modules(model).items() if isinstance(m, VocabularyMatrix))
+        of_vocabulary = (n for n, m in model.named_modules() if isinstance(m, VocabularyMatrix))
         moved = [moved_into(model, *name.rsplit(".", 1)) for name in of_vocabulary]
         return [*found, *self._taking_apart, *moved]
 
@@ -214,7 +220,7 @@ class QosoraHfQuantizer(HfQuantizer):
         forget_conversions(model, self._taking_apart)
         if not self.pre_quantized:
             no_longer_in_float32(model, self._read_in_float32)
-        for module in qosora_modules(model).values():
+        for module in quantized_modules(model).values():
             module.requires_grad_(False)  # the loader makes every float parameter trainable
         return model
 

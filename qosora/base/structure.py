@@ -20,6 +20,8 @@ from qosora.compat.transformers import forget_tie, modules_to_skip, should_conve
 from qosora.config import QosoraConfig
 from qosora.errors import ConfigError
 from qosora.layers import (
+    DecomposedMatrix,
+    EightBitMatrix,
     LinearExperts,
     QosoraEmbedding,
     QosoraHead,
@@ -161,7 +163,7 @@ def replace_linears(model: PreTrainedModel, config: QosoraConfig, skip: list[str
 
 
 def _replace_embeddings(model: PreTrainedModel, config: QosoraConfig) -> None:
-    """Replace input embeddings and output layer by those whose matrix is decomposed, empty, tied where the model is."""
+    """Replace input embeddings and output layer by those whose matrix is quantized, empty, tied where the model is."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     name = names.get(id(embedding), "")
@@ -173,14 +175,16 @@ def _replace_embeddings(model: PreTrainedModel, config: QosoraConfig) -> None:
             f"embeddings={config.embeddings!r}: {type(model).__name__} has no input embeddings of its own that nothing "
             "but its output layer shares; leave them in 16 bits: embeddings=None"
         )
-    if embedding.embedding_dim % config.blocksize:
+    if config.embeddings == "4bit" and embedding.embedding_dim % config.blocksize:
         raise ConfigError(
             f"embeddings={config.embeddings!r} needs a hidden size that is a multiple of blocksize, got "
             f"{embedding.embedding_dim} and {config.blocksize}"
         )
 
     def stored(name: str, tokens: int) -> VocabularyMatrix:
-        return VocabularyMatrix(
+        if config.embeddings == "8bit":
+            return EightBitMatrix(embedding.embedding_dim, tokens, device="meta")
+        return DecomposedMatrix(
             embedding.embedding_dim,
             tokens,
             bias=False,

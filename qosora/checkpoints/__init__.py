@@ -26,6 +26,7 @@ from qosora._lazy import door
 
 if TYPE_CHECKING:
     from qosora.checkpoints.fingerprint import base_fingerprint as base_fingerprint
+    from qosora.checkpoints.fingerprint import eight_bit_scales as eight_bit_scales
     from qosora.checkpoints.fingerprint import group_modules as group_modules
     from qosora.checkpoints.fingerprint import stored_fingerprint as stored_fingerprint
     from qosora.checkpoints.folders import copy_files as copy_files
@@ -108,7 +109,7 @@ __getattr__, __dir__ = door(
         ],
         "reader": ["CheckpointReader"],
         "shards": ["Shards", "StoredSpec", "require_finite"],
-        "fingerprint": ["base_fingerprint", "group_modules", "stored_fingerprint"],
+        "fingerprint": ["base_fingerprint", "eight_bit_scales", "group_modules", "stored_fingerprint"],
         "model_class": [
             "REWARD",
             "TAGS",

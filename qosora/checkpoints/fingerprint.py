@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from qosora.checkpoints.reader import CheckpointReader
-from qosora.decompose import parts
+from qosora.decompose import int8, parts
+from qosora.errors import CheckpointError
 
-__all__ = ["base_fingerprint", "group_modules", "stored_fingerprint"]
+__all__ = ["base_fingerprint", "eight_bit_scales", "group_modules", "stored_fingerprint"]
 
 #: Bytes of each packed tensor that enter the fingerprint.
 _SAMPLE_BYTES = 4096
@@ -25,6 +26,27 @@ def group_modules(names: Iterable[str]) -> dict[str, list[str]]:
     of = [f".{part}_absmax" for part in parts.PARTS.values()]  # any, so that a layer that lacks one is known as such
     modules = dict.fromkeys(n.removesuffix(end) for n in known for end in of if n.endswith(end))
     return {m: [f"{m}.{suffix}" for suffix in _SUFFIXES if f"{m}.{suffix}" in known] for m in modules}
+
+
+def eight_bit_scales(reader: CheckpointReader) -> dict[str, str]:
+    """Return the names of the scales of a base's matrices in 8 bits, by those of the matrices.
+
+    Raises:
+        CheckpointError: If a matrix has none, or one of another shape or dtype.
+    """
+    names = {*reader.names()}
+    scales = {n.removesuffix(int8.SCALE) + "weight": n for n in names if n.rpartition(".")[2] == int8.SCALE}
+    matrices = {n for n in names if reader.dtype(n) == torch.int8}
+    for name in sorted(matrices | scales.keys()):
+        if name not in matrices or name not in scales:
+            lacking = f"{name}, which must be of int8" if name not in matrices else scales.get(name, f"{name}_scale")
+            raise CheckpointError(f"{reader.folder}: {lacking}, is missing; get another copy")
+        shape, dtype = reader.shape(scales[name]), reader.dtype(scales[name])
+        if (shape, dtype) != (expected := reader.shape(name)[:1], torch.float32):
+            raise CheckpointError(
+                f"{reader.folder}: {scales[name]} must be {expected}, float32, got {shape}, {dtype}; get another copy"
+            )
+    return scales
 
 
 def base_fingerprint(layers: Iterable[Mapping[str, Any]]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qosora.cli.options import add_json, at_least_one
 from qosora.cli.output import print_json, size, table
+from qosora.decompose import EMBEDDINGS
 from qosora.training import OPTIMIZER_NAMES, PLACES, STRATEGIES, TrainConfig
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def add_step(parser: argparse.ArgumentParser, precision: str | None = "bf16") ->
     parser.add_argument("--rank", type=at_least_one, metavar="N", help="of the decomposition (default: a base's, 128)")
     parser.add_argument(
         "--embeddings",
-        choices=("4bit",),
+        choices=EMBEDDINGS,
         help="how embeddings and output layer are stored (default: a base's, 16 bits)",
     )
     parser.add_argument(

@@ -12,6 +12,7 @@ from typing import Any
 
 from qosora.cli.options import add_json, add_overwrite, add_push, add_shards, pushed
 from qosora.cli.output import print_json, progress_bar, size, table
+from qosora.decompose import EMBEDDINGS
 from qosora.errors import ConfigError
 
 NAME = "quantize"
@@ -46,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocksize", type=int, help="values per quantization block (default: 64)")
     parser.add_argument("--no-double-quant", action="store_true", help="keep the blocks' scales in 32 bits")
     parser.add_argument(
-        "--embeddings", choices=("4bit",), help="decompose embeddings and output layer, too (default: leave in 16 bits)"
+        "--embeddings",
+        choices=EMBEDDINGS,
+        help="quantize embeddings and output layer: in 8 bits, or decomposed in 4 (default: leave in 16 bits)",
     )
     parser.add_argument(
         "--labels", nargs="+", default=[], metavar="NAME", help="make a classifier of these classes, with a new head"

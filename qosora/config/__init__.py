@@ -15,11 +15,10 @@ from qosora._lazy import door
 if TYPE_CHECKING:
     from qosora.config.adapter import OSORA as OSORA
     from qosora.config.adapter import OsoraConfig as OsoraConfig
-    from qosora.config.base import EMBEDDINGS as EMBEDDINGS
     from qosora.config.base import QUANT_METHOD as QUANT_METHOD
     from qosora.config.base import QosoraConfig as QosoraConfig
 
 __getattr__, __dir__ = door(
     __name__,
-    {"base": ["EMBEDDINGS", "QUANT_METHOD", "QosoraConfig"], "adapter": ["OSORA", "OsoraConfig"]},
+    {"base": ["QUANT_METHOD", "QosoraConfig"], "adapter": ["OSORA", "OsoraConfig"]},
 )

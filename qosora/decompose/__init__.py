@@ -3,9 +3,10 @@
 | module | one line |
 |---|---|
 | `threads` | the same bits on any number of threads |
-| `kinds` | which kinds of 4-bit tensors there are |
+| `kinds` | which forms tensors are stored in |
 | `svd` | truncated SVD, randomized or exact |
 | `nf4` | 4-bit tensors |
+| `int8` | matrices in 8 bits |
 | `scales` | what inputs are multiplied by, to make a weight's columns alike |
 | `factorize` | W = R + U diag(σ) Vᵀ, with R of what the 4-bit factors leave |
 | `parts` | the tensors that these are stored as |
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from qosora.decompose.factorize import measure_error as measure_error
     from qosora.decompose.factorize import reconstruct as reconstruct
     from qosora.decompose.kinds import BLOCKSIZES as BLOCKSIZES
+    from qosora.decompose.kinds import EMBEDDINGS as EMBEDDINGS
     from qosora.decompose.kinds import QUANT_TYPES as QUANT_TYPES
     from qosora.decompose.nf4 import ABSMAX_BLOCKSIZE as ABSMAX_BLOCKSIZE
     from qosora.decompose.nf4 import FourBitTensor as FourBitTensor
@@ -39,7 +41,7 @@ __getattr__, __dir__ = door(
     {
         "threads": ["reproducible"],
         "svd": ["SVD_ITERATIONS", "SVD_METHODS", "SVD_OVERSAMPLING"],
-        "kinds": ["BLOCKSIZES", "QUANT_TYPES"],
+        "kinds": ["BLOCKSIZES", "EMBEDDINGS", "QUANT_TYPES"],
         "nf4": ["ABSMAX_BLOCKSIZE", "FourBitTensor", "quantize"],
         "scales": ["SCALES"],
         "factorize": ["ErrorReport", "Factors", "factorize_with_report", "measure_error", "reconstruct"],

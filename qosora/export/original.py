@@ -85,11 +85,15 @@ class Original:
 
     def tensor(self, stored: Stored) -> torch.Tensor:
         """Return a tensor that is not decomposed, as the original has it."""
-        return self._reader.tensor(self._name(stored.name))
+        return self.named(stored.name)
+
+    def named(self, name: str) -> torch.Tensor:
+        """Return a tensor of the model's."""
+        return self._reader.tensor(self._name(name))
 
     def weight(self, layer: Layer) -> torch.Tensor:
         """Return a layer's weight, (out_features, in_features), in the original's dtype."""
-        weight = self._reader.tensor(self._name(f"{layer.module}.weight"))
+        weight = self.named(f"{layer.module}.weight")
         return weight.T if layer.transposed else weight
 
     def file(self, name: str) -> Path:

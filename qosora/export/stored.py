@@ -18,6 +18,7 @@ from qosora.checkpoints import (
     ADAPTER_STEM,
     CONFIG_NAME,
     CheckpointReader,
+    eight_bit_scales,
     group_modules,
     read_json,
     require_base,
@@ -25,7 +26,7 @@ from qosora.checkpoints import (
     stored_fingerprint,
 )
 from qosora.config import QosoraConfig
-from qosora.decompose import Factors, FourBitTensor, nf4, parts, reconstruct
+from qosora.decompose import Factors, FourBitTensor, int8, nf4, parts, reconstruct
 from qosora.dtypes import dtype_name
 from qosora.errors import CheckpointError
 from qosora.export.adapters import Adapter, Vectors, combined, combined_updates, read_adapter
@@ -40,7 +41,7 @@ class Stored:
     Attributes:
         name: In the model.
         shape: Of the tensor.
-        dtype: That the base holds it in.
+        dtype: That the base holds it in; where that is int8, the base's own.
         read: Returns it.
         files: That it is read from.
         trained: Whether it is the adapter's.
@@ -181,15 +182,18 @@ class AdaptedBase:
     def _locate(self) -> None:
         """Find out what each tensor of the base is to the model, and refuse what does not fit."""
         packed = {name for names in self._groups.values() for name in names}
+        scales = eight_bit_scales(self._reader)
         located: set[str] = set()
         self.tensors: dict[str, Stored] = {}
-        for disk in natural_order(set(self._reader.names()) - packed):
+        for disk in natural_order({*self._reader.names()} - packed - {*scales.values()}):
             name, targets = self.plain.locate(disk)
             shape = self._reader.shape(disk)
             if targets == [name] and not (self.vocabulary and shape[1:] == self.plain.shapes.get(name, shape)[1:]):
                 self._check_shape(f"{self.base}: {disk}", name, shape)
-            read = partial(self._reader.tensor, disk)
-            self.tensors[disk] = Stored(name, shape, self._reader.dtype(disk), read, (self._reader.file(disk),))
+            dtype, read = self._reader.dtype(disk), partial(self._reader.tensor, disk)
+            if disk in scales:
+                dtype, read = self.dtype, partial(self._eight_bit, disk, scales[disk])
+            self.tensors[disk] = Stored(name, shape, dtype, read, (self._reader.file(disk),))
             located.update(targets)
         self.layers: dict[str, Layer] = {}
         for disk in natural_order(self._groups):
@@ -205,6 +209,9 @@ class AdaptedBase:
                 f"{self.base}: {len(missing)} tensors that {self.plain.class_name} needs are missing, among them "
                 f"{missing[0]!r}; get the whole base"
             )
+
+    def _eight_bit(self, disk: str, scales: str) -> torch.Tensor:
+        return int8.dequantize(self._reader.tensor(disk), self._reader.tensor(scales), self.dtype)
 
     def _check_shape(self, what: str, name: str, shape: tuple[int, ...]) -> None:
         expected = self.plain.shapes.get(name)

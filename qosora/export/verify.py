@@ -161,7 +161,7 @@ class Reference:
         names = [name for name, module in layers_on_disk(causal).items() if isinstance(module, VocabularyMatrix)]
         plain_vocabulary(causal, causal.dtype)
         for name in names:
-            causal.get_parameter(f"{name}.weight").data.copy_(original.weight(self.adapted.layers[name]))
+            causal.get_parameter(f"{name}.weight").data.copy_(original.named(f"{name}.weight"))
         for name, module in causal.named_modules():
             if isinstance(module, (OsoraLayer, QosoraLinear)) and name in self.adapted.layers:
                 base = module.base_layer if isinstance(module, OsoraLayer) else module

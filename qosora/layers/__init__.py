@@ -10,7 +10,7 @@
 | `kept` | what a layer keeps while it generates on a CPU |
 | `linear` | `QosoraLinear` |
 | `grouped` | the products of many small layers together |
-| `vocabulary` | embeddings and output layer in 4 bits |
+| `vocabulary` | quantized embeddings and output layer |
 | `found` | which modules are linear layers that can be replaced |
 | `stacks` | experts that are one tensor on disk as linear layers |
 | `experts` | experts that the loader stacks as linear layers |
@@ -54,12 +54,15 @@ if TYPE_CHECKING:
     from qosora.layers.tiling import Tiling as Tiling
     from qosora.layers.tiling import apply_tiling as apply_tiling
     from qosora.layers.vocabulary import STORE as STORE
+    from qosora.layers.vocabulary import DecomposedMatrix as DecomposedMatrix
+    from qosora.layers.vocabulary import EightBitMatrix as EightBitMatrix
     from qosora.layers.vocabulary import QosoraEmbedding as QosoraEmbedding
     from qosora.layers.vocabulary import QosoraHead as QosoraHead
     from qosora.layers.vocabulary import VocabularyMatrix as VocabularyMatrix
     from qosora.layers.vocabulary import layers_on_disk as layers_on_disk
     from qosora.layers.vocabulary import panel_of as panel_of
     from qosora.layers.vocabulary import plain_vocabulary as plain_vocabulary
+    from qosora.layers.vocabulary import quantized_modules as quantized_modules
 
 __getattr__, __dir__ = door(
     __name__,
@@ -70,12 +73,15 @@ __getattr__, __dir__ = door(
         "linear": ["Member", "QosoraLinear", "float32_kept", "qosora_modules", "updated"],
         "vocabulary": [
             "STORE",
+            "DecomposedMatrix",
+            "EightBitMatrix",
             "QosoraEmbedding",
             "QosoraHead",
             "VocabularyMatrix",
             "layers_on_disk",
             "panel_of",
             "plain_vocabulary",
+            "quantized_modules",
         ],
         "found": ["linear_layers", "read_directly"],
         "experts": [

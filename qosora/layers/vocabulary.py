@@ -1,15 +1,17 @@
-"""Input embeddings and output layer in 4 bits: rows are decoded where they are used, and never all of them at once.
+"""Input embeddings and output layer, quantized: rows are decoded where they are used, and never all of them at once.
 
-    embedding   rows of the tokens: (R_i + (o_i U_i ⊙ s) Vᵀ) ⊙ c for each token i
+    embedding   rows of the tokens; in 4 bits (R_i + (o_i U_i ⊙ s) Vᵀ) ⊙ c for each token i
     head        logits a panel of the vocabulary at a time; their gradient for the hidden states likewise
 
-The matrix (tokens, hidden_size) is decomposed like any other (`qosora.layers.linear`) and frozen; a model that ties the
-two layers stores it once. Both layers keep an attribute `weight` for whoever asks for its shape, dtype or device, or
-for some rows, as losses that never build all logits do: a slice of it is decoded. Any other operation gets the whole.
+The matrix (tokens, hidden_size) is frozen. In 4 bits it is decomposed like any other (`qosora.layers.linear`), in 8 it
+is as `decompose.int8` has it; a model that ties the two layers stores it once. Both layers keep an attribute `weight`
+for whoever asks for its shape, dtype or device, or for some rows, as losses that never build all logits do: a slice of
+it is decoded. Any other operation gets the whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar
 
@@ -20,21 +22,24 @@ from transformers import PreTrainedModel
 
 from qosora.compat.torch import tree_map
 from qosora.compat.transformers import remember_ties
-from qosora.decompose import Factors, nf4
+from qosora.decompose import Factors, int8, nf4
 from qosora.errors import QosoraError
 from qosora.layers import ops
 from qosora.layers.device import autocast_dtype
 from qosora.layers.kept import KEPT_ROWS
-from qosora.layers.linear import QosoraLinear, qosora_modules
+from qosora.layers.linear import QosoraLinear, float32_kept
 
 __all__ = [
     "STORE",
+    "DecomposedMatrix",
+    "EightBitMatrix",
     "QosoraEmbedding",
     "QosoraHead",
     "VocabularyMatrix",
     "layers_on_disk",
     "panel_of",
     "plain_vocabulary",
+    "quantized_modules",
 ]
 
 #: Attribute of both layers: the module that holds what is stored.
@@ -45,8 +50,39 @@ PANEL = 8192  # TRL's own are of 32768 tokens, which in 16 bits are 256 MiB of a
 MERGED = 2048
 
 
-class VocabularyMatrix(QosoraLinear):
-    """The decomposed matrix of embeddings or output layer, (tokens, hidden_size): `out_features`, `in_features`."""
+class VocabularyMatrix(nn.Module):
+    """The matrix of embeddings or output layer, (tokens, hidden_size): `out_features`, `in_features`."""
+
+    out_features: int
+    in_features: int
+
+    def rows(self, index: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return some rows, (rows, hidden_size), computed in float32 and rounded once.
+
+        Args:
+            index: A slice without a step, or int64 numbers, (rows,).
+            dtype: float32, float16 or bfloat16.
+        """
+        raise NotImplementedError
+
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix."""
+        return self.rows(slice(None), dtype)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x times the transposed matrix, (..., tokens), differentiable in x: (..., hidden_size)."""
+        dtype = autocast_dtype(x) or x.dtype
+        y: torch.Tensor = _Logits.apply(x.reshape(-1, self.in_features).to(dtype), self)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def panels(self) -> list[slice]:
+        """Return the slices of rows that are decoded at a time."""
+        count = self.out_features
+        return [slice(start, min(start + PANEL, count)) for start in range(0, count, PANEL)]
+
+
+class DecomposedMatrix(QosoraLinear, VocabularyMatrix):
+    """One that is decomposed, in 4 bits."""
 
     #: Options of `factorize` that are its own: with columns brought to one norm the logits came out further off.
     factorize_options: ClassVar[dict[str, Any]] = {"scale": None}
@@ -58,12 +94,7 @@ class VocabularyMatrix(QosoraLinear):
 
     @torch.no_grad()
     def rows(self, index: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return some rows, (rows, hidden_size), merged in float32 and rounded once.
-
-        Args:
-            index: A slice without a step, or int64 numbers, (rows,).
-            dtype: float32, float16 or bfloat16.
-        """
+        """Return some rows; see `VocabularyMatrix`."""
         factors = self.factors
         V = ops.dequantize(factors.V, torch.float32)
         if dtype == torch.float32:
@@ -81,18 +112,52 @@ class VocabularyMatrix(QosoraLinear):
         return matrix if self.c is None else matrix.mul_(self.c)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x times the transposed matrix, (..., tokens), differentiable in x: (..., hidden_size)."""
+        """Return x times the transposed matrix; of few rows, as where a model generates, as any layer of the base."""
         graph = torch.is_grad_enabled() and x.requires_grad
         if not graph and x.numel() <= KEPT_ROWS * self.in_features:
             return self(x)
-        dtype = autocast_dtype(x) or x.dtype
-        y: torch.Tensor = _Logits.apply(x.reshape(-1, self.in_features).to(dtype), self)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], self.out_features)
+        return super().logits(x)
 
-    def panels(self) -> list[slice]:
-        """Return the slices of rows that are decoded at a time."""
-        count = self.out_features
-        return [slice(start, min(start + PANEL, count)) for start in range(0, count, PANEL)]
+
+class EightBitMatrix(VocabularyMatrix):
+    """One in 8 bits, with a scale for each token.
+
+    Args:
+        in_features: Hidden size.
+        out_features: Tokens.
+        device: Where to allocate the parameters, which are uninitialised.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        scales = torch.empty(out_features, dtype=torch.float32, device=device)
+        self.register_parameter(int8.SCALE, nn.Parameter(scales, requires_grad=False))
+
+    def state_of(self, weight: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+        """Return the parameters that hold a matrix, by name.
+
+        Raises:
+            CheckpointError: If it is not finite.
+        """
+        return dict(zip(("weight", int8.SCALE), int8.quantize(weight, name), strict=True))
+
+    @torch.no_grad()
+    def rows(self, index: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return some rows; see `VocabularyMatrix`."""
+        codes, scales = self.weight, self.get_parameter(int8.SCALE)
+        if isinstance(index, slice):
+            return int8.dequantize(codes[index], scales[index], dtype)
+        # Numbers of no row are refused, negative ones, too.
+        return int8.dequantize(codes.index_select(0, index), scales.index_select(0, index), dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> EightBitMatrix:
+        """Move or cast, but keep float32 scales float32."""
+        with float32_kept(self, [int8.SCALE]):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class _Logits(torch.autograd.Function):
@@ -127,7 +192,7 @@ class _Weight(torch.Tensor):
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             raise QosoraError(
-                "embeddings in 4 bits cannot be changed or resized: make the base without `embeddings`, or of a model "
+                "quantized embeddings cannot be changed or resized: make the base without `embeddings`, or of a model "
                 "that has the tokens already"
             )
         if func in (torch.Tensor.detach, torch.Tensor.requires_grad_):
@@ -147,7 +212,7 @@ def _of_metadata() -> frozenset[Any]:
 
 
 def _decoded(value: Any) -> Any:
-    return value.matrix.rows(slice(None), value.dtype) if isinstance(value, _Weight) else value
+    return value.matrix.whole(value.dtype) if isinstance(value, _Weight) else value
 
 
 class _OfVocabulary(nn.Module):
@@ -172,7 +237,7 @@ class _OfVocabulary(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None) -> nn.Parameter:
         """Return the matrix, (tokens, hidden_size), in a dtype; float32 by default."""
-        return nn.Parameter(self.matrix.dequantize().to(dtype or torch.float32))
+        return nn.Parameter(self.matrix.whole(dtype or torch.float32))
 
 
 class QosoraEmbedding(_OfVocabulary, nn.Embedding):  # type: ignore[misc]
@@ -209,7 +274,8 @@ class QosoraEmbedding(_OfVocabulary, nn.Embedding):  # type: ignore[misc]
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the tokens' embeddings, (..., hidden_size), of ids (...); others are refused as by any embedding."""
         matrix = self.matrix
-        return matrix.rows(input.reshape(-1).long(), self.like.dtype).view(*input.shape, matrix.in_features)
+        rows = matrix.rows(input.reshape(-1).long(), self.like.dtype)
+        return rows.view(*input.shape, matrix.in_features).data  # no view, which FSDP2 warns of
 
 
 @cache
@@ -260,14 +326,19 @@ class QosoraHead(_OfVocabulary, nn.Linear):  # type: ignore[misc]
         return y if self.bias is None else y.add_(self.bias)
 
 
-def layers_on_disk(model: nn.Module) -> dict[str, QosoraLinear]:
-    """Return the decomposed layers of a model by the names they have on disk: a matrix, that of its embedding."""
-    found = qosora_modules(model)
+def quantized_modules(model: nn.Module) -> dict[str, QosoraLinear | EightBitMatrix]:
+    """Return what a model has in place of weights in 16 bits, by name, in the model's order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (QosoraLinear, EightBitMatrix))}
+
+
+def layers_on_disk(model: nn.Module) -> dict[str, QosoraLinear | EightBitMatrix]:
+    """Return the same by the names they have on disk: a matrix, that of its embedding."""
+    found = quantized_modules(model)
     return {n.removesuffix(f".{STORE}") if isinstance(m, VocabularyMatrix) else n: m for n, m in found.items()}
 
 
 def plain_vocabulary(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-    """Replace embeddings and output layer in 4 bits by plain ones, dequantized, in place."""
+    """Replace quantized embeddings and output layer by plain ones, dequantized, in place."""
     ends = [(name, module) for name, module in model.named_modules() if isinstance(module, _OfVocabulary)]
     for _, module in ends:
         if isinstance(module, QosoraEmbedding):
@@ -280,5 +351,5 @@ def plain_vocabulary(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
 
 
 def panel_of(model: nn.Module) -> int | None:
-    """Return how many rows of a model's head a loss should ask for at a time; None where it is not in 4 bits."""
+    """Return how many rows of a model's head a loss should ask for at a time; None where it is not quantized."""
     return PANEL if any(isinstance(module, QosoraHead) for module in model.modules()) else None

@@ -21,7 +21,8 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from qosora.checkpoints import base_storage
-from qosora.config import EMBEDDINGS, QosoraConfig
+from qosora.config import QosoraConfig
+from qosora.decompose import EMBEDDINGS
 from qosora.errors import ConfigError
 from qosora.memory.cards import ASSUMPTIONS, LINK, OF_EXPERTS, OF_FP16, OF_HOST, OVERHEAD, Card, the_card
 from qosora.memory.options import Batch, Prediction, StepOptions, has_experts
@@ -460,8 +461,8 @@ class _Planner:
             yield f"--rank {changed.rank}", step, changed, batch
         if storage.embeddings is None:
             changed = copy.copy(storage)
-            changed.embeddings = EMBEDDINGS[0]
-            yield f"--embeddings {EMBEDDINGS[0]}", step, changed, batch
+            changed.embeddings = EMBEDDINGS[-1]
+            yield f"--embeddings {EMBEDDINGS[-1]}", step, changed, batch
 
 
 _CHEAPER = (

@@ -19,7 +19,7 @@ from qosora.checkpoints import REWARD, task_of
 from qosora.compat.bitsandbytes import is_paged, quant_tensors
 from qosora.compat.trl import add_fused_lm_head, loss_chunks
 from qosora.decompose import nf4
-from qosora.layers import Tiling, VocabularyMatrix, apply_tiling, panel_of, qosora_modules
+from qosora.layers import DecomposedMatrix, Tiling, apply_tiling, panel_of, qosora_modules
 from qosora.memory.tracer import Tracer
 from qosora.training import PackedPagedOptimizer, cast_to_heads, class_loss
 
@@ -48,10 +48,10 @@ def register_model(tracer: Tracer, model: Any) -> None:
     tracer.register((p for module in ends for p in module.parameters()), "embeddings and head")
     for layer in qosora_modules(model).values():
         for name, p in layer.named_parameters(recurse=False):
-            if name != "bias" and not isinstance(layer, VocabularyMatrix):
+            if name != "bias" and not isinstance(layer, DecomposedMatrix):
                 tracer.register([p], "base residual" if name.startswith("weight") else "factors")
         tracer.register([nf4.absmax_code(layer.s.device)], "base residual")
-        if isinstance(layer, VocabularyMatrix):
+        if isinstance(layer, DecomposedMatrix):
             tracer.register([nf4.code_table(layer.quant_type, layer.s.device)], "embeddings and head")
     for p in model.parameters():
         if stored := quant_tensors(p):

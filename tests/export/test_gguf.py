@@ -96,7 +96,6 @@ def test_what_is_written(base: Path, programs: Path, tmp_path: Path):
     assert (tmp_path / "out" / "out-Q4_K_M.gguf").read_text() == "Q4_K_M of auto of ['model.safetensors']"
 
 
-@pytest.mark.usefixtures("outsider_here")
 def test_a_file_that_says_the_same_is_kept(base: Path, programs: Path, tmp_path: Path, faithful: type[Faithful]):
     found = export_gguf(base, tmp_path / "out", llama_cpp=programs, quant="f32", verify=True).verification
     assert found is not None
@@ -106,7 +105,6 @@ def test_a_file_that_says_the_same_is_kept(base: Path, programs: Path, tmp_path:
     assert read_json(tmp_path / "out" / MANIFEST_NAME)["verification"]["places"] == found.places
 
 
-@pytest.mark.usefixtures("outsider_here")
 @pytest.mark.parametrize(
     ("fault", "value", "match"),
     [

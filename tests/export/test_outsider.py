@@ -61,6 +61,7 @@ def test_float32_products_of_16_bit_weights_which_stay(model: Path, inputs: dict
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("process_of_its_own")
 def test_the_program_writes_logits(model: Path, inputs: dict[str, torch.Tensor], tmp_path: Path) -> None:
     done = run(tmp_path, model, inputs)
     assert done.returncode == 0, done.stderr
@@ -70,6 +71,7 @@ def test_the_program_writes_logits(model: Path, inputs: dict[str, torch.Tensor],
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("process_of_its_own")
 def test_the_program_says_in_its_last_line_what_is_wrong(tmp_path: Path, inputs: dict[str, torch.Tensor]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     done = run(tmp_path, tmp_path, inputs)

@@ -152,5 +152,5 @@ def test_what_are_no_ids_is_told(ids: Any):
 
 def test_rows_in_4_bits_are_not_trained(tmp_path: Path):
     base = make_base(tmp_path / "base", "llama-text", QosoraConfig(rank=8, embeddings="4bit"))
-    with pytest.raises(ConfigError, match="is stored in 4 bits, so none of its rows can be trained"):
+    with pytest.raises(ConfigError, match="is quantized, so none of its rows can be trained"):
         get_peft_model(load_base(base), OsoraConfig(trainable_token_indices=TOKENS))

@@ -26,7 +26,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return make_trained(tmp_path_factory.mktemp("verified"), "gemma3")
 
 
-@pytest.mark.usefixtures("outsider_here")
 def test_all_kinds_pass(tiny: Trained, tmp_path: Path):
     base, adapter = tiny.base, tiny.adapter
     found: list[Any] = [
@@ -47,7 +46,6 @@ def test_all_kinds_pass(tiny: Trained, tmp_path: Path):
     assert read_json(tmp_path / "lora" / MANIFEST_NAME)["verification"]["tokens"] == 256
 
 
-@pytest.mark.usefixtures("outsider_here")
 def test_bfloat16_and_a_tokenizer(tmp_path: Path):
     original = make_checkpoint(tmp_path / "original", "llama-text")  # with a tokenizer
     AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).save_pretrained(original)
@@ -63,6 +61,7 @@ def test_bfloat16_and_a_tokenizer(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("process_of_its_own")
 def test_lora_of_experts_in_bfloat16(tmp_path: Path):
     trained = make_trained(tmp_path, "mixtral", dtype=torch.bfloat16)
     found = export_lora(trained.base, tmp_path / "lora", trained.adapter, verify=True).verification
@@ -80,7 +79,6 @@ merged = AdaptedBase.merged
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("outsider_here")
 def test_a_wrong_export_leaves_nothing(tiny: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = tmp_path / "new" / "export"
     monkeypatch.setattr(AdaptedBase, "merged", wrong_vectors)
@@ -105,7 +103,6 @@ def break_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "unheard-of"}')
 
 
-@pytest.mark.usefixtures("outsider_here")
 def test_a_wrong_lora_leaves_nothing(tiny: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     low_rank = AdaptedBase.low_rank
     monkeypatch.setattr(

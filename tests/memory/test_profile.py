@@ -107,13 +107,14 @@ def test_planned_equals_measured_with_options(bases: dict[str, Path], options: d
 
 @pytest.mark.filterwarnings("ignore:.*runs on the CPU")
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": False}, {"chunked_loss": False}], ids=str)
+@pytest.mark.parametrize("embeddings", ["8bit", "4bit"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
-def test_planned_equals_measured_with_embeddings_in_4_bits(
-    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_planned_equals_measured_with_quantized_embeddings(
+    name: str, embeddings: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(vocabulary, "PANEL", 200)
     monkeypatch.setattr(vocabulary, "MERGED", 64)
-    base = make_base(tmp_path, name, QosoraConfig(rank=8, blocksize=32, embeddings="4bit"), vocab_size=700)
+    base = make_base(tmp_path, name, QosoraConfig(rank=8, blocksize=32, embeddings=embeddings), vocab_size=700)
     found = profile(base, batch_size=2, seq_len=32, steps=1, precision="fp32", **options)
     assert found.planned is not None
     assert found.planned.rows == found.live.rows

@@ -30,6 +30,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied": ({"update_rank": 2}, {"family": "gemma3-text"}),
     "mixture": ({"tile_length": 16}, {"family": "qwen3_moe", "vocab_size": TEXT_VOCAB}),
     "vocabulary": ({"vectors": "s"}, {"family": "gemma3-text", "embeddings": "4bit", "hidden_size": 64}),
+    "vocabulary in 8 bits": ({}, {"family": "llama-text", "embeddings": "8bit", "hidden_size": 64}),
     "saved": ({"modules_to_save": ["lm_head"]}, {}),
     "compiled": ({"compile": True}, {}),
 }
