@@ -92,6 +92,7 @@ def without_a_card(stack: ExitStack, capability: tuple[int, int]) -> None:
 
     from qosora.decompose import nf4
     from qosora.layers import experts, fused
+    from qosora.layers.stacks import hardest
     from qosora.training import flat_buffers
 
     cuda: Any = torch.cuda
@@ -103,7 +104,7 @@ def without_a_card(stack: ExitStack, capability: tuple[int, int]) -> None:
         (cuda, "_exchange_device", lambda index: 0),
         (cuda, "_maybe_exchange_device", lambda index: 0),
         (cuda, "get_device_capability", lambda device=None: capability),
-        (experts, "_tokens_of_each", experts._hardest),
+        (experts, "_tokens_of_each", lambda chosen, count: hardest(len(chosen), chosen.shape[1], count)),
         (nf4, "_made_absmax_code", lambda device: torch.empty(256, device=device)),
         (flat_buffers, "launching", lambda tensor: nullcontext()),
         (flat_buffers, "from_dlpack", lambda tensor: tensor.detach()),

@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
@@ -56,7 +57,11 @@ def model_class_of(config: PreTrainedConfig, trust_remote_code: bool = False) ->
             return getattr(transformers, auto)
     found = getattr(transformers, name, None)
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
-    return found if is_model and type(config) is getattr(found, "config_class", None) else AutoModelForCausalLM
+    if not is_model:
+        return AutoModelForCausalLM
+    # Of some configurations it is another's, as InternLM 3 is a Llama.
+    own = type(config) is getattr(found, "config_class", None)
+    return found if own or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is found else AutoModelForCausalLM
 
 
 def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
@@ -90,7 +95,8 @@ def task_of(config: PreTrainedConfig) -> str | None:
 
 def sees(config: PreTrainedConfig) -> bool:
     """Say whether a model takes images beside text."""
-    return "pixel_values" in inspect.signature(model_class_of(config).forward).parameters
+    found = model_class_of(config)
+    return issubclass(found, PreTrainedModel) and "pixel_values" in inspect.signature(found.forward).parameters
 
 
 def _classes_for_task(config: PreTrainedConfig, task: str) -> tuple[type[PreTrainedModel], ...]:

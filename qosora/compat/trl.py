@@ -26,6 +26,8 @@ _FOUND = found(
         "DataCollatorForVisionLanguageModeling": (
             "trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling(processor, completion_only_loss)"
         ),
+        # What such a model returns.
+        "FusedCausalLMOutput": "trl.trainer.utils.FusedCausalLMOutput",
         "get_act_offloading_ctx_manager": f"{_OFFLOADING}(model)",
         # What ORPO builds of the logits.
         "orpo_log_probs": "trl.experimental.orpo.ORPOTrainer.get_batch_logps(logits, labels, average_log_prob)",

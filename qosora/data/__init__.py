@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qosora.data.classes import tokenize_classes as tokenize_classes
     from qosora.data.fit import embedding_rows as embedding_rows
     from qosora.data.fit import learned_positions as learned_positions
+    from qosora.data.fit import most_positions as most_positions
     from qosora.data.fit import refuse_foreign_tokens as refuse_foreign_tokens
     from qosora.data.fit import refuse_too_long as refuse_too_long
     from qosora.data.fit import refuse_unfit as refuse_unfit
@@ -55,7 +56,14 @@ __getattr__, __dir__ = door(
         "records": ["Columns", "Records", "load_records", "no_progress_bars", "split_to_measure"],
         "tokens": ["Example", "IGNORED", "Tokenized", "tokenize"],
         "prepared": ["Prepared", "prepare"],
-        "fit": ["embedding_rows", "learned_positions", "refuse_foreign_tokens", "refuse_too_long", "refuse_unfit"],
+        "fit": [
+            "embedding_rows",
+            "learned_positions",
+            "most_positions",
+            "refuse_foreign_tokens",
+            "refuse_too_long",
+            "refuse_unfit",
+        ],
         "batch": ["batches_by_length", "padded", "padded_batch"],
         "vision": ["SeenExample", "Seer"],
         "classes": ["ClassExample", "class_batch", "tokenize_classes"],

@@ -11,7 +11,7 @@ from torch import nn
 from qosora.errors import DataError
 
 __all__ = [
-    "embedding_rows", "learned_positions", "refuse_foreign_tokens", "refuse_too_long", "refuse_unfit",
+    "embedding_rows", "learned_positions", "most_positions", "refuse_foreign_tokens", "refuse_too_long", "refuse_unfit",
 ]  # fmt: skip
 
 
@@ -43,6 +43,12 @@ def refuse_too_long(length: int, positions: int | None, remedy: str) -> None:
         raise DataError(f"a text has {length} tokens, but the model takes {positions}; {remedy}")
 
 
+def most_positions(config: Any) -> int | None:
+    """Return how many tokens a text may have for a model of a configuration; None where there is no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None  # XLNet's is -1
+
+
 def embedding_rows(model: Any) -> int:
     """Return how many tokens a model has embeddings for."""
     return len(model.get_input_embeddings().weight)
@@ -50,8 +56,7 @@ def embedding_rows(model: Any) -> int:
 
 def learned_positions(model: Any) -> int | None:
     """Return how many positions a model has, where it learned an embedding for each, as GPT-2 did; else None."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = most_positions(model.config)
     tokens = model.get_input_embeddings()
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
     # OPT's table has two rows more.

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from qosora.inference.evaluation import EvalResult as EvalResult
     from qosora.inference.evaluation import batch_losses as batch_losses
     from qosora.inference.evaluation import evaluate as evaluate
+    from qosora.inference.evaluation import logits_of_states as logits_of_states
+    from qosora.inference.evaluation import logits_rows as logits_rows
     from qosora.inference.evaluation import mean_loss as mean_loss
     from qosora.inference.evaluation import perplexity as perplexity
+    from qosora.inference.evaluation import returning as returning
     from qosora.inference.generation import generate as generate
     from qosora.inference.generation import inference as inference
     from qosora.inference.preferences import RewardResult as RewardResult
@@ -40,6 +43,15 @@ __getattr__, __dir__ = door(
         "chat": ["Chat"],
         "classification": ["ClassResult", "class_metrics", "class_names", "evaluate_classes", "judge", "pad_token"],
         "preferences": ["RewardResult", "evaluate_rewards"],
-        "evaluation": ["EvalResult", "batch_losses", "evaluate", "mean_loss", "perplexity"],
+        "evaluation": [
+            "EvalResult",
+            "batch_losses",
+            "evaluate",
+            "logits_of_states",
+            "logits_rows",
+            "mean_loss",
+            "perplexity",
+            "returning",
+        ],
     },
 )

@@ -37,10 +37,21 @@ from qosora.data import (
     template_options,
     tokenize,
 )
-from qosora.errors import ConfigError, DataError
+from qosora.errors import ConfigError, DataError, QosoraError
 from qosora.inference.generation import Prompt, generate, inference, stop_token_ids
+from qosora.layers import name_backbone
 
-__all__ = ["EvalResult", "Sample", "batch_losses", "evaluate", "mean_loss", "perplexity"]
+__all__ = [
+    "EvalResult",
+    "Sample",
+    "batch_losses",
+    "evaluate",
+    "logits_of_states",
+    "logits_rows",
+    "mean_loss",
+    "perplexity",
+    "returning",
+]
 
 #: Logits held at once: 256 MiB in float32.
 _LOGITS = 2**26
@@ -201,12 +212,13 @@ def batch_losses(
         parts: Into how many to divide the batches.
     """
     batches = batches_by_length(examples, batch_size)
-    with inference(model):
-        return [_loss_sum(model, batch) for batch in batches[part::parts]]
-
-
-def _loss_sum(model: Any, examples: Sequence[Example]) -> float:
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name_backbone(causal)
+    with inference(model):
+        return [_loss_sum(causal, batch) for batch in batches[part::parts]]
+
+
+def _loss_sum(causal: Any, examples: Sequence[Example]) -> float:
     device = causal.get_input_embeddings().weight.device
     batch = padded_batch(examples)
     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
@@ -215,36 +227,62 @@ def _loss_sum(model: Any, examples: Sequence[Example]) -> float:
     targets = batch["labels"][:, 1:].to(hidden.device)
     chosen = targets != IGNORED
     hidden, targets = hidden[:, :-1][chosen], targets[chosen]
-    rows = max(1, _LOGITS // causal.get_output_embeddings().weight.shape[0])
-    total = 0.0
+    rows, total = logits_rows(causal), 0.0
     for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-        total += F.cross_entropy(_logits(causal, h, type(output)).float(), t.to(h.device), reduction="sum").item()
+        total += F.cross_entropy(
+            logits_of_states(causal, h, type(output)).float(), t.to(h.device), reduction="sum"
+        ).item()
     return total
 
 
-def _logits(causal: Any, hidden: torch.Tensor, output_type: Any) -> torch.Tensor:
+def logits_rows(causal: Any) -> int:
+    """Return of how many tokens a model's logits are built at once."""
+    return max(1, _LOGITS // int(causal.get_output_embeddings().weight.shape[0]))
+
+
+def logits_of_states(causal: Any, hidden: torch.Tensor, output_type: Any) -> torch.Tensor:
     """Return the logits of some final hidden states, (rows, vocabulary).
 
-    The model's own forward makes them, with a backbone that returns the given states, so that whatever it does after
-    the output embedding (softcapping, scaling) is done.
+    The model's own forward makes them, with a backbone that returns the given states, so that whatever it does before
+    or after the output embedding (softcapping, scaling) is done.
+
+    Args:
+        causal: A language model, without an adapter around it.
+        hidden: (rows, hidden_size).
+        output_type: Of what its backbone returns.
+
+    Raises:
+        QosoraError: The model's own forward does not ask the backbone.
     """
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=causal.get_input_embeddings().weight.device)
-    with _returning(causal.base_model, output_type(last_hidden_state=hidden[None])):
+    with returning(causal, output_type(last_hidden_state=hidden[None])) as calls:
         logits: torch.Tensor = causal(input_ids=ids, use_cache=False).logits[0]
+    if not calls:
+        raise QosoraError(f"{type(causal).__name__} makes its logits of something else than its backbone's states")
     return logits
 
 
 @contextmanager
-def _returning(module: nn.Module, output: Any) -> Iterator[None]:
-    """Have a module return `output` without computing anything."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = lambda *args, **kwargs: output
+def returning(causal: Any, output: Any) -> Iterator[list[None]]:
+    """Have a language model's backbone return `output` without computing anything; yield an item for each time."""
+    backbone, calls = causal.base_model, list[None]()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return output
+
+    # OPT, and decoders of translators, call what is in it.
+    modules = [m for m in (backbone, getattr(backbone, "decoder", None)) if isinstance(m, nn.Module)]
+    own = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        vars(module)["forward"] = forward
     try:
-        yield
+        yield calls
     finally:
-        del vars(module)["forward"]
-        if own is not None:
-            vars(module)["forward"] = own
+        for module, before in zip(modules, own, strict=True):
+            del vars(module)["forward"]
+            if before is not None:
+                vars(module)["forward"] = before
 
 
 def _answers(records: Records) -> list[tuple[Prompt, str]]:

@@ -27,6 +27,8 @@ from qosora._lazy import door
 if TYPE_CHECKING:
     from qosora.layers.decoder import compile_layers as compile_layers
     from qosora.layers.decoder import decoder_layers as decoder_layers
+    from qosora.layers.decoder import name_backbone as name_backbone
+    from qosora.layers.decoder import require_checkpointing as require_checkpointing
     from qosora.layers.device import planning_for as planning_for
     from qosora.layers.experts import LinearExperts as LinearExperts
     from qosora.layers.experts import router_names as router_names
@@ -94,6 +96,6 @@ __getattr__, __dir__ = door(
         ],
         "stacks": ["is_taken_apart", "layer_of_stack", "put_together", "stacked_place", "take_apart"],
         "tiling": ["Tiling", "apply_tiling"],
-        "decoder": ["compile_layers", "decoder_layers"],
+        "decoder": ["compile_layers", "decoder_layers", "name_backbone", "require_checkpointing"],
     },
 )

@@ -1,4 +1,4 @@
-"""The decoder's layers of a model: found, and compiled one by one."""
+"""The decoder's layers of a model: found, and compiled one by one. What there is of it below the output layer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qosora.compat.torch import allow_recompiles
-from qosora.errors import QosoraError
+from qosora.errors import ConfigError, QosoraError
 
-__all__ = ["compile_layers", "decoder_layers"]
+__all__ = ["compile_layers", "decoder_layers", "name_backbone", "require_checkpointing"]
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
@@ -25,6 +25,37 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
             if isinstance(child, nn.ModuleList) and len(child) == count and _is_layer(child[0]):
                 return module, child
     raise QosoraError(f"{type(model).__name__} has no list of {count} decoder layers, as config.json says it has")
+
+
+def name_backbone(model: PreTrainedModel) -> None:
+    """See to it that a language model's `base_model` is what is below its output layer, for losses that need no logits.
+
+    Of `Llama4ForCausalLM` it is the whole model, as its class has another name for what it calls `model`.
+
+    Raises:
+        QosoraError: There is no such module.
+    """
+    if model.base_model is not model:
+        return
+    if not isinstance(getattr(model, "model", None), nn.Module):
+        raise QosoraError(
+            f"{type(model).__name__} has no module with all that is below its output layer, so its loss would need all "
+            "logits at once; train the language model alone, or use transformers' Trainer"
+        )
+    model.base_model_prefix = "model"
+
+
+def require_checkpointing(model: PreTrainedModel) -> None:
+    """Refuse to checkpoint a model whose class cannot be.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"{type(model).__name__} cannot recompute its activations: turn gradient_checkpointing off "
+            "(--no-gradient-checkpointing)"
+        )
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -36,7 +36,7 @@ from qosora.compat.transformers import (
 )
 from qosora.layers.device import device_type
 from qosora.layers.grouped import grouped_product, members
-from qosora.layers.stacks import is_taken_apart
+from qosora.layers.stacks import hardest, is_taken_apart
 
 __all__ = ["LinearExperts", "router_names", "split_experts", "stack_experts", "stacked_names", "without_stacking"]
 
@@ -88,8 +88,10 @@ class LinearExperts(nn.Module):
         """
         tokens, top_k = top_k_index.shape
         order = top_k_index.flatten().argsort(stable=True)
-        counted = _hardest if hidden_states.is_meta else _tokens_of_each  # there, a planner asks for what is enough
-        counts = dict(enumerate(counted(top_k_index, self.num_experts)))
+        if hidden_states.is_meta:  # a planner asks for what is enough
+            counts = dict(enumerate(hardest(tokens, top_k, self.num_experts)))
+        else:
+            counts = dict(enumerate(_tokens_of_each(top_k_index, self.num_experts)))
         outputs = self._outputs(hidden_states[order // top_k], {i: n for i, n in counts.items() if n})
         outputs = (outputs * top_k_weights.flatten()[order, None])[order.argsort()]
         return outputs.view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
@@ -218,23 +220,6 @@ def _project(expert: Any, name: str, x: torch.Tensor) -> torch.Tensor:
 def _tokens_of_each(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
     """Return how many tokens chose each expert."""
     counts: list[int] = torch.bincount(top_k_index.flatten(), minlength=num_experts).tolist()
-    return counts
-
-
-def _hardest(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
-    """Give the last experts every token, and the others one each where there are enough: no choice takes more.
-
-    For tensors without values, by which the memory of a step is planned.
-
-    What experts save for backward, and the gradients of vectors whose expert has any token, add up to the same however
-    tokens are spread. What the backward of one expert, or of some that are computed together, needs goes with its
-    tokens, and that of the last comes first, when all is still saved.
-    """
-    tokens, top_k = top_k_index.shape
-    left, counts = tokens * top_k, [0] * num_experts
-    for i in reversed(range(num_experts)):  # of which i are before it
-        counts[i] = max(min(tokens, left - i), min(left, 1))
-        left -= counts[i]
     return counts
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Stack", "is_taken_apart", "layer_of_stack", "put_together", "stacked_place", "take_apart"]
+__all__ = ["Stack", "hardest", "is_taken_apart", "layer_of_stack", "put_together", "stacked_place", "take_apart"]
 
 _SETUP = ("__init__", "_init_weights", "reset_parameters")
 _HARMLESS = ("shape", "device", "dtype", "ndim", "size")
@@ -139,6 +139,22 @@ def stacked_place(layer: str) -> tuple[str, int] | None:
     return (f"{above}.{last}", int(number)) if number.isdigit() else None
 
 
+def hardest(tokens: int, top_k: int, num_experts: int) -> list[int]:
+    """Give the last experts every token, and the others one each where there are enough: no choice takes more.
+
+    For tensors without values, by which the memory of a step is planned.
+
+    What experts save for backward, and the gradients of vectors whose expert has any token, add up to the same however
+    tokens are spread. What the backward of one expert, or of some that are computed together, needs goes with its
+    tokens, and that of the last comes first, when all is still saved.
+    """
+    left, counts = tokens * top_k, [0] * num_experts
+    for i in reversed(range(num_experts)):  # of which i are before it
+        counts[i] = max(min(tokens, left - i), min(left, 1))
+        left -= counts[i]
+    return counts
+
+
 def _layer(module: nn.Module, key: str, index: int) -> Any:
     return module.get_submodule(str(index) if key == "weight" else f"{index}.{key}")
 
@@ -213,9 +229,26 @@ class _Matrices(_Products):
 def _using_layers(module_class: Any, keys: tuple[str, ...]) -> Any:
     """Return a class of modules whose code finds stand-ins under some names, and is the class's own."""
     found: dict[str, Any] = {key: property(partial(_Matrices, key=key)) for key in keys}
-    if (own := getattr(module_class.forward, "__wrapped__", None)) is not None:  # not an exchanged implementation
-        found["forward"] = own
+    own = getattr(module_class.forward, "__wrapped__", module_class.forward)  # not an exchanged implementation
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.is_meta:  # a planner asks for what is enough
+            args = tuple(_with_values(value, self) for value in args)
+            kwargs = {name: _with_values(value, self) for name, value in kwargs.items()}
+        return own(self, x, *args, **kwargs)
+
+    found["forward"] = forward
     return type(module_class.__name__, (module_class,), found | {"__module__": module_class.__module__})
+
+
+def _with_values(value: Any, module: nn.Module) -> Any:
+    """Give the choice of experts, (tokens, k), the values that take the most; its code asks for them."""
+    if not (isinstance(value, torch.Tensor) and value.is_meta and value.dtype == torch.int64 and value.ndim == 2):
+        return value
+    tokens, top_k = value.shape
+    experts = next(iter(module.__dict__["_stacks"].values())).shape[0]
+    counts = torch.tensor(hardest(tokens, top_k, experts))
+    return torch.arange(experts).repeat_interleave(counts).view(top_k, tokens).T
 
 
 # ---- which parameters

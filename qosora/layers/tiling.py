@@ -93,7 +93,9 @@ def apply_tiling(model: nn.Module, tile_length: int | None = None, *, mlps: bool
     from qosora.layers.linear import QosoraLinear  # which takes seconds, and a planner wants `Tiling` alone
 
     length = Tiling.of(tile_length).length
-    hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    hidden_size: int = getattr(config, "hidden_size", 0)
+    length *= bool(hidden_size)  # BLT's parts have sizes of their own
     tiled = []
     for name, module in model.named_modules():
         if isinstance(tiling := vars(module).get("forward"), _Tiled):

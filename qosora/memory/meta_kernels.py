@@ -72,7 +72,7 @@ def _cuda_attention(
     """Flash attention for 16 bits and no mask; else memory-efficient attention; else the matrix of scores."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if attn_mask is None and half and query.shape[-1] <= 256:
+    if attn_mask is None and half and query.shape[-1] == value.shape[-1] <= 256:
         width = query.shape[-1]
         if width % 8:  # the kernel wants heads of whole 16 bytes
             query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
@@ -100,7 +100,7 @@ def _cpu_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """The CPU's flash attention, which takes masks and groups of heads, but no dropout."""
-    if dropout_p:
+    if dropout_p or query.shape[-1] != value.shape[-1]:
         return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None:
         attn_mask = _additive(attn_mask, query.dtype)
@@ -143,6 +143,8 @@ class MetaKernels:
             return args[0].new_empty((mask.numel(), *args[0].shape[mask.ndim :]))
         inputs: list[torch.Tensor] = []
         key = (func, _described(args, inputs), _described(tuple(kwargs.items()), inputs))
+        if not all(tensor.is_meta for tensor in inputs):  # what has values: the choice of experts
+            return func(*args, **kwargs)
         if key not in self._results:
             out = func(*args, **kwargs)
             self._results[key] = _results(out, inputs)

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from qosora.checkpoints import base_storage
 from qosora.config import QosoraConfig
+from qosora.data import most_positions
 from qosora.decompose import EMBEDDINGS
 from qosora.errors import ConfigError
 from qosora.memory.cards import ASSUMPTIONS, LINK, OF_EXPERTS, OF_FP16, OF_HOST, OVERHEAD, Card, the_card
@@ -308,7 +309,7 @@ def shape_problems(config: PreTrainedConfig, batch_size: int, seq_len: int) -> l
         for name, value, least in (("batch_size", batch_size, 1), ("seq_len", seq_len, 2))
         if not isinstance(value, int) or value < least
     ]
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = most_positions(config)
     if not problems and positions is not None and seq_len > positions:
         problems.append(f"seq_len {seq_len} is longer than the model's {positions} positions")
     return problems
@@ -325,7 +326,7 @@ class _Planner:
         self.packing, self.padding = packing, padding
         self.traced = Traces(config, storage, step)
         text = config.get_text_config()
-        self.positions: int = getattr(text, "max_position_embeddings", None) or 2**20
+        self.positions: int = most_positions(config) or 2**20
         self.window: int = getattr(text, "sliding_window", None) or 2**30
         self.tile = step.tiling.length if step.method == "qosora" else 0
         self._known: dict[Batch, Prediction] = {}

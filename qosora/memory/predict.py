@@ -30,7 +30,7 @@ from qosora.compat.transformers import attention_of, should_convert_module
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, QosoraError
-from qosora.layers import QosoraLinear, decoder_layers, is_taken_apart, qosora_modules, stacked_names
+from qosora.layers import QosoraLinear, decoder_layers, qosora_modules, stacked_names
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
 from qosora.memory.options import GRANULARITY, Batch, Prediction, StepOptions, has_experts
 from qosora.memory.standins import (
@@ -302,8 +302,7 @@ def prediction(sites: dict[Site, Peak], paged_bytes: int) -> Prediction:
 
 def stacked_experts(model: PreTrainedModel) -> list[str]:
     """Return the modules of a mixture that hold all of a layer's experts in one parameter, not as linear layers."""
-    apart = [name for name, module in model.named_modules() if is_taken_apart(module)]
-    return [*apart, *stacked_names(model)] if has_experts(model.config) else []
+    return stacked_names(model) if has_experts(model.config) else []
 
 
 def meta_model(config: PreTrainedConfig, options: StepOptions) -> Any:

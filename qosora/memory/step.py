@@ -19,7 +19,15 @@ from qosora.checkpoints import REWARD, task_of
 from qosora.compat.bitsandbytes import is_paged, quant_tensors
 from qosora.compat.trl import add_fused_lm_head, loss_chunks
 from qosora.decompose import nf4
-from qosora.layers import DecomposedMatrix, Tiling, apply_tiling, panel_of, qosora_modules
+from qosora.layers import (
+    DecomposedMatrix,
+    Tiling,
+    apply_tiling,
+    name_backbone,
+    panel_of,
+    qosora_modules,
+    require_checkpointing,
+)
 from qosora.memory.tracer import Tracer
 from qosora.training import PackedPagedOptimizer, cast_to_heads, class_loss
 
@@ -32,8 +40,10 @@ def prepare_model(model: Any, *, gradient_checkpointing: bool, tiling: Tiling, f
     if task_of(base.config) is not None:
         cast_to_heads(model)
     elif fused_head:
+        name_backbone(base)
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     if gradient_checkpointing:
+        require_checkpointing(base)
         base.enable_input_require_grads()
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if qosora_modules(model):

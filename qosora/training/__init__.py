@@ -14,6 +14,7 @@
 | `run_folder` | the folder of a run |
 | `checks` | a run, checked and resolved before its model is loaded |
 | `preview` | what a run would train on |
+| `own_logits` | the loss of models whose logits are more than a product |
 | `trainer` | TRL's trainers with our evaluation, checkpoints and record |
 | `answers` | what a model wrote before it was trained, and writes now |
 | `report` | what runs did, on one page |

@@ -32,7 +32,17 @@ from qosora.checkpoints import (
     task_of,
 )
 from qosora.config import OsoraConfig
-from qosora.data import Columns, Prepared, Records, Seer, load_records, prepare, refuse_foreign_tokens, split_to_measure
+from qosora.data import (
+    Columns,
+    Prepared,
+    Records,
+    Seer,
+    load_records,
+    most_positions,
+    prepare,
+    refuse_foreign_tokens,
+    split_to_measure,
+)
 from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, ConfigError
 from qosora.layers import Tiling
@@ -340,7 +350,7 @@ def _check_fit(
     examples = [example for d in data for example in d.tokenized.examples]
     refuse_foreign_tokens((e.input_ids for e in examples), model.vocab_size, source)
     longest = max(len(e.input_ids) for e in examples)
-    positions = getattr(model, "max_position_embeddings", None)
+    positions = most_positions(model_config)
     if positions is None or longest + answer <= positions:
         return
     if answer:

@@ -29,7 +29,7 @@ from qosora.compat.trl import liger_warning
 from qosora.data import no_progress_bars
 from qosora.errors import CheckpointError, ConfigError, EndedElsewhere, FingerprintError, QosoraError, first_line
 from qosora.inference import perplexity
-from qosora.layers import apply_tiling, compile_layers, qosora_modules
+from qosora.layers import apply_tiling, compile_layers, qosora_modules, require_checkpointing
 from qosora.training.checks import Run, resolve_run
 from qosora.training.config import FIGURES, TrainConfig
 from qosora.training.heads import with_head
@@ -166,6 +166,8 @@ def _trainer(run: Run) -> tuple[Any, Recorder]:
             trust_remote_code=config.trust_remote_code,
         )
         transformers.set_seed(config.seed)  # TRL draws an update's A before Trainer has set it
+        if config.gradient_checkpointing:
+            require_checkpointing(model)
         own_tokens = len(model.get_input_embeddings().weight)
         if run.begun is not None:
             model = load_adapter(model, run.begun, is_trainable=True)

@@ -33,6 +33,7 @@ from qosora.errors import EndedElsewhere, QosoraError
 from qosora.inference import batch_losses, class_metrics, class_names, inference, judge, pad_token, perplexity
 from qosora.layers import panel_of
 from qosora.training.heads import cast_to_heads, class_loss
+from qosora.training.own_logits import keep_own_logits
 from qosora.training.processes import Processes
 from qosora.training.run_folder import MetricsLog
 from qosora.training.sharding import is_sharded
@@ -53,6 +54,8 @@ class _OfVectors:
         **kwargs: Of TRL's trainer.
     """
 
+    #: Whether TRL has changed the model to return tokens' log-probabilities, not logits.
+    keeps_own_logits = True
     model: Any
     args: Any
     state: Any
@@ -70,6 +73,8 @@ class _OfVectors:
         super().__init__(**kwargs)
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self._panel = panel_of(self.model)
+        if self.keeps_own_logits:
+            keep_own_logits(self.model.get_base_model(), getattr(self, "temperature", 1.0))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Build the optimizer, which moves the vectors: what is offloaded must not take them for activations."""
@@ -220,6 +225,8 @@ class ClassifierTrainer(_OfVectors, Trainer):
         **kwargs: Of `Trainer`, and `processes` and `save_embeddings`.
     """
 
+    keeps_own_logits = False
+
     def __init__(self, *, model: Any, eval_examples: Sequence[Any], peft_config: Any, args: Any, **kwargs: Any) -> None:
         self.eval_examples = eval_examples
         if peft_config is not None:
@@ -241,6 +248,8 @@ class ClassifierTrainer(_OfVectors, Trainer):
 
 
 class _RewardTrainer(_OfVectors, RewardTrainer):
+    keeps_own_logits = False
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         cast_to_heads(self.model)
@@ -255,7 +264,7 @@ class _KTOTrainer(_OfVectors, KTOTrainer):
 
 
 class _ORPOTrainer(_OfVectors, orpo("ORPOTrainer")):  # type: ignore[misc]
-    pass
+    keeps_own_logits = False
 
 
 class _GRPOTrainer(_OfVectors, GRPOTrainer):

@@ -121,6 +121,8 @@ def trl_config(
         raise ConfigError(problems)
     kind = METHODS[config.method].config
     options = {**_options(config, precision, output_dir, processes), **_numbers(config.trl)}
+    if "router_aux_loss_coef" in {field.name for field in fields(kind)}:  # routers are frozen: there is none to balance
+        options.setdefault("router_aux_loss_coef", 0.0)
     with warnings.catch_warnings():
         # TRL points to kernels of the hub instead of Liger; its FutureWarning is for programmers
         warnings.filterwarnings("ignore", message=liger_warning())

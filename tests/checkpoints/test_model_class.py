@@ -14,14 +14,16 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    InternLM3Config,
     LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from qosora.base import load_base, quantize
-from qosora.checkpoints import empty_model, model_class_of, require_language_model
+from qosora.checkpoints import empty_model, model_class_of, require_language_model, sees
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError
 from qosora.export import export_merged
@@ -41,6 +43,7 @@ GPT2: dict[str, Any] = {
         (GPT2Config(architectures=[]), AutoModelForCausalLM),
         (GPT2Config(architectures=["RWForCausalLM"]), AutoModelForCausalLM),
         (GPT2Config(architectures=["LlamaForCausalLM"]), AutoModelForCausalLM),  # another configuration's
+        (InternLM3Config(architectures=["LlamaForCausalLM"]), LlamaForCausalLM),  # which is its class
         (GPT2Config(architectures=["AutoModel"]), AutoModelForCausalLM),
         (GPT2Config(architectures=["GPT2Config"]), AutoModelForCausalLM),
     ],
@@ -48,6 +51,10 @@ GPT2: dict[str, Any] = {
 )
 def test_the_class_that_is_named(config: Any, expected: type):
     assert model_class_of(config) is expected
+
+
+def test_a_configuration_that_names_no_class_sees_nothing():
+    assert not sees(GPT2Config(architectures=None))
 
 
 def test_a_class_that_the_checkpoint_brings_is_found_only_when_that_may_run():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from tiny import make_model
+from transformers import LlamaConfig, T5Config, XLNetConfig
 
-from qosora.data.fit import embedding_rows, learned_positions, refuse_foreign_tokens, refuse_too_long
+from qosora.data.fit import embedding_rows, learned_positions, most_positions, refuse_foreign_tokens, refuse_too_long
 from qosora.errors import DataError
 
 
@@ -29,3 +30,9 @@ def test_who_learned_positions(family: str, positions: int | None):
     model = make_model(family)
     assert learned_positions(model) == positions
     assert embedding_rows(model) == model.config.vocab_size
+
+
+def test_the_most_positions():
+    assert most_positions(LlamaConfig(max_position_embeddings=77)) == 77
+    assert most_positions(XLNetConfig()) is None  # it says -1
+    assert most_positions(T5Config()) is None

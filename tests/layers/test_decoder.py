@@ -16,10 +16,19 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from training_runs import config, metrics
-from transformers import LlamaConfig
+from transformers import (
+    CTRLConfig,
+    CTRLLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+)
 
 from qosora.config import OsoraConfig, QosoraConfig
-from qosora.layers.decoder import decoder_layers
+from qosora.errors import ConfigError, QosoraError
+from qosora.layers.decoder import decoder_layers, name_backbone, require_checkpointing
 from qosora.layers.tiling import Tiling
 from qosora.memory.options import StepOptions
 from qosora.memory.profile import random_model
@@ -141,3 +150,30 @@ def test_training_compiled(place: Path, tmp_path: Path, monkeypatch: pytest.Monk
         losses.append([line["loss"] for line in metrics(tmp_path / str(compile))])
     assert counters["stats"]["unique_graphs"] > 0
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_backbone_that_the_class_misnames():
+    sizes: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96,
+        "num_key_value_heads": 2, "num_local_experts": 2, "intermediate_size_mlp": 24, "pad_token_id": 0,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = Llama4ForCausalLM(Llama4TextConfig(**sizes))
+        other = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4))
+    assert model.base_model is model
+    for each in (model, other):
+        name_backbone(each)
+        assert each.base_model is next(each.children())
+    model.base_model_prefix = "no such"
+    del model.model
+    with pytest.raises(QosoraError, match="Llama4ForCausalLM has no module with all that is below its output layer"):
+        name_backbone(model)
+
+
+def test_what_cannot_recompute_is_told_so():
+    with torch.device("meta"):
+        model = CTRLLMHeadModel(CTRLConfig(n_embd=32, n_layer=1, n_head=4, dff=32, vocab_size=96))
+    with pytest.raises(
+        ConfigError, match="CTRLLMHeadModel cannot recompute its activations: turn gradient_checkpointing"
+    ):
+        require_checkpointing(model)

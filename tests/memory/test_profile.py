@@ -12,7 +12,7 @@ import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from kinds import CLASSIFIERS, SEEING
 from tiny import load, make_base, make_checkpoint, write_jsonl
-from transformers import BartConfig
+from transformers import BartConfig, DeepseekV3Config, GptOssConfig, Llama4TextConfig, PreTrainedConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
@@ -20,6 +20,7 @@ from qosora.cli import main
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, DataError
 from qosora.layers import vocabulary
+from qosora.layers.stacks import hardest
 from qosora.memory import step
 from qosora.memory.options import StepOptions
 from qosora.memory.plan import plan
@@ -64,6 +65,46 @@ def test_planned_equals_measured_to_the_byte_for_other_kinds(kind: str, checkpoi
     assert found.planned is not None
     assert found.planned.allocated_bytes == found.measured_bytes
     assert found.planned.phases == found.live.phases
+
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 1,
+}  # fmt: skip
+#: Experts that a module holds in one tensor; heads whose values are narrower than their keys.
+_MIXTURES: dict[str, PreTrainedConfig] = {
+    "gpt_oss": GptOssConfig(**_SIZES),
+    "llama4": Llama4TextConfig(**_SIZES, intermediate_size_mlp=40),
+    "deepseek_v3": DeepseekV3Config(
+        **{k: v for k, v in _SIZES.items() if k not in ("head_dim", "num_key_value_heads")}, num_key_value_heads=4,
+        n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=24, first_k_dense_replace=1, n_group=2,
+        topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize("name", _MIXTURES)
+def test_mixtures_take_no_more_than_planned(name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch):
+    """Llama 4's experts get tokens of equal number; of the others the router is told what the plan assumes."""
+
+    def routed(self: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+        *others, chosen = plain(self, *args)
+        counts = torch.tensor(hardest(len(chosen), chosen.shape[1], 4))
+        return (*others, torch.arange(4).repeat_interleave(counts).view(*chosen.shape[::-1]).T)
+
+    options: dict[str, Any] = {"gradient_checkpointing": checkpointing, "precision": "fp32"}
+    storage = QosoraConfig(rank=8)
+    model = random_model(_MIXTURES[name], storage, StepOptions(device="cpu", **options))
+    model.config.quantization_config = storage
+    routers = {type(m) for n, m in model.named_modules() if n.endswith((".mlp.router", ".mlp.gate"))}
+    for router in routers if name != "llama4" else ():
+        plain = router.forward
+        monkeypatch.setattr(router, "forward", routed)
+    found = profile(model, batch_size=3, seq_len=40, steps=1, **options)
+    assert found.planned is not None
+    for phase, measured in found.live.phases.items():
+        assert measured <= found.planned.phases[phase] <= 1.01 * measured, phase
 
 
 def test_a_model_that_cannot_be_traced_is_measured_without_a_plan(caplog: pytest.LogCaptureFixture):

@@ -61,6 +61,14 @@ def test_any_further_option_by_name():
     assert made.neftune_noise_alpha == 5.0
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "grpo"])
+def test_no_loss_for_routers_that_are_frozen(method: str):
+    more = {"reward": ["exact"]} if method == "grpo" else {}
+    assert trl_config(config(method=method, **more), "fp32", Path("run")).router_aux_loss_coef == 0
+    asked = trl_config(config(method=method, trl={"router_aux_loss_coef": 0.1}, **more), "fp32", Path("run"))
+    assert asked.router_aux_loss_coef == 0.1
+
+
 def test_numbers_that_yaml_takes_for_text():
     options = {"adam_epsilon": "1e-6", "lr_scheduler_kwargs": {"min_lr": "2e-5"}, "run_name": "e5"}
     made = trl_config(config(trl=options), "fp32", Path("run"))
