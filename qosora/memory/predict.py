@@ -345,7 +345,9 @@ def _lora(options: StepOptions, model: Any) -> LoraConfig:
 
 def _signatures(layers: nn.ModuleList, config: PreTrainedConfig) -> list[Any]:
     """What decides about a layer's memory: its parameters, and what the config lists for each layer."""
-    lists = [v for v in vars(config.get_text_config()).values() if isinstance(v, list) and len(v) == len(layers)]
+    count = len(layers)
+    lists = [v for v in vars(config.get_text_config()).values() if isinstance(v, list) and len(v) == count]
+    lists = [v for v in lists if v != list(range(count))]  # the numbers of layers, as those with experts of Llama 4
     return [
         (
             [str(values[i]) for values in lists],

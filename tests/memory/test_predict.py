@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import (
     Gemma3TextConfig,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
     Qwen3Config,
@@ -34,6 +36,9 @@ CONFIGS: dict[str, Any] = {
         layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 3 + ["sliding_attention"] * 2,
     ),
     "mixtral": MixtralConfig(num_hidden_layers=5, num_local_experts=4, **SIZES),
+    # experts in one tensor, a full layer after three chunked ones, and a list of the numbers of the layers with experts
+    "llama4": Llama4TextConfig(num_hidden_layers=16, num_local_experts=2, intermediate_size_mlp=96, **SIZES),
+    "gpt_oss": GptOssConfig(num_hidden_layers=10, num_local_experts=4, num_experts_per_tok=2, **SIZES),
 }  # fmt: skip
 
 
@@ -53,6 +58,8 @@ STORAGE = QosoraConfig(rank=8)
         ("gemma3", {"gradient_checkpointing": False, "vectors": "s"}),
         ("mixtral", {}),
         ("mixtral", {"gradient_checkpointing": False, "device": "cpu"}),
+        ("llama4", {}),
+        ("gpt_oss", {}),
     ],
 )
 @pytest.mark.slow
