@@ -87,15 +87,15 @@ def step_launches(method: str, shape: str, *, checkpointing: bool, tokens: int) 
     with torch.device("meta"):
         inputs = Batch(1, tokens).tensors(model.vocab, "meta")
     alone = patch.object(experts, "_together", lambda x: False) if method == "qosora-alone" else nullcontext()
-    even = patch.object(experts, "_hardest", even_shares)
+    even = patch.object(experts, "hardest", even_shares)
     with fused(False) if method == "qosora-plain" else nullcontext(), alone, even, counting() as counts:
         training_step(model.model, inputs, SimpleNamespace(step=lambda: None), max_grad_norm=0)
     return counts
 
 
-def even_shares(top_k_index: torch.Tensor, num_experts: int) -> list[int]:
+def even_shares(tokens: int, top_k: int, num_experts: int) -> list[int]:
     """Give all experts as many tokens."""
-    share, more = divmod(top_k_index.numel(), num_experts)
+    share, more = divmod(tokens * top_k, num_experts)
     return [share + (i < more) for i in range(num_experts)]
 
 

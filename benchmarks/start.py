@@ -29,11 +29,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vocabulary import cut_model, cut_tokenizer
 
 from qosora.config import QosoraConfig
-from qosora.decompose import EMBEDDINGS, SCALES, nf4
+from qosora.decompose import EMBEDDINGS, SCALES, nf4, reconstruct
+from qosora.decompose.factorize import factorize
 from qosora.decompose.scales import column_scale
 from qosora.layers import VocabularyMatrix, qosora_modules
 
 QUESTION = "How far is an untrained base from the unquantized model?"
+
+
+#: Quantiles of a normal distribution as NF4 has them (QLoRA, arXiv 2305.14314), 8 in place of 16.
+NF3 = torch.tensor([-1, -0.5350227, -0.2469314, 0, 0.1833375, 0.3819939, 0.6229857, 1])
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,21 @@ class Start:
         stored = sum(layer.factors.nbytes for layer in layers)
         return model, 8 * stored / sum(layer.in_features * layer.out_features for layer in layers)
 
+    def three_bits(self, draw: int, rank: int) -> tuple[PreTrainedModel, float]:
+        """Decompose the weights, with a residual of 3 bits a value: NF4's construction with 8 values, absmax exact."""
+
+        def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+            factors = factorize(weight, rank, name="", seed=draw, scale="columns")
+            assert factors.scale is not None
+            kept = reconstruct(factors) - nf4.dequantize(factors.residual) * factors.scale
+            blocks = ((weight - kept) / factors.scale).view(-1, 64)
+            absmax = blocks.abs().amax(1, keepdim=True)
+            nearest = (blocks[..., None] / absmax[..., None] - NF3).abs().argmin(-1)
+            rest = (NF3[nearest] * absmax).view_as(weight) * factors.scale
+            return kept + rest, factors.nbytes - weight.numel() // 8
+
+        return self._replaced(quantized)
+
     def nf4_embeddings(self, draw: int, rank: int) -> tuple[PreTrainedModel, float]:
         """Decompose the weights, and quantize the embeddings as they are to NF4."""
         model, bits = self.base(draw, rank, "columns")
@@ -184,6 +204,8 @@ def stages(args: argparse.Namespace, start: Start) -> Mapping[str, Callable[[], 
     for kind in EMBEDDINGS:
         made = partial(start.base, rank=rank, scale="columns", embeddings=kind)
         rivals[f"qosora_r{rank}_columns_embeddings_{kind}"] = made
+    for few in args.ranks:
+        rivals[f"qosora_r{few}_columns_three_bits"] = partial(start.three_bits, rank=few)
     rivals[f"qosora_r{rank}_columns_embeddings_plain_nf4"] = partial(start.nf4_embeddings, rank=rank)
     return {name: partial(start.over_draws, made) for name, made in rivals.items() if name in (args.only or rivals)}
 
