@@ -113,8 +113,9 @@ def _describe_base(folder: Path) -> dict[str, Any]:
             if module in adapted and key in ("s", "o"):
                 adapter_entries += entries
         fingerprint = stored_fingerprint(reader)
-        _refuse_what_does_not_fit(folder, reader, modules, QosoraConfig.from_dict(storage), plain)
-        _refuse_impossible(folder, reader, [*part_of, *eight_bit_scales(reader).values()])
+        scales = {*eight_bit_scales(reader).values()} if storage.get("embeddings") == "8bit" else set()
+        _refuse_what_does_not_fit(folder, reader, modules, scales, QosoraConfig.from_dict(storage), plain)
+        _refuse_impossible(folder, reader, [*part_of, *scales])
     manifest = read_manifest(folder)
     return {
         "kind": "base",
@@ -171,6 +172,7 @@ def _refuse_what_does_not_fit(
     folder: Path,
     reader: CheckpointReader,
     modules: Mapping[str, Iterable[str]],
+    scales: set[str],
     storage: QosoraConfig,
     plain: PlainModel | None,
 ) -> None:
@@ -181,8 +183,7 @@ def _refuse_what_does_not_fit(
     missing = [f"{weight.removesuffix('weight')}{key}" for weight, names in stored.items() for key in fields
                if f"{weight.removesuffix('weight')}{key}" not in names]  # fmt: skip
     if plain is not None:
-        others = set(reader.names()) - {name for names in stored.values() for name in names}
-        others -= {*eight_bit_scales(reader).values()}
+        others = set(reader.names()) - {name for names in stored.values() for name in names} - scales
         missing += plain.missing(part for name in (*others, *stored) for part in plain.locate(name)[1])
         _refuse_others(folder, reader, others, plain)
     if missing:

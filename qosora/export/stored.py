@@ -182,7 +182,7 @@ class AdaptedBase:
     def _locate(self) -> None:
         """Find out what each tensor of the base is to the model, and refuse what does not fit."""
         packed = {name for names in self._groups.values() for name in names}
-        scales = eight_bit_scales(self._reader)
+        scales = eight_bit_scales(self._reader) if self.storage.embeddings == "8bit" else {}
         located: set[str] = set()
         self.tensors: dict[str, Stored] = {}
         for disk in natural_order({*self._reader.names()} - packed - {*scales.values()}):

@@ -229,9 +229,8 @@ def _loss_sum(causal: Any, examples: Sequence[Example]) -> float:
     hidden, targets = hidden[:, :-1][chosen], targets[chosen]
     rows, total = logits_rows(causal), 0.0
     for h, t in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-        total += F.cross_entropy(
-            logits_of_states(causal, h, type(output)).float(), t.to(h.device), reduction="sum"
-        ).item()
+        logits = logits_of_states(causal, h, type(output)).float()
+        total += F.cross_entropy(logits, t.to(h.device), reduction="sum").item()
     return total
 
 

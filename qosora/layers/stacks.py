@@ -231,18 +231,17 @@ def _using_layers(module_class: Any, keys: tuple[str, ...]) -> Any:
     found: dict[str, Any] = {key: property(partial(_Matrices, key=key)) for key in keys}
     own = getattr(module_class.forward, "__wrapped__", module_class.forward)  # not an exchanged implementation
 
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.is_meta:  # a planner asks for what is enough
-            args = tuple(_with_values(value, self) for value in args)
-            kwargs = {name: _with_values(value, self) for name, value in kwargs.items()}
-        return own(self, x, *args, **kwargs)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(_with_values(value, self) for value in args)
+        kwargs = {name: _with_values(value, self) for name, value in kwargs.items()}
+        return own(self, *args, **kwargs)
 
     found["forward"] = forward
     return type(module_class.__name__, (module_class,), found | {"__module__": module_class.__module__})
 
 
 def _with_values(value: Any, module: nn.Module) -> Any:
-    """Give the choice of experts, (tokens, k), the values that take the most; its code asks for them."""
+    """Give a choice of experts, (tokens, k), that has no values those that take the most: a planner asks for them."""
     if not (isinstance(value, torch.Tensor) and value.is_meta and value.dtype == torch.int64 and value.ndim == 2):
         return value
     tokens, top_k = value.shape
