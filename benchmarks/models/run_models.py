@@ -4,7 +4,8 @@
     python benchmarks/models/run_models.py --output models.json --kinds causal --only llama gpt_oss
 
 Stages, each a line of the result: build, quantize, load (equal to what `from_pretrained` makes of the same weights),
-train (gradients of all vectors, with checkpointing and without), adapter (saved and loaded), export (merged, in
+train (gradients of all vectors, with checkpointing and without; of language models the loss that `qosora train`
+computes, equal to that of their logits), adapter (saved and loaded), export (merged, in
 transformers' own class, onto the base and onto the original), lora (in PEFT, equal to the latter). A stage that ends
 with a `QosoraError` is refused, with its line; anything else is a failure. `share` is the part of the entries of all
 matrices, but embeddings and head, that is decomposed. Each model has a process of its own; what the output has already
@@ -38,9 +39,11 @@ from common import commit, device, versions
 from qosora import OsoraConfig, QosoraConfig
 from qosora.adapter import OsoraLayer
 from qosora.base import load_base, load_model, quantize
+from qosora.compat.trl import add_fused_lm_head
 from qosora.errors import QosoraError, first_line
 from qosora.export import export_lora, export_merged
 from qosora.layers import QosoraLinear
+from qosora.training.own_logits import keep_own_logits
 
 #: Of PEFT, by kind of model.
 TASKS = {
@@ -93,6 +96,8 @@ def stages(kind: str, model_type: str, class_name: str, folder: Path, report: An
     )
     if worst > 1e-4:
         raise AssertionError(f"with checkpointing gradients differ by {worst:.2g}")
+    if kind == "causal":
+        require_own_loss(model, inputs)
     report("train", silent=len(silent), vectors=len(gradients), checkpointed=checkpointed)
     perturb(adapted)
     adapted.save_pretrained(folder / "adapter")
@@ -110,6 +115,20 @@ def stages(kind: str, model_type: str, class_name: str, folder: Path, report: An
     lora = PeftModel.from_pretrained(plain_class.from_pretrained(folder / "source"), folder / "lora")
     require_near(output(lora, inputs), onto)
     report("lora")
+
+
+def require_own_loss(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Refuse a language model of whose logits the loss is not that `qosora train` computes."""
+    labels = inputs["input_ids"]
+    log_probs = output(model, inputs).log_softmax(-1)[:, :-1]
+    expected = log_probs.gather(-1, labels[:, 1:, None])[..., 0]
+    add_fused_lm_head(model, outputs=("log_probs",))
+    keep_own_logits(model)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        found = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    if (difference := relative(found, expected)) > 1e-3:
+        raise AssertionError(f"log-probabilities that are trained differ by {difference:.2g} from the model's")
 
 
 def require_near(got: torch.Tensor, expected: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ exist. It knows of factors and caps by some names in a configuration. Of other m
 kind, Inkling, RecurrentGemma) it would compute the loss of another model, without a word.
 
 So both are computed of a few random states, once; where they differ, the model's own forward makes the logits of some
-tokens after others, which are made again for their gradients.
+tokens after others, which are made again for their gradients. Where it needs more than states, it makes all at once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ __all__ = ["keep_own_logits"]
 
 logger = getLogger("qosora")
 
+#: Ways to compute the loss.
+_PRODUCT, _IN_PIECES, _AT_ONCE = "as a product", "some tokens at a time", "all at once"
 #: Random states, how far their logits spread (caps are at 30 or 50), and what part of that is rounding in 16 bits.
 _STATES, _SPREAD, _ROUNDING = 8, 20.0, 0.02
 
@@ -50,32 +52,37 @@ def keep_own_logits(model: Any, temperature: float = 1.0) -> None:
     Args:
         model: A language model that TRL's `add_fused_lm_head` has changed.
         temperature: As given to that.
-
-    Raises:
-        QosoraError: The model has no module below its output layer.
     """
-    name_backbone(model)
     fused = model.forward
-    decided: list[bool] = []
+    decided: list[str] = []
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return fused(*args, **kwargs)
         if not decided:
-            decided.append(_is_product(self, fused))
-            if not decided[0]:
-                logger.info("the loss is of the logits that %s makes itself", type(self).__name__)
-        if decided[0]:
+            decided.append(_way(self, fused))
+            if decided[0] != _PRODUCT:
+                logger.info("the loss is of the logits that %s makes itself, %s", type(self).__name__, decided[0])
+        if decided[0] == _PRODUCT:
             return fused(*args, fused_lm_head=True, **kwargs)
-        return _of_own_logits(self, temperature, *args, **kwargs)
+        return _of_own_logits(self, fused if decided[0] == _AT_ONCE else None, temperature, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
 
 
+def _way(model: Any, fused: Callable[..., Any]) -> str:
+    """Return in which of the ways to compute the loss."""
+    try:
+        name_backbone(model)
+        return _PRODUCT if _is_product(model, fused) else _IN_PIECES
+    except Exception:  # whatever its forward misses in states alone: ProphetNet's several streams, say
+        return _AT_ONCE
+
+
 @torch.no_grad()
 def _is_product(model: Any, fused: Callable[..., Any]) -> bool:
-    """Say whether TRL's log-probabilities are those of the model's own logits; True where that cannot be found out."""
+    """Say whether TRL's log-probabilities are those of the model's own logits."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings().weight
     width = getattr(model.config.get_text_config(), "hidden_size", head.weight.shape[1])
     if head.weight.shape[1] != width:
@@ -94,6 +101,7 @@ def _is_product(model: Any, fused: Callable[..., Any]) -> bool:
 
 def _of_own_logits(
     model: Any,
+    whole: Callable[..., Any] | None,
     temperature: float,
     *args: Any,
     labels: torch.Tensor,
@@ -101,24 +109,24 @@ def _of_own_logits(
     num_items_in_batch: Any = None,
     **kwargs: Any,
 ) -> FusedCausalLMOutput:
-    """Do as TRL's fused forward."""
-    output = model.base_model(*args, **{**kwargs, "use_cache": False})
-    hidden = output.last_hidden_state
+    """Do as TRL's fused forward, by a forward that makes all logits, or by the backbone and pieces of them."""
+    output = (whole or model.base_model)(*args, **{**kwargs, "use_cache": False})
+    rows = output.logits if whole else output.last_hidden_state
     targets = labels[:, 1:] if shift_labels is None else shift_labels
-    hidden = hidden[:, :-1] if shift_labels is None else hidden
+    rows = rows[:, :-1] if shift_labels is None else rows
     mask = targets != -100
-    chosen, wanted = hidden[mask], targets[mask]
+    chosen, wanted = rows[mask], targets[mask]
 
-    def figures(states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logits = logits_of_states(model, states, type(output)).float() / temperature
+    def figures(rows: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = (rows if whole else logits_of_states(model, rows, type(output))).float() / temperature
         log_probs = logits.log_softmax(-1)
         of_tokens = log_probs.gather(-1, tokens[:, None])[:, 0]
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         return of_tokens, entropy, (2 * log_probs).logsumexp(-1), logits.mean(-1), logits.argmax(-1) == tokens
 
-    rows = logits_rows(model)
-    pieces = zip(torch.split(chosen, rows), torch.split(wanted, rows), strict=True)
-    parts = [checkpoint(figures, states, tokens, use_reentrant=False) for states, tokens in pieces]
+    size = logits_rows(model)
+    pieces = zip(torch.split(chosen, size), torch.split(wanted, size), strict=True)
+    parts = [checkpoint(figures, *piece, use_reentrant=False) for piece in pieces]
     columns = map(torch.cat, zip(*parts, strict=True))
     # As TRL's, so that a batch without a token to train on is a zero with gradients.
     placed = [column.new_zeros(mask.shape).masked_scatter(mask, column) for column in columns]

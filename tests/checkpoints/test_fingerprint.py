@@ -6,16 +6,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from tiny import decompose, load, make_base, make_checkpoint, perturbed
 
 from qosora import OsoraConfig
 from qosora.adapter import model_fingerprint
-from qosora.checkpoints.fingerprint import base_fingerprint, group_modules
+from qosora.checkpoints.fingerprint import base_fingerprint, eight_bit_scales, group_modules
 from qosora.checkpoints.folders import read_json
 from qosora.checkpoints.reader import CheckpointReader
 from qosora.config import QosoraConfig
+from qosora.errors import CheckpointError
 from qosora.layers.linear import qosora_modules
 
 
@@ -108,3 +111,25 @@ def test_reading_the_fingerprint_reads_little(tmp_path: Path):
     start = time.perf_counter()
     base_fingerprint([layer] * 20)
     assert time.perf_counter() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("e.weight_scale"), "e.weight_scale, is missing"),
+        (lambda t: t.pop("e.weight"), "e.weight, which must be of int8, is missing"),
+        (lambda t: t.update({"e.weight": torch.zeros(3, 4)}), "e.weight, which must be of int8"),
+        (lambda t: t.update({"e.weight_scale": torch.zeros(2)}), r"must be \(3,\), float32, got \(2,\)"),
+        (lambda t: t.update({"e.weight_scale": torch.zeros(3).half()}), "float32, got .* torch.float16"),
+    ],
+    ids=["no scale", "no matrix", "no int8", "shape", "dtype"],
+)
+def test_scales_of_matrices_in_8_bits(change: Any, message: str, tmp_path: Path):
+    tensors = {"e.weight": torch.zeros(3, 4, dtype=torch.int8), "e.weight_scale": torch.zeros(3), "n": torch.zeros(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with CheckpointReader(tmp_path) as reader:
+        assert eight_bit_scales(reader) == {"e.weight": "e.weight_scale"}
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with CheckpointReader(tmp_path) as reader, pytest.raises(CheckpointError, match=message):
+        eight_bit_scales(reader)

@@ -18,6 +18,7 @@ from transformers import (
     ModernBertDecoderConfig,
     OPTConfig,
     PreTrainedConfig,
+    ProphetNetConfig,
     RecurrentGemmaConfig,
     RemBertConfig,
 )
@@ -49,7 +50,15 @@ OTHERS: dict[str, PreTrainedConfig] = {
     "modernbert": ModernBertDecoderConfig(**SIZES),
     "recurrent_gemma": RecurrentGemmaConfig(**SIZES, lru_width=32, attention_window_size=16, num_key_value_heads=1),
 }
-CONFIGS = PRODUCTS | OTHERS
+#: What needs more than the backbone's states: streams of n-grams.
+_DECODER = {key: value for key, value in SIZES.items() if key != "num_hidden_layers"}
+WHOLE: dict[str, PreTrainedConfig] = {
+    "prophetnet": ProphetNetConfig(
+        **_DECODER, num_decoder_layers=2, num_decoder_attention_heads=4, decoder_ffn_dim=48, is_decoder=True,
+        is_encoder_decoder=False, add_cross_attention=False, dropout=0.0, ngram=2,
+    )
+}  # fmt: skip
+CONFIGS = PRODUCTS | OTHERS | WHOLE
 
 
 def made(name: str) -> Any:
@@ -134,7 +143,7 @@ def test_a_temperature_and_nothing_to_train_on(name: str):
     assert none.loss == 0
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", PRODUCTS | OTHERS)
 def test_the_loss_of_an_evaluation_is_the_models(name: str):
     from qosora.data.tokens import Example
 
