@@ -17,6 +17,12 @@ __all__ = ["fit_batch_size", "plan_run", "planned_peak"]
 logger = logging.getLogger(__name__)
 
 
+_COMPILED = (
+    "compiled layers are planned as others: they keep no more for backward; what their kernels allocate while they run "
+    "is not known"
+)
+
+
 def plan_run(config: TrainConfig, found: Preview, *, gpu: str | None = None, gpu_memory: str | None = None) -> Plan:
     """Predict the memory of a run's step, on its longest examples.
 
@@ -52,7 +58,7 @@ def _plan(
     config: TrainConfig, source: str, longest: int, precision: str, gpu: str | None, gpu_memory: str | None
 ) -> Plan:
     elsewhere = gpu is not None or gpu_memory is not None
-    return plan(
+    found = plan(
         source,
         batch_size=config.batch_size * (2 if config.method in ("dpo", "orpo", "reward") else 1),
         seq_len=config.max_length if config.packing else longest,
@@ -73,6 +79,7 @@ def _plan(
         grid=False,
         trust_remote_code=config.trust_remote_code,
     )
+    return replace(found, assumptions=(*found.assumptions, _COMPILED)) if config.compile else found
 
 
 def fit_batch_size(config: TrainConfig, *, gpu: str | None = None, gpu_memory: str | None = None) -> TrainConfig:

@@ -46,6 +46,17 @@ def test_the_largest_that_fits(folder: Path):
         fit_batch_size(asked, gpu_memory=f"{takes[1] - 2**22}B")
 
 
+def test_compiled_layers_are_planned_as_others_and_it_says_so(folder: Path):
+    found = preview_run(config(folder, batch_size=1, precision="bf16"))
+    plain, compiled = (
+        plan_run(config(folder, batch_size=1, precision="bf16", compile=on), found, gpu_memory="24GiB")
+        for on in (False, True)
+    )
+    assert compiled.usage == plain.usage
+    assert compiled.assumptions[:-1] == plain.assumptions
+    assert compiled.assumptions[-1].startswith("compiled layers are planned as others")
+
+
 def test_without_a_card_it_is_the_default(folder: Path):
     settled = fit_batch_size(config(folder, gradient_accumulation=2))
     assert (settled.batch_size, settled.gradient_accumulation) == (4, 2)
