@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["code_state", "recall", "remember"]
+__all__ = ["code_state", "file_state", "recall", "remember"]
 
 #: Entries of a file, and files of a folder; the oldest are forgotten.
 _KEPT, _KEPT_FILES = 10_000, 100
@@ -48,6 +48,12 @@ def remember(subject: str, entries: Mapping[str, Any]) -> None:
 def code_state(packages: Iterable[str]) -> list[Any]:
     """Return what is another when what computes is: versions of Python and of packages, and qosora's own code."""
     return [platform.python_version(), *map(version, packages), *_own_code()]
+
+
+def file_state(path: Path) -> list[int]:
+    """Return what is another when a file is, without reading it: its size, time and number (inode)."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 @cache

@@ -279,33 +279,32 @@ class _Conversion:
         if module is None:
             return self._copied(disk, name)
         reader, prefix = self.reader, disk.removesuffix("weight")
-        files = [reader.file(disk)]
         specs = {prefix + key: StoredSpec.of(p) for key, p in module.named_parameters() if key != "bias"}
-
-        if isinstance(module, EightBitMatrix):
-            return Unit(
-                disk,
-                specs,
-                module.out_features * module.in_features,
-                files,
-                lambda: _fetched(reader.tensor(disk), device),
-                lambda weight: ({prefix + k: t.cpu() for k, t in module.state_of(weight, name).items()}, {}),
-            )
+        cost = module.out_features * module.in_features
+        if isinstance(module, QosoraLinear):
+            cost *= module.rank + _QUANTIZATION_COST
 
         def make(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-            start = time.perf_counter()
-            oriented = weight.T if module.fan_in_fan_out else weight
-            options: dict[str, Any] = {"name": name, "moments": self.moments.get(name.removesuffix(".weight"))}
-            options |= self.storage.factorize_options() | module.factorize_options
-            factors, error = factorize_with_report(oriented, module.rank, **options)
-            state = {prefix + key: tensor.cpu() for key, tensor in module.state_of(factors).items()}
-            shape = (module.out_features, module.in_features)
-            seconds = time.perf_counter() - start
-            report = LayerReport(name.removesuffix(".weight"), shape, module.rank, **asdict(error), seconds=seconds)
-            return state, asdict(report)
+            if isinstance(module, EightBitMatrix):
+                state, report = module.state_of(weight, name), None
+            else:
+                state, report = self._decomposed(name, module, weight)
+            return {prefix + key: tensor.cpu() for key, tensor in state.items()}, asdict(report) if report else {}
 
-        cost = module.out_features * module.in_features * (module.rank + _QUANTIZATION_COST)
-        return Unit(disk, specs, cost, files, lambda: _fetched(reader.tensor(disk), device), make)
+        return Unit(disk, specs, cost, [reader.file(disk)], lambda: _fetched(reader.tensor(disk), device), make)
+
+    def _decomposed(
+        self, name: str, module: QosoraLinear, weight: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], LayerReport]:
+        """Return a layer's parameters by name, and its report."""
+        start = time.perf_counter()
+        oriented = weight.T if module.fan_in_fan_out else weight
+        options: dict[str, Any] = {"name": name, "moments": self.moments.get(name.removesuffix(".weight"))}
+        options |= self.storage.factorize_options() | module.factorize_options
+        factors, error = factorize_with_report(oriented, module.rank, **options)
+        state = {key: tensor.cpu() for key, tensor in module.state_of(factors).items()}  # a GPU has finished then
+        shape, seconds = (module.out_features, module.in_features), time.perf_counter() - start
+        return state, LayerReport(name.removesuffix(".weight"), shape, module.rank, **asdict(error), seconds=seconds)
 
     def _copied(self, disk: str, name: str) -> Unit:
         reader = self.reader

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qosora.remembered import code_state, recall, remember
+from qosora.remembered import code_state, file_state, recall, remember
 
 __all__ = ["inspected"]
 
@@ -47,8 +47,5 @@ def inspected(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def _state(folder: Path) -> list[Any]:
     """Return what is another when a file of a folder is, or what reads it."""
     entries = os.scandir(folder) if folder.is_dir() else ()
-    files = sorted((entry.name, Path(entry.path).stat()) for entry in entries if entry.name.endswith(_READ))
-    return [
-        code_state(_COMPUTES),
-        [[name, found.st_size, found.st_mtime_ns, found.st_ino] for name, found in files],
-    ]
+    files = sorted([entry.name, *file_state(Path(entry.path))] for entry in entries if entry.name.endswith(_READ))
+    return [code_state(_COMPUTES), files]

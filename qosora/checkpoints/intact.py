@@ -23,7 +23,7 @@ from qosora.checkpoints.folders import read_json
 from qosora.checkpoints.names import ADAPTER_CONFIG, ADAPTER_STEM, MANIFEST_NAME
 from qosora.errors import CheckpointError
 from qosora.formats import MANIFEST, require_known
-from qosora.remembered import recall, remember
+from qosora.remembered import file_state, recall, remember
 
 __all__ = [
     "file_digest",
@@ -206,6 +206,5 @@ def recorded_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _state(path: Path, entry: dict[str, Any]) -> list[Any] | None:
     with suppress(OSError):
-        found = path.stat()
-        return [found.st_size, found.st_mtime_ns, found.st_ino, entry["sha256"]]
+        return [*file_state(path), entry["sha256"]]
     return None

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from qosora.compat.trl import FusedCausalLMOutput
+from qosora.data import IGNORED
 from qosora.inference import logits_of_states, logits_rows, returning
 from qosora.layers import name_backbone
 
@@ -76,6 +77,8 @@ def _way(model: Any, fused: Callable[..., Any]) -> str:
     try:
         name_backbone(model)
         return _PRODUCT if _is_product(model, fused) else _IN_PIECES
+    except torch.OutOfMemoryError:  # which says nothing of the model
+        raise
     except Exception:  # whatever its forward misses in states alone: ProphetNet's several streams, say
         return _AT_ONCE
 
@@ -114,7 +117,7 @@ def _of_own_logits(
     rows = output.logits if whole else output.last_hidden_state
     targets = labels[:, 1:] if shift_labels is None else shift_labels
     rows = rows[:, :-1] if shift_labels is None else rows
-    mask = targets != -100
+    mask = targets != IGNORED
     chosen, wanted = rows[mask], targets[mask]
 
     def figures(rows: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
