@@ -4,6 +4,7 @@
                 1, which has none: decomposed as it is.  2: `scale`, and c of each layer.
                 3: experts that the model holds in one tensor are layers of their own
                 4: `embeddings`: embeddings and output layer are decomposed, too.  5: or are in 8 bits
+                6: more of such experts, those that the model casts or transposes, and DBRX's
     adapter     `format_version` in adapter_config.json
                 1, or none: vectors.  2: `update_rank`, and A and B of each layer
                 3: `trainable_token_indices`, and rows of embeddings
@@ -25,20 +26,22 @@ __all__ = [
     "ADAPTER",
     "ADAPTER_WITHOUT_TOKENS",
     "BASE",
-    "BASE_WITHOUT_EMBEDDINGS",
-    "BASE_WITHOUT_INT8",
     "BASE_WITHOUT_STACKS",
+    "BASE_WITH_EMBEDDINGS",
+    "BASE_WITH_INT8",
+    "BASE_WITH_STACKS",
     "MANIFEST",
     "RUN",
     "UNFINISHED",
     "require_known",
 ]
 
-BASE: Final = 5
-#: Of bases whose embeddings are in 4 bits, of those whose are in 16, and of those that have no such experts either:
+BASE: Final = 6
+#: Of bases with embeddings in 8 bits, and in 4; with experts that are layers of their own, the first such; and without:
 #: an older qosora reads them.
-BASE_WITHOUT_INT8: Final = 4
-BASE_WITHOUT_EMBEDDINGS: Final = 3
+BASE_WITH_INT8: Final = 5
+BASE_WITH_EMBEDDINGS: Final = 4
+BASE_WITH_STACKS: Final = 3
 BASE_WITHOUT_STACKS: Final = 2
 ADAPTER: Final = 3
 #: Of adapters without such rows: an older qosora reads them.

@@ -27,6 +27,7 @@ from qosora.base.load import load_tokenizer
 from qosora.checkpoints import SourceCheckpoint, empty_model, load_config
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, first_line
+from qosora.formats import BASE
 from qosora.layers import fast_dtype, split_experts
 
 __all__ = ["calibration_rows", "rows_digest", "second_moments", "streamed_model", "token_rows"]
@@ -131,7 +132,7 @@ def streamed_model(
     checkpoint: SourceCheckpoint, device: torch.device, trust_remote_code: bool, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """Return the original model, whose modules have their weights only while they run; by default in 16 bits."""
-    plain = PlainModel(checkpoint.origin, trust_remote_code, stacks=True)
+    plain = PlainModel(checkpoint.origin, trust_remote_code, stacks=BASE)
     config = load_config(checkpoint.origin, trust_remote_code=trust_remote_code)
     stored = torch.bfloat16 if config.dtype in (None, torch.float32) else config.dtype
     config.dtype = dtype or (stored if device.type != "cpu" else fast_dtype(stored))

@@ -47,6 +47,7 @@ from qosora.compat.transformers import forget_tie, unexpected_tensors
 from qosora.config import QosoraConfig
 from qosora.decompose import factorize_with_report
 from qosora.errors import CheckpointError, ConfigError
+from qosora.formats import BASE
 from qosora.layers import EightBitMatrix, QosoraLinear, layers_on_disk
 from qosora.places import published_name
 
@@ -202,7 +203,7 @@ class _Conversion:
         trust_remote_code: bool,
     ) -> None:
         self.source, self.storage = source, storage
-        self.plain = PlainModel(checkpoint.origin, trust_remote_code, stacks=True)
+        self.plain = PlainModel(checkpoint.origin, trust_remote_code, stacks=BASE)
         self.reader = self.plain.apart(checkpoint.reader)
         self.config: PreTrainedConfig = load_config(checkpoint.origin, trust_remote_code=trust_remote_code)
         self.dtype = self.config.dtype = dtype or self.config.dtype or self._stored_dtype()

@@ -29,8 +29,16 @@ from qosora.compat.transformers import (
     tied_weights,
 )
 from qosora.errors import CheckpointError, QosoraError, first_line
-from qosora.formats import BASE_WITHOUT_STACKS
-from qosora.layers import layer_of_stack, linear_layers, split_experts, take_apart, without_stacking
+from qosora.formats import BASE, BASE_WITHOUT_STACKS
+from qosora.layers import (
+    Stack,
+    layer_of_stack,
+    linear_layers,
+    parts_on_disk,
+    split_experts,
+    take_apart,
+    without_stacking,
+)
 
 __all__ = ["PlainModel", "natural_order", "stored_otherwise", "take_stacks_apart"]
 
@@ -42,8 +50,8 @@ class PlainModel:
         folder: With a `config.json`; a quantization config in it is ignored.
         trust_remote_code: Whether to run model code that is in the folder.
         vocabulary: Rows of the embeddings, where they are not as config.json has them.
-        stacks: Whether experts that the model holds in one tensor are layers of their own; as a base in the folder
-            has them, by default, and not where there is no base.
+        stacks: Format of the bases that have the experts that are layers of their own, and not in one tensor; that
+            of a base in the folder, by default, and where there is no base none are.
 
     Attributes:
         model: The model on the meta device, its experts taken apart as `qosora.layers.experts` does where it can.
@@ -51,12 +59,13 @@ class PlainModel:
         shapes: Of all tensors in the model's state, by name.
         transposed: Layers that store their weight as (in_features, out_features): GPT-2's `Conv1D`.
         tied: Parameters that share the value of another: name -> name of the other.
-        stacks: Parameters that are taken apart into layers, and into how many.
-        stacks_on_disk: Their names in a plain checkpoint.
+        stacks: Parameters, also on disk, that are taken apart into layers, and what they were.
+        stacks_format: `stacks`, as given or found.
+        stacks_on_disk: Names in a plain checkpoint of the parameters that are taken apart.
     """
 
     def __init__(
-        self, folder: Path, trust_remote_code: bool, vocabulary: int | None = None, *, stacks: bool | None = None
+        self, folder: Path, trust_remote_code: bool, vocabulary: int | None = None, *, stacks: int | None = None
     ) -> None:
         try:
             config = load_config(folder, trust_remote_code=trust_remote_code)
@@ -75,9 +84,10 @@ class PlainModel:
         split_experts(model)
         if stacks is None:
             version = dict(storage).get("format_version") if isinstance(storage, Mapping) else None
-            stacks = isinstance(version, int) and version > BASE_WITHOUT_STACKS
+            stacks = version if isinstance(version, int) else BASE_WITHOUT_STACKS
         whole = model.state_dict()
-        self.stacks = take_stacks_apart(model) if stacks else {}
+        taken, self.stacks_format = take_stacks_apart(model, stacks), stacks
+        self.stacks = {name: stack for name, stack in taken.items() if not stack.parts}
         self.stacks_on_disk = {n: next(iter(revert_weight_conversion(model, {n: whole[n]}))) for n in self.stacks}
         self.model = model
         self._state: dict[str, torch.Tensor] = model.state_dict()
@@ -152,20 +162,22 @@ class _Apart:
     def __init__(self, reader: TensorReader, plain: PlainModel) -> None:
         self._reader = reader
         self._place: dict[str, tuple[str, int | None]] = {}
+        self._stacks: dict[str, Stack] = {}
         for disk in reader.names():
             _, (first, *more) = plain.locate(disk)
             if more or first not in plain.stacks:
                 self._place[disk] = disk, None
                 continue
-            for i in range(plain.stacks[first]):
+            for i in range(plain.stacks[first].shape[0]):
                 self._place[f"{layer_of_stack(first, i)}.weight"] = disk, i
+                self._stacks[disk] = plain.stacks[first]
 
     def names(self) -> list[str]:
         return list(self._place)
 
     def shape(self, name: str) -> tuple[int, ...]:
         disk, index = self._place.get(name, (name, None))
-        return self._reader.shape(disk)[0 if index is None else 1 :]
+        return self._reader.shape(disk) if index is None else self._stacks[disk].shape[1:]
 
     def dtype(self, name: str) -> torch.dtype:
         return self._reader.dtype(self._place.get(name, (name, None))[0])
@@ -177,17 +189,13 @@ class _Apart:
         disk, index = self._place.get(name, (name, None))
         if index is None:
             return self._reader.tensor(disk)
-        return (
-            self._reader.slice(disk)[index]
-            if isinstance(self._reader, CheckpointReader)
-            else (self._reader.tensor(disk)[index])
-        )
+        reader, place = self._reader, self._stacks[disk].place(index)
+        return reader.slice(disk)[place] if isinstance(reader, CheckpointReader) else reader.tensor(disk)[place]
 
 
-def take_stacks_apart(model: PreTrainedModel) -> dict[str, int]:
-    """Do as `layers.take_apart` with the parameters of a model that are on disk as they are in the model."""
-    makers = [c for c in get_model_conversion_mapping(model, add_legacy=False) if isinstance(c, WeightConverter)]
-    return take_apart(model, lambda name: any(makes(maker, name) for maker in makers))
+def take_stacks_apart(model: PreTrainedModel, version: int = BASE) -> dict[str, Stack]:
+    """Do as `layers.take_apart`, and return what there was."""
+    return take_apart(model, parts_on_disk(model), version)
 
 
 def stored_otherwise(model: PreTrainedModel) -> list[str]:

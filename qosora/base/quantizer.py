@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qosora import register
 from qosora.base.calibrate import calibration_rows, second_moments
-from qosora.base.layout import PlainModel, take_stacks_apart
+from qosora.base.layout import PlainModel
 from qosora.base.structure import decompose_structure
 from qosora.checkpoints import open_source, tensor_hashes
 from qosora.compat.torch import own_buffers, own_parameters
@@ -59,6 +59,7 @@ from qosora.layers import (
     qosora_modules,
     quantized_modules,
     stack_experts,
+    taken_apart,
     without_stacking,
 )
 
@@ -124,27 +125,39 @@ class _Factorize(ConversionOps):
 
 
 class _TakeApart(ConversionOps):
-    """Gives each expert's matrix of one tensor to a layer of its own."""
+    """Gives each expert's matrix of one tensor to a layer of its own.
+
+    Args:
+        flat: Whether the matrices are one below the other.
+    """
+
+    def __init__(self, flat: bool) -> None:
+        self.flat = flat
 
     def convert(
         self, input_dict: dict[str, Any], target_patterns: list[str] | None = None, **_: Any
     ) -> dict[str, torch.Tensor]:
         """Return the matrices by the names of the layers' weights."""
         (value,) = input_dict.values()
-        stack = value[0] if isinstance(value, list) else value
-        if len(stack) != len(names := target_patterns or []):
+        stack, names = value[0] if isinstance(value, list) else value, target_patterns or []
+        if self.flat and len(stack) % len(names) == 0:
+            stack = stack.unflatten(0, (len(names), -1))
+        if len(stack) != len(names):
             raise CheckpointError(f"{names[:1]}: config.json makes it one of {len(names)}, the checkpoint {len(stack)}")
         return dict(zip(names, stack, strict=True))
 
 
-def _taking_apart(stacks: Mapping[str, int]) -> list[WeightConverter]:
+def _taking_apart(model: PreTrainedModel) -> list[WeightConverter]:
     """Return the loader's conversions that take parameters apart: one for all layers of the model."""
     found = {}
-    for name, count in stacks.items():
-        end = re.split(r"\.\d+\.", name)[-1]
-        found[end] = [f"{layer_of_stack(end, i)}.weight" for i in range(count)]
+    for name, module in model.named_modules():
+        for key, stack in taken_apart(module).items():
+            if not stack.parts:
+                end = re.split(r"\.\d+\.", f"{name}.{key}")[-1]
+                found[end] = [f"{layer_of_stack(end, i)}.weight" for i in range(stack.shape[0])], stack.flat
     return [
-        WeightConverter(rf"{re.escape(end)}$", targets, operations=[_TakeApart()]) for end, targets in found.items()
+        WeightConverter(rf"{re.escape(end)}$", targets, operations=[_TakeApart(flat)])
+        for end, (targets, flat) in found.items()
     ]
 
 
@@ -189,8 +202,10 @@ class QosoraHfQuantizer(HfQuantizer):
             self.quantization_config = model.config.quantization_config = copy.copy(self.quantization_config)
         if not self.pre_quantized and self.quantization_config.embeddings is not None:
             _untie_what_differs(model)
-        self._stacks = {} if self.pre_quantized else take_stacks_apart(model)
-        names = decompose_structure(model, self.quantization_config, stored=self.pre_quantized)
+        names = decompose_structure(
+            model, self.quantization_config, stored=self.pre_quantized, stacks=not self.pre_quantized
+        )
+        self._taking_apart = [] if self.pre_quantized else _taking_apart(model)
         quantized = quantized_modules(model)
         for name, module in model.named_modules():  # these have none to fill, nor what only holds such layers
             if name in quantized or not (own_parameters(module) or own_buffers(module)):
@@ -209,7 +224,6 @@ class QosoraHfQuantizer(HfQuantizer):
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
     ) -> list[WeightTransform]:
         """Leave experts as they are on disk, where their matrices are layers of the model."""
-        self._taking_apart = _taking_apart(self._stacks)
         found = without_stacking(super().update_weight_conversions(weight_conversions, model), model)
         of_vocabulary = (n for n, m in model.named_modules() if isinstance(m, VocabularyMatrix))
         moved = [moved_into(model, *name.rsplit(".", 1)) for name in of_vocabulary]

@@ -27,7 +27,7 @@ from qosora.layers import (
     QosoraHead,
     QosoraLinear,
     VocabularyMatrix,
-    is_taken_apart,
+    first_format,
     linear_layers,
     qosora_modules,
     read_directly,
@@ -64,11 +64,12 @@ def decompose_structure(
         ConfigError: If no layer is left, or the config names layers that the model has not.
     """
     split_experts(model)
-    if stacks or config.stacks_apart:
+    if stacks:
         take_stacks_apart(model)
+    elif config.stacks_format is not None:
+        take_stacks_apart(model, config.stacks_format)
     if not stored:
-        config.stacks_apart = any(map(is_taken_apart, model.modules()))
-    if not stored:
+        config.stacks_format = first_format(model)
         if problems := _unmatched_patterns(model, config):
             raise ConfigError(problems)
         _leave_what_cannot_be_replaced(model, config)

@@ -101,8 +101,9 @@ class QosoraConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.compute_dtype = None if compute_dtype is None else dtype_name(compute_dtype)
         known = ", ".join(k for k in self.__dict__ if k != "quant_method")
-        #: Whether experts that the model holds in one tensor are layers of their own; found out when a base is made.
-        self.stacks_apart = version is not None and version > formats.BASE_WITHOUT_STACKS
+        #: The format that says which experts, held in one tensor by the model, are layers of their own; None for none,
+        #: and before a base is made.
+        self.stacks_format = version if version is not None and version >= formats.BASE_WITH_STACKS else None
         problems += [f"unknown option {key!r}; the options are {known}" for key in unknown]
         problems += self._problems()
         if problems:
@@ -180,13 +181,14 @@ class QosoraConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain data, without the text of the calibration."""
         options = super().to_dict()
-        apart = options.pop("stacks_apart")
+        version = options.pop("stacks_format") or formats.BASE_WITHOUT_STACKS
         options.pop("calibration")
-        if self.embeddings is not None:
-            version = formats.BASE if self.embeddings == "8bit" else formats.BASE_WITHOUT_INT8
-            return {**options, "format_version": version}
-        options.pop("embeddings")
-        return {**options, "format_version": formats.BASE_WITHOUT_EMBEDDINGS if apart else formats.BASE_WITHOUT_STACKS}
+        if self.embeddings is None:
+            options.pop("embeddings")
+        else:
+            of_embeddings = formats.BASE_WITH_INT8 if self.embeddings == "8bit" else formats.BASE_WITH_EMBEDDINGS
+            version = max(version, of_embeddings)
+        return {**options, "format_version": version}
 
     def storage_options(self) -> dict[str, Any]:
         """Return the options of the 4-bit format: those that `nf4.quantize` takes."""

@@ -45,7 +45,7 @@ from qosora.export.original import original_of
 from qosora.export.run import Export, Reports
 from qosora.export.stored import AdaptedBase, Layer
 from qosora.export.verify import Verification, verify_export
-from qosora.layers import LinearExperts, stacked_place
+from qosora.layers import projections_of, stacked_place
 from qosora.places import published_name
 
 __all__ = ["LoraReport", "export_lora", "reduced"]
@@ -267,7 +267,7 @@ def _name(adapted: AdaptedBase, layer: Layer) -> str:
 def _is_expert(adapted: AdaptedBase, layer: Layer) -> bool:
     parts = layer.module.split(".")
     parents = (".".join(parts[:i]) for i in range(1, len(parts)))
-    return any(isinstance(adapted.plain.model.get_submodule(parent), LinearExperts) for parent in parents)
+    return any(projections_of(adapted.plain.model.get_submodule(parent)) for parent in parents)
 
 
 def _lora(adapted: AdaptedBase, original: str, target: int | None, dtype: torch.dtype) -> tuple[LoraConfig, list[Unit]]:
@@ -372,12 +372,11 @@ def _are_stacked_by_name(adapted: AdaptedBase, config: LoraConfig, experts: set[
         return not probe.target_parameters
     names = {module.rpartition(".")[2] for module in experts}
     all_experts = {
-        f"{name}.{i}.{projection}"
+        f"{name}.{projection}"
         for name, module in adapted.plain.model.named_modules()
-        if isinstance(module, LinearExperts)
-        for i in range(module.num_experts)
-        for projections in module.projections.values()
-        for projection in projections
+        for experts in projections_of(module).values()
+        for expert in experts
+        for projection in expert
     }
     mixed = any(module.rpartition(".")[2] in names for module in others)
     return bool(probe.target_parameters) and not mixed and all_experts <= experts

@@ -19,8 +19,9 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from qosora.checkpoints import StoredSpec, Unit, empty_model, load_config
 from qosora.compat.peft import convert_peft_config_for_transformers
+from qosora.errors import CheckpointError
 from qosora.export.stored import AdaptedBase, Layer
-from qosora.layers import LinearExperts, layer_of_stack
+from qosora.layers import layer_of_stack, projections_of
 
 __all__ = ["Parameter", "parameters", "stacked_unit", "taken_for_experts", "wrapped"]
 
@@ -77,17 +78,22 @@ def parameters(adapted: AdaptedBase, dense: Sequence[str], ranks: Mapping[str, i
     found = [Parameter(f"{module}.weight", ((adapted.layers[module],),), False, ranks[module]) for module in dense]
     model: Any = adapted.plain.model
     for name, module in model.named_modules():
-        if isinstance(module, LinearExperts):
-            flipped = bool(getattr(module.stands_for, "is_transposed", False))
-            for parameter, projections in module.projections.items():
-                names = [[f"{name}.{i}.{p}" for p in projections] for i in range(module.num_experts)]
-                found += _stack(adapted, f"{name}.{parameter}", names, flipped, ranks)
-    for parameter, count in adapted.plain.stacks.items():
-        names = [[layer_of_stack(parameter, i)] for i in range(count)]
+        flipped = bool(getattr(getattr(module, "stands_for", module), "is_transposed", False))
+        for parameter, experts in projections_of(module).items():
+            names = [[f"{name}.{projection}" for projection in expert] for expert in experts]
+            found += _stack(adapted, f"{name}.{parameter}", names, flipped, ranks)
+    for parameter, stack in adapted.plain.stacks.items():
+        names = [[layer_of_stack(parameter, i)] for i in range(stack.shape[0])]
         by_columns = adapted.layers[names[0][0]].transposed if names[0][0] in adapted.layers else False
         holder = model.get_submodule(parameter.rpartition(".")[0])
         flipped = by_columns != bool(getattr(holder, "is_transposed", False))
-        found += _stack(adapted, parameter, names, flipped, ranks)
+        made = _stack(adapted, parameter, names, flipped, ranks)
+        if made and stack.flat:
+            raise CheckpointError(
+                f"{adapted.base}: PEFT applies the LoRA of a parameter while the module that has it runs, and the "
+                f"model reads {parameter} before, so none can hold this adapter; export merged weights"
+            )
+        found += made
     return found
 
 

@@ -41,7 +41,7 @@ from qosora.export.original import Original
 from qosora.export.run import Export, Reports
 from qosora.export.stored import AdaptedBase, Layer, Stored
 from qosora.export.verify import Verification, verify_export
-from qosora.layers import stacked_place
+from qosora.layers import Stack, stacked_place
 
 __all__ = ["ONTO", "ExportReport", "checked_dtype", "export_merged"]
 
@@ -204,8 +204,9 @@ def _units(adapted: AdaptedBase, original: Original | None, target: torch.dtype 
     for disk in natural_order(units) if adapted.plain.stacks else ():
         name = adapted.plain.locate(disk)[0].removesuffix(".weight")
         if (place := stacked_place(name)) is not None and place[0] in adapted.plain.stacks:
-            stacks.setdefault(adapted.plain.stacks_on_disk[place[0]], []).append(units.pop(disk))
-    units |= {disk: _stacked(disk, matrices) for disk, matrices in stacks.items()}
+            stacks.setdefault(place[0], []).append(units.pop(disk))
+    on_disk = adapted.plain.stacks_on_disk
+    units |= {on_disk[n]: _stacked(on_disk[n], adapted.plain.stacks[n], found) for n, found in stacks.items()}
     return [units[name] for name in natural_order(units)]
 
 
@@ -247,10 +248,11 @@ def _merged(adapted: AdaptedBase, original: Original | None, layer: Layer, dtype
     return Unit(name, {name: spec}, cost, files, read, make)
 
 
-def _stacked(disk: str, matrices: list[Unit]) -> Unit:
+def _stacked(disk: str, stack: Stack, matrices: list[Unit]) -> Unit:
     """Return the unit that puts experts together again, which a plain checkpoint holds in one tensor."""
     (spec,) = matrices[0].specs.values()
-    whole = StoredSpec(spec.dtype, (len(matrices), *spec.shape))
+    rows, columns = spec.shape
+    whole = StoredSpec(spec.dtype, (len(matrices) * rows, columns) if stack.flat else (len(matrices), rows, columns))
 
     def read() -> list[Any]:
         return [unit.read() for unit in matrices]
@@ -260,7 +262,7 @@ def _stacked(disk: str, matrices: list[Unit]) -> Unit:
         errors: list[float] = []
         for i, unit in enumerate(matrices):
             made, report = unit.make(given[i])
-            (tensor[i],) = made.values()
+            (tensor[stack.place(i)],) = made.values()
             given[i] = None
             errors += [report["quantization_error"]] if report else []
         return {disk: tensor}, {"quantization_error": sum(errors) / len(errors)} if errors else {}
@@ -314,7 +316,7 @@ def _write_config(folder: Path, adapted: AdaptedBase, dtype: torch.dtype, with_c
                 config[key] = {**value, "tie_word_embeddings": False}
     write_json(folder / CONFIG_NAME, config)
     if adapted.untied:
-        plain = PlainModel(folder, with_code, stacks=bool(adapted.plain.stacks))
+        plain = PlainModel(folder, with_code, stacks=adapted.plain.stacks_format)
         names = {stored.name for stored in adapted.tensors.values()} | {f"{module}.weight" for module in adapted.layers}
         tied = [adapted.tensors[disk].name for disk in adapted.untied if plain.tied_to(adapted.tensors[disk].name)]
         if tied or plain.missing(names):

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from qosora.layers.decoder import require_checkpointing as require_checkpointing
     from qosora.layers.device import planning_for as planning_for
     from qosora.layers.experts import LinearExperts as LinearExperts
+    from qosora.layers.experts import parts_on_disk as parts_on_disk
+    from qosora.layers.experts import projections_of as projections_of
     from qosora.layers.experts import router_names as router_names
     from qosora.layers.experts import split_experts as split_experts
     from qosora.layers.experts import stack_experts as stack_experts
@@ -48,11 +50,14 @@ if TYPE_CHECKING:
     from qosora.layers.ops import why_unfused as why_unfused
     from qosora.layers.precision import fast_dtype as fast_dtype
     from qosora.layers.precision import slowdown as slowdown
+    from qosora.layers.stacks import Stack as Stack
+    from qosora.layers.stacks import first_format as first_format
     from qosora.layers.stacks import is_taken_apart as is_taken_apart
     from qosora.layers.stacks import layer_of_stack as layer_of_stack
     from qosora.layers.stacks import put_together as put_together
     from qosora.layers.stacks import stacked_place as stacked_place
     from qosora.layers.stacks import take_apart as take_apart
+    from qosora.layers.stacks import taken_apart as taken_apart
     from qosora.layers.tiling import Tiling as Tiling
     from qosora.layers.tiling import apply_tiling as apply_tiling
     from qosora.layers.vocabulary import STORE as STORE
@@ -88,13 +93,24 @@ __getattr__, __dir__ = door(
         "found": ["linear_layers", "read_directly"],
         "experts": [
             "LinearExperts",
+            "parts_on_disk",
+            "projections_of",
             "router_names",
             "split_experts",
             "stack_experts",
             "stacked_names",
             "without_stacking",
         ],
-        "stacks": ["is_taken_apart", "layer_of_stack", "put_together", "stacked_place", "take_apart"],
+        "stacks": [
+            "Stack",
+            "first_format",
+            "is_taken_apart",
+            "layer_of_stack",
+            "put_together",
+            "stacked_place",
+            "take_apart",
+            "taken_apart",
+        ],
         "tiling": ["Tiling", "apply_tiling"],
         "decoder": ["compile_layers", "decoder_layers", "name_backbone", "require_checkpointing"],
     },

@@ -36,9 +36,18 @@ from qosora.compat.transformers import (
 )
 from qosora.layers.device import device_type
 from qosora.layers.grouped import grouped_product, members
-from qosora.layers.stacks import hardest, is_taken_apart
+from qosora.layers.stacks import hardest, is_taken_apart, taken_apart
 
-__all__ = ["LinearExperts", "router_names", "split_experts", "stack_experts", "stacked_names", "without_stacking"]
+__all__ = [
+    "LinearExperts",
+    "parts_on_disk",
+    "projections_of",
+    "router_names",
+    "split_experts",
+    "stack_experts",
+    "stacked_names",
+    "without_stacking",
+]
 
 
 class LinearExperts(nn.Module):
@@ -159,21 +168,17 @@ def split_experts(model: PreTrainedModel) -> list[str]:
 
 def stack_experts(model: PreTrainedModel) -> None:
     """Undo `split_experts`, with the weights that the linear layers now have; they must be `nn.Linear` again."""
+    made = any(projections_of(module) for module in model.modules())
     names = [name for name, module in model.named_modules() if isinstance(module, LinearExperts)]
     for name in names:  # one layer at a time: each holds a copy
         model.set_submodule(name, model.get_submodule(name).stacked())
-    if names:  # `save_pretrained` reverts what the loader did
+    if made:  # `save_pretrained` reverts what the loader did
         add_conversions(model, _stackers(get_model_conversion_mapping(model, add_legacy=False)))
 
 
 def without_stacking(conversions: Sequence[WeightTransform], model: nn.Module) -> list[WeightTransform]:
     """Return a loader's conversions without those that would stack what is split in this model."""
-    split = [
-        f"{name}.{parameter}"
-        for name, module in model.named_modules()
-        if isinstance(module, LinearExperts)
-        for parameter in module.projections
-    ]
+    split = [f"{name}.{p}" for name, module in model.named_modules() for p in projections_of(module)]
     dropped = [stacker for stacker in _stackers(conversions) if any(makes(stacker, name) for name in split)]
     return [conversion for conversion in conversions if conversion not in dropped]
 
@@ -205,6 +210,29 @@ def stacked_names(model: nn.Module) -> list[str]:
         if not (type(module).__module__.startswith("torch.") or isinstance(module, Conv1D) or is_taken_apart(module))
         and any(p.ndim >= (2 if "experts" in name.split(".") else 3) and len(p) > 1 for p in module.parameters(False))
     ]
+
+
+def parts_on_disk(model: PreTrainedModel) -> Callable[[str], list[str] | None]:
+    """Return what `stacks.take_apart` asks of a loader."""
+    makers = [c for c in get_model_conversion_mapping(model, add_legacy=False) if isinstance(c, WeightConverter)]
+    stackers = list(_stackers(makers))
+
+    def parts(parameter: str) -> list[str] | None:
+        if not any(makes(maker, parameter) for maker in makers):
+            return []
+        module, _, key = parameter.rpartition(".")
+        return _names_on_disk(model, module, key, stackers) or None
+
+    return parts
+
+
+def projections_of(module: nn.Module) -> dict[str, list[list[str]]]:
+    """Return a module's layers, those of each expert, by the parameter that the loader would have made of them."""
+    if isinstance(module, LinearExperts):
+        parts = {parameter: (module.num_experts, names) for parameter, names in module.projections.items()}
+    else:
+        parts = {key: (stack.shape[0], list(stack.parts)) for key, stack in taken_apart(module).items() if stack.parts}
+    return {key: [[f"{i}.{name}" for name in names] for i in range(count)] for key, (count, names) in parts.items()}
 
 
 def _together(x: torch.Tensor) -> bool:

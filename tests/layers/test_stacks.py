@@ -12,13 +12,29 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from tiny import assert_same_tensors, logits, token_ids, train
 from torch import nn
-from transformers import AutoModelForCausalLM, GptOssConfig, JetMoeConfig, Llama4TextConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DbrxConfig,
+    GptOssConfig,
+    JetMoeConfig,
+    Llama4TextConfig,
+    LongcatFlashConfig,
+    PreTrainedConfig,
+)
 
 from qosora.base import load_base, quantize
 from qosora.checkpoints import read_json
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.export import export_merged
-from qosora.layers import QosoraLinear, layer_of_stack, put_together, qosora_modules, stacked_place, take_apart
+from qosora.layers import (
+    QosoraLinear,
+    first_format,
+    layer_of_stack,
+    put_together,
+    qosora_modules,
+    stacked_place,
+    take_apart,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -30,7 +46,20 @@ MODELS: dict[str, PreTrainedConfig] = {
     "llama4": Llama4TextConfig(**SIZES, intermediate_size_mlp=56),
     "jetmoe": JetMoeConfig(**{k: v for k, v in SIZES.items() if k not in ("head_dim", "num_attention_heads")},
                            kv_channels=16),
+    "dbrx": DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, vocab_size=96, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        ffn_config={"ffn_hidden_size": 40, "moe_num_experts": 4, "hidden_size": 32},
+    ),
+    "longcat": LongcatFlashConfig(
+        **{k: v for k, v in SIZES.items() if "experts" not in k and k not in ("head_dim", "num_key_value_heads")},
+        ffn_hidden_size=48, expert_ffn_hidden_size=24, num_key_value_heads=4, n_routed_experts=4, zero_expert_num=2,
+        moe_topk=2, num_layers=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        head_dim=8,
+    ),
 }  # fmt: skip
+#: What an older qosora cannot take apart.
+NEW = ("dbrx", "longcat")
 
 
 def source_of(kind: str, folder: Path) -> Path:
@@ -49,14 +78,17 @@ class Stacks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rows, self.columns, self.whole = (nn.Parameter(torch.randn(3, 4, 4)) for _ in range(3))
-        self.turned, self.summed, self.sliced = (nn.Parameter(torch.randn(3, 4, 4)) for _ in range(3))
+        self.turned, self.both, self.cast = (nn.Parameter(torch.randn(3, 4, 4)) for _ in range(3))
+        self.summed, self.sliced, self.split = (nn.Parameter(torch.randn(3, 4, 4)) for _ in range(3))
         self.bias = nn.Parameter(torch.randn(3, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.view(self.whole.shape[0], -1, self.whole.size(1))
         y = torch.bmm(x.to(self.rows.device), self.whole)
         parts = [F.linear(y[i] @ self.columns[i], self.rows[i], self.bias[i]) for i in range(3)]
-        return torch.stack(parts) @ self.turned[0].T + self.summed.sum() + x[:1] @ self.sliced[:2][0]
+        z = torch.bmm(torch.stack(parts) @ self.turned[0].T, self.both.transpose(1, 2))
+        z = F.linear(z, self.cast[2].float()) @ self.cast[1].to(z.dtype).mT
+        return z + self.summed.sum() + x[:1] @ self.sliced[:2][0] + x[:1] @ self.split[0][1:2].T
 
 
 @torch.no_grad()
@@ -66,10 +98,17 @@ def test_uses_are_told_apart_and_compute_the_same():
     x, state = torch.randn(6, 4), {k: v.clone() for k, v in module.state_dict().items()}
     expected = module(x)
     wrapped = nn.ModuleDict({"inner": module})
-    assert take_apart(wrapped) == {"inner.rows": 3, "inner.columns": 3, "inner.whole": 3}
+    first, more = ["rows", "columns", "whole"], ["turned", "both", "cast"]
+    assert take_apart(nn.ModuleDict({"inner": Stacks()}), version=3).keys() == {f"inner.{name}" for name in first}
+    taken = take_apart(wrapped)
+    assert {name: stack.columns for name, stack in taken.items()} == {
+        "inner.rows": False, "inner.columns": True, "inner.whole": True, "inner.turned": False, "inner.both": False,
+        "inner.cast": False,
+    }  # fmt: skip
     assert take_apart(wrapped) == {}
-    assert set(dict(module.named_parameters(recurse=False))) == {"turned", "summed", "sliced", "bias"}
-    for name in ("rows", "columns", "whole"):
+    assert first_format(wrapped) == 6
+    assert set(dict(module.named_parameters(recurse=False))) == {"summed", "sliced", "split", "bias"}
+    for name in (*first, *more):
         for i in range(3):
             layer: Any = module.get_submodule(f"{i}.{name}")
             assert layer.weight.device.type == "meta"
@@ -87,7 +126,19 @@ def test_uses_are_told_apart_and_compute_the_same():
 
 
 def test_what_the_loader_makes_of_several_tensors_stays():
-    assert "inner.rows" not in take_apart(nn.ModuleDict({"inner": Stacks()}), lambda name: name == "inner.rows")
+    made = take_apart(nn.ModuleDict({"inner": Stacks()}), lambda name: None if name == "inner.rows" else ())
+    assert "inner.rows" not in made
+    assert "inner.whole" in made
+
+
+def test_stand_ins_refuse_what_layers_do_not_compute():
+    module: Any = Stacks()
+    take_apart(nn.ModuleDict({"inner": module}))
+    assert module.both.transpose(-1, 1).shape == module.both.mT.shape == (3, 4, 4)
+    assert module.both[0].transpose(0, 0) is not None
+    for wrong in (lambda: module.both.transpose(0, 1), lambda: module.both.view(-1, 2, 8), lambda: module.both + 1):
+        with pytest.raises(TypeError, match=r"decomposed one by one|unsupported operand"):
+            wrong()
 
 
 @pytest.mark.parametrize("parameter", ["a.experts.gate_up_proj", "a.layers.3.input_linear.weight"])
@@ -101,7 +152,9 @@ def test_a_base_of_such_a_model(kind: str, tmp_path: Path):
     source = source_of(kind, tmp_path / "source")
     config = QosoraConfig(rank=8)
     quantize(source, tmp_path / "base", config)
-    assert read_json(tmp_path / "base" / "config.json")["quantization_config"]["format_version"] == 3
+    assert read_json(tmp_path / "base" / "config.json")["quantization_config"]["format_version"] == (
+        6 if kind in NEW else 3
+    )
     assert config.to_dict()["format_version"] == 2  # what is made of a user's config is not the user's
     base = load_base(tmp_path / "base")
     at_once = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)

@@ -12,7 +12,15 @@ import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from kinds import CLASSIFIERS, SEEING
 from tiny import load, make_base, make_checkpoint, write_jsonl
-from transformers import BartConfig, DeepseekV3Config, GptOssConfig, Llama4TextConfig, PreTrainedConfig
+from transformers import (
+    BartConfig,
+    DbrxConfig,
+    DeepseekV3Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    LongcatFlashConfig,
+    PreTrainedConfig,
+)
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
@@ -71,7 +79,8 @@ _SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 1,
 }  # fmt: skip
-#: Experts that a module holds in one tensor; heads whose values are narrower than their keys.
+#: Experts that a module holds in one tensor, or the loader puts into one; heads whose values are narrower than their
+#: keys.
 _MIXTURES: dict[str, PreTrainedConfig] = {
     "gpt_oss": GptOssConfig(**_SIZES),
     "llama4": Llama4TextConfig(**_SIZES, intermediate_size_mlp=40),
@@ -79,6 +88,16 @@ _MIXTURES: dict[str, PreTrainedConfig] = {
         **{k: v for k, v in _SIZES.items() if k not in ("head_dim", "num_key_value_heads")}, num_key_value_heads=4,
         n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=24, first_k_dense_replace=1, n_group=2,
         topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    ),
+    "dbrx": DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, vocab_size=128, pad_token_id=1, max_seq_len=64,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        ffn_config={"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    ),
+    "longcat": LongcatFlashConfig(
+        vocab_size=128, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8, num_layers=1,
+        ffn_hidden_size=48, expert_ffn_hidden_size=24, n_routed_experts=4, zero_expert_num=0, moe_topk=2,
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, pad_token_id=1,
     ),
 }  # fmt: skip
 
@@ -97,10 +116,11 @@ def test_mixtures_take_no_more_than_planned(name: str, checkpointing: bool, monk
     storage = QosoraConfig(rank=8)
     model = random_model(_MIXTURES[name], storage, StepOptions(device="cpu", **options))
     model.config.quantization_config = storage
-    routers = {type(m) for n, m in model.named_modules() if n.endswith((".mlp.router", ".mlp.gate"))}
+    routers = {type(m) for n, m in model.named_modules() if n.endswith((".mlp.router", ".mlp.gate", ".ffn"))}
     for router in routers if name != "llama4" else ():
-        plain = router.forward
-        monkeypatch.setattr(router, "forward", routed)
+        method = "route_tokens_to_experts" if name == "dbrx" else "forward"
+        plain = getattr(router, method)
+        monkeypatch.setattr(router, method, routed)
     found = profile(model, batch_size=3, seq_len=40, steps=1, **options)
     assert found.planned is not None
     for phase, measured in found.live.phases.items():
