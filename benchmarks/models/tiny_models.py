@@ -78,7 +78,26 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {"per_layer_config": {}},
     "gemma4_unified_text": {"per_layer_config": {}},
-    "dots3_note_text": {"per_layer_config": {}},
+    "dots3_note_text": {
+        "layer_types": ["indexed_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_hidden_layers": 2,
+        "head_dim": 32,
+        "num_key_value_heads": 4,
+        "use_dsa": None,
+        "per_layer_config": {
+            1: {
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "q_lora_rank": 16,
+                "kv_lora_rank": 16,
+                "head_dim": 32,
+                "qk_nope_head_dim": 16,
+                "qk_rope_head_dim": 16,
+                "v_head_dim": 16,
+            }
+        },
+    },
     "hunyuan_v1_dense": {"head_dim": 16, "num_attention_heads": 4},
     "hunyuan_v1_moe": {"head_dim": 16, "num_attention_heads": 4, "num_experts": 4, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
@@ -86,7 +105,24 @@ TINY: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
-    "zamba2": {"attention_head_dim": 32, "kv_channels": 32, "mamba_headdim": 16, "n_mamba_heads": 8},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "kv_channels": 16,
+        "mamba_headdim": 16,
+        "n_mamba_heads": 8,
+    },
     "cohere_compass_text": {
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
@@ -109,7 +145,21 @@ TINY: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"lru_width": 64, "intermediate_size": 192, "block_types": ["recurrent", "attention"]},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "qwen4_exp_text": {"ple_embed_dim": 16, "ple_vocab_size": 128},
+    "qwen4_exp_text": {
+        "ple_embed_dim": 16,
+        "ple_vocab_size": 128,
+        "ngram_vocab_size_base": 64,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 2,
+        "heads_per_ngram": 2,
+        "ple_layer_ids": [1],
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "eos_token_id": 2,
+    },
     **{
         model: {"rope_parameters": _TURNED}
         for model in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text")

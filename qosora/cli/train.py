@@ -176,8 +176,6 @@ def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
     print(f"\n{usage_table(planned.usage, None)}")
     if found.seen:
         print("not counted: what the tower of vision takes for pixels")
-    if config.method == "grpo":
-        print("not counted: keys and values while answers are written, when nothing is kept for backward")
     if planned.verdict is not None:
         words = {"fits": "fits into", "tight": "fits tightly, if at all, into", "no": "does not fit into"}
         print(f"\n{words[planned.verdict]} {planned.card.name}")

@@ -327,6 +327,38 @@ def converted(converters: Iterable[Any], pattern: str, values: torch.Tensor, tar
     return tensor
 
 
+# ---- keys and values ------------------------------------------------------------------------------------------------
+
+
+@uses("transformers.generation.utils.GenerationMixin._supports_logits_to_keep")
+def keeps_logits(model: Any) -> bool:
+    """Say whether a model makes the logits of the last tokens alone when asked to."""
+    keeps: bool = model._supports_logits_to_keep()
+    return keeps
+
+
+@uses(
+    "transformers.cache_utils.Cache: layers",
+    "transformers.cache_utils.DynamicLayer: keys",
+    "transformers.cache_utils.DynamicSlidingWindowLayer(sliding_window)",
+    "transformers.cache_utils.DynamicSlidingWindowLayer: cumulative_length",
+)
+def lengthen_cache(cache: Any, tokens: int) -> None:
+    """Give the layers of a cache room as if it held more tokens, of no values; states of a fixed size stay."""
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is None or getattr(layer, "values", None) is None:
+            continue
+        length = layer.keys.shape[-2] + tokens
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length += tokens
+        if (window := getattr(layer, "sliding_window", None)) is not None:
+            length = min(length, window - 1)
+        for name in ("keys", "values"):
+            shape = list(getattr(layer, name).shape)
+            shape[-2] = length
+            setattr(layer, name, getattr(layer, name).new_empty(shape))
+
+
 # ---- GGUF ----------------------------------------------------------------------------------------------------------
 
 _GGUF = "transformers.modeling_gguf_pytorch_utils"

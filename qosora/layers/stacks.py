@@ -18,6 +18,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -50,7 +51,8 @@ _LAST_TWO = {
 }
 
 
-class Stack(NamedTuple):
+@dataclass(frozen=True)
+class Stack:
     """What a parameter was.
 
     Attributes:
@@ -132,7 +134,7 @@ def take_apart(
                 continue
             parts = parts_on_disk(f"{name}.{key}")
             if parts:
-                stack = stack._replace(parts=tuple(parts), since=BASE)
+                stack = replace(stack, parts=tuple(parts), since=BASE)
             if parts is not None and stack.since <= version:
                 found[key] = stack
         for key, stack in found.items():

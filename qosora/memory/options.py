@@ -111,12 +111,16 @@ class Batch:
         length: Tokens of each.
         padding: Whether some are shorter and filled up, so that attention needs a mask.
         packing: Whether all lie in one row, several to an example.
+        written: Tokens of each example that the model writes itself before the step, as with `--method grpo`.
+        rounds: Batches whose answers are written at once.
     """
 
     size: int
     length: int
     padding: bool = False
     packing: bool = False
+    written: int = 0
+    rounds: int = 1
 
     @property
     def tokens(self) -> int:

@@ -186,6 +186,8 @@ def plan(
     storage: QosoraConfig | None = None,
     padding: bool | None = None,
     packing: bool = False,
+    written: int = 0,
+    rounds: int = 1,
     gpu: str | None = None,
     gpu_memory: str | int | None = None,
     link: float | None = None,
@@ -206,6 +208,8 @@ def plan(
         storage: All of how the model is decomposed, in place of both.
         padding: Whether examples differ in length; by default where there are several.
         packing: Whether several examples are packed into each sequence.
+        written: Of `seq_len`, the tokens that the model writes itself before the step, as with `--method grpo`.
+        rounds: Batches whose answers are written at once.
         gpu: Name of a card, such as "RTX 4090".
         gpu_memory: Size of one, such as "24GiB", or bytes.
         link: 10^9 bytes a second from host memory to the GPU; 25 by default.
@@ -228,6 +232,11 @@ def plan(
     storage = storage or storage_of(config, rank, embeddings)
     step = StepOptions(**options)
     problems = shape_problems(config, batch_size, seq_len) + step.problems()
+    if written and not (1 <= written < seq_len and rounds >= 1 and not packing and not grid):
+        problems.append(
+            "written must be at least 1 and less than seq_len, rounds at least 1, packing and grid False; got "
+            f"{written} of {seq_len}, {rounds}, {packing} and {grid}"
+        )
     if step.device == "cpu" and (gpu, gpu_memory) != (None, None):
         problems.append("gpu and gpu_memory are those of a card, and device is cpu: leave them out, or plan for cuda")
     if packing and padding:
@@ -242,7 +251,7 @@ def plan(
     if problems:
         raise ConfigError(problems)
     card = the_card(gpu, gpu_memory) if step.device == "cuda" else Card("cpu", None)
-    planner = _Planner(config, storage, step, card, packing, padding)
+    planner = _Planner(config, storage, step, card, packing, padding, written, rounds)
     batch = planner.batch(batch_size, seq_len)
     usage = planner.usage(batch)
     memory = card.memory_bytes
@@ -255,7 +264,8 @@ def plan(
         )
     mixture = has_experts(config)
     compare = compare and not mixture
-    qlora = _Planner(config, storage, replace(step, method="qlora"), card, packing, padding) if compare else None
+    rival = replace(step, method="qlora")
+    qlora = _Planner(config, storage, rival, card, packing, padding, written, rounds) if compare else None
     return Plan(
         model=str(model) if isinstance(model, (str, Path)) else config.name_or_path or config.model_type,
         rank=storage.rank,
@@ -320,10 +330,10 @@ class _Planner:
 
     def __init__(
         self, config: PreTrainedConfig, storage: QosoraConfig, step: StepOptions, card: Card, packing: bool,
-        padding: bool | None,
+        padding: bool | None, written: int = 0, rounds: int = 1,
     ) -> None:  # fmt: skip
         self.config, self.storage, self.step, self.card = config, storage, step, card
-        self.packing, self.padding = packing, padding
+        self.packing, self.padding, self.written, self.rounds = packing, padding, written, rounds
         self.traced = Traces(config, storage, step)
         text = config.get_text_config()
         self.positions: int = most_positions(config) or 2**20
@@ -344,7 +354,7 @@ class _Planner:
     def batch(self, size: int, length: int) -> Batch:
         """Return a batch as the options make it."""
         padding = not self.packing and (size > 1 if self.padding is None else self.padding)
-        return Batch(size, length, padding, self.packing)
+        return Batch(size, length, padding, self.packing, self.written, self.rounds)
 
     def usage(self, batch: Batch) -> Usage:
         """Trace a batch."""
@@ -441,7 +451,7 @@ class _Planner:
         return sorted(found, key=lambda advice: -advice.saved_bytes)
 
     def _other(self, step: StepOptions, storage: QosoraConfig) -> _Planner:
-        return _Planner(self.config, storage, step, self.card, self.packing, self.padding)
+        return _Planner(self.config, storage, step, self.card, self.packing, self.padding, self.written, self.rounds)
 
     def _changes(self, batch: Batch) -> Iterator[tuple[str, StepOptions, QosoraConfig, Batch]]:
         step, storage = self.step, self.storage
@@ -450,8 +460,15 @@ class _Planner:
             if not same and (name != "attn_implementation" or self.step.attn_implementation == "eager"):
                 yield text, replace(step, **{name: value}), storage, batch  # type: ignore[arg-type]
         if batch.size > 1:
-            yield "--batch-size 1, with --gradient-accumulation in training", step, storage, self.batch(1, batch.length)
-        if batch.length >= 256:
+            one = self.batch(1, batch.length)
+            if batch.written:  # as many answers at once
+                one = replace(one, rounds=batch.size * batch.rounds)
+            yield "--batch-size 1, with --gradient-accumulation in training", step, storage, one
+        if batch.written >= 32:
+            half = batch.written // 2
+            shorter = replace(batch, length=batch.length - half, written=batch.written - half)
+            yield f"--max-completion-length {batch.written - half}", step, storage, shorter
+        elif batch.length >= 256:
             half = batch.length // 2
             yield f"--seq-len {half}", step, storage, self.batch(batch.size, half)
         if base_storage(self.config) is not None:

@@ -42,7 +42,7 @@ from qosora.memory.standins import (
     PerTensorStandIn,
     state_shapes,
 )
-from qosora.memory.step import prepare_model, register_model, training_step
+from qosora.memory.step import prepare_model, register_model, training_step, write_answers
 from qosora.memory.tracer import Event, Peak, Site, Tracer
 from qosora.training import ALIGNMENT, PAGED_NUMEL, parameter_groups, with_head
 
@@ -241,6 +241,9 @@ class TracedModel:
                 saving = partial(OffloadingStandIn, list(self.model.parameters()))
             try:
                 training_step(self.model, inputs, optimizer, tracer, loss=options.loss, saving=saving)
+                if batch.written:
+                    del inputs
+                    write_answers(self.model, batch, self.vocab, tracer)
             except (RuntimeError, NotImplementedError) as error:
                 raise QosoraError(
                     f"{type(self.model.get_base_model()).__name__} cannot be traced without weights: "

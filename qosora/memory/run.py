@@ -36,7 +36,7 @@ def plan_run(config: TrainConfig, found: Preview, *, gpu: str | None = None, gpu
         CheckpointError: The model is no qosora base.
         ConfigError: A card that nobody knows, or that is too small for the weights alone.
     """
-    return _plan(config, found.source, found.longest + found.answer, found.precision, gpu, gpu_memory)
+    return _plan(config, found.source, found.longest + found.answer, found.precision, gpu, gpu_memory, found.answer)
 
 
 def planned_peak(config: TrainConfig, longest: int, precision: str) -> int | None:
@@ -55,7 +55,13 @@ def planned_peak(config: TrainConfig, longest: int, precision: str) -> int | Non
 
 
 def _plan(
-    config: TrainConfig, source: str, longest: int, precision: str, gpu: str | None, gpu_memory: str | None
+    config: TrainConfig,
+    source: str,
+    longest: int,
+    precision: str,
+    gpu: str | None,
+    gpu_memory: str | None,
+    written: int = 0,
 ) -> Plan:
     elsewhere = gpu is not None or gpu_memory is not None
     found = plan(
@@ -63,6 +69,8 @@ def _plan(
         batch_size=config.batch_size * (2 if config.method in ("dpo", "orpo", "reward") else 1),
         seq_len=config.max_length if config.packing else longest,
         packing=config.packing,
+        written=written,
+        rounds=config.gradient_accumulation if written else 1,
         vectors=config.vectors,
         update_rank=config.update_rank,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -100,8 +108,6 @@ def fit_batch_size(config: TrainConfig, *, gpu: str | None = None, gpu_memory: s
     """
     if config.batch_size != AUTO:
         return config
-    if config.method == "grpo":
-        raise ConfigError("batch_size auto does not know what grpo's answers take; give a number")
     if gpu is None and gpu_memory is None and not torch.cuda.is_available():
         logger.info("batch_size %d, gradient_accumulation %d", BATCH_SIZE, config.gradient_accumulation)
         return replace(config, batch_size=BATCH_SIZE)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from qosora.checkpoints import REWARD, task_of
 from qosora.compat.bitsandbytes import is_paged, quant_tensors
+from qosora.compat.transformers import keeps_logits, lengthen_cache
 from qosora.compat.trl import add_fused_lm_head, loss_chunks
 from qosora.decompose import nf4
 from qosora.layers import (
@@ -28,10 +29,11 @@ from qosora.layers import (
     qosora_modules,
     require_checkpointing,
 )
+from qosora.memory.options import Batch
 from qosora.memory.tracer import Tracer
 from qosora.training import PackedPagedOptimizer, cast_to_heads, class_loss
 
-__all__ = ["prepare_model", "register_model", "register_optimizer", "training_step"]
+__all__ = ["prepare_model", "register_model", "register_optimizer", "training_step", "write_answers"]
 
 
 def prepare_model(model: Any, *, gradient_checkpointing: bool, tiling: Tiling, fused_head: bool = True) -> None:
@@ -124,6 +126,40 @@ def training_step(
     optimizer.step()
     model.zero_grad()
     return value.detach()
+
+
+@torch.no_grad()
+def write_answers(model: Any, batch: Batch, vocab: int, tracer: Tracer) -> None:
+    """Do the first and the last forward of those by which a trainer writes answers: the memory of both is the most.
+
+    Args:
+        model: As `training_step` takes it.
+        batch: Of which some tokens are written.
+        vocab: Tokens that there are.
+        tracer: Entered, and following the model.
+    """
+    base = model.get_base_model()
+    device, rows, prompt = base.device, batch.size * batch.rounds, batch.length - batch.written
+    last = {"logits_to_keep": 1} if keeps_logits(base) else {}
+    tracer.enter_phase("answers")
+    model.eval()
+    with tracer.allocating("batch"):
+        mask = torch.ones(rows, prompt + max(1, batch.written - 1), dtype=torch.int64, device=device)
+        ids = mask * (vocab // 2)
+    outputs = model(input_ids=ids[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True, **last)
+    _sampled(outputs.logits)
+    cache = outputs.past_key_values
+    del outputs
+    with tracer.allocating("keys and values"):
+        lengthen_cache(cache, max(0, batch.written - 2))
+    outputs = model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True, **last)
+    _sampled(outputs.logits)
+    model.train()
+
+
+def _sampled(logits: torch.Tensor) -> torch.Tensor:
+    """Return the probabilities of the next token, as transformers' sampling makes them."""
+    return logits[:, -1].to(copy=True, dtype=torch.float32).softmax(-1)
 
 
 def _loss(model: Any, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:

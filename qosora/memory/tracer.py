@@ -30,10 +30,10 @@ __all__ = ["CATEGORIES", "PHASES", "Event", "Peak", "Site", "Tracer", "Workspace
 #: What memory is for; the first seven live as long as the model and the optimizer.
 CATEGORIES = (
     "base residual", "factors", "layers in use", "adapter", "embeddings and head", "norms, biases, buffers",
-    "gradients", "optimizer state", "batch", "saved activations", "layer temporaries", "logits and loss", "workspace",
-    "rounding",
+    "gradients", "optimizer state", "batch", "saved activations", "keys and values", "layer temporaries",
+    "logits and loss", "workspace", "rounding",
 )  # fmt: skip
-PHASES = ("forward", "loss", "backward", "optimizer")
+PHASES = ("answers", "forward", "loss", "backward", "optimizer")
 
 #: Bytes that an operation allocates inside and frees before it returns, from its arguments.
 Workspace = Callable[..., int]
@@ -281,7 +281,8 @@ class Tracer(TorchDispatchMode):
     def live(self, site: Site | None = None) -> dict[str, int]:
         """Return what is live by category, as seen from a site (the present one by default).
 
-        What the forward pass made is saved for backward once its layer has ended; before, it is the layer's own.
+        What the forward pass made is saved for backward once its layer has ended, and what is made while answers are
+        written for the next token; before, it is the layer's own.
         """
         site = site or self._site()
         found: Counter[str] = Counter()
@@ -305,6 +306,7 @@ def category_of(key: Any, site: Site) -> str:
         return str(key.category)
     if key.phase == "loss":
         return "logits and loss"
-    if key.phase == "forward" and not (site.phase == "forward" and site.layer == key.layer):
-        return "saved activations"
+    kept = {"forward": "saved activations", "answers": "keys and values"}
+    if key.phase in kept and not (site.phase == key.phase and site.layer == key.layer):
+        return kept[key.phase]
     return "layer temporaries"

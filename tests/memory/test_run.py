@@ -80,8 +80,33 @@ def test_what_is_tight_is_taken_for_one_example_only(folder: Path, monkeypatch: 
 def test_where_nobody_has_settled_it(folder: Path):
     with pytest.raises(ConfigError, match=r"train\(qosora.memory.fit_batch_size\(config\)\)"):
         train(config(folder))
-    with pytest.raises(ConfigError, match="does not know what grpo's answers take"):
-        fit_batch_size(config(folder, method="grpo", reward=["exact"]))
+
+
+def test_answers_that_the_model_writes_are_counted(folder: Path):
+    """By their keys and values: all answers of a step are written at once, however they are divided into batches."""
+    options: dict[str, Any] = {"method": "grpo", "reward": ["exact"], "num_generations": 4, "precision": "bf16"}
+
+    def planned(length: int, size: int, accumulation: int = 1) -> Any:
+        asked = config(
+            folder, batch_size=size, gradient_accumulation=accumulation, max_completion_length=length, **options
+        )
+        return plan_run(asked, preview_run(asked), gpu_memory="24GiB")
+
+    answers = {key: planned(*key).usage.phases["answers"] for key in ((16, 4, 1), (16, 8, 1), (16, 4, 2), (32, 4, 1))}
+    assert answers[16, 4, 1] < answers[16, 8, 1] < 2.1 * answers[16, 4, 1]
+    assert answers[16, 4, 2] == pytest.approx(answers[16, 8, 1], rel=0.01)
+    assert answers[16, 4, 1] < answers[32, 4, 1]
+    plain = config(folder, batch_size=4)
+    assert "answers" not in plan_run(plain, preview_run(plain)).usage.phases
+    short = planned(32, 8)
+    asked = config(folder, batch_size="auto", gradient_accumulation=2, max_completion_length=32, **options)
+    assert fit_batch_size(asked, gpu_memory="24GiB").batch_size == 8
+    memory = short.usage.total_bytes - 2**12
+    with_less = config(folder, batch_size=8, max_completion_length=32, **options)
+    less = plan_run(with_less, preview_run(with_less), gpu_memory=f"{memory}B")
+    assert less.verdict != "fits"
+    assert any(advice.change.startswith("--max-completion-length 16") for advice in less.advice)
+    assert not any("--seq-len" in advice.change for advice in less.advice)
 
 
 def test_as_it_is_written(folder: Path, tmp_path: Path):

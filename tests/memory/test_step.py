@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import VOCAB, decompose, make_base, make_checkpoint, write_jsonl
+from tiny import VOCAB, decompose, load, make_base, make_checkpoint, write_jsonl
+from transformers import GenerationConfig
 
 import qosora
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.layers.decoder import decoder_layers
 from qosora.layers.tiling import Tiling
-from qosora.memory.options import Batch
+from qosora.memory.options import Batch, StepOptions
+from qosora.memory.predict import TracedModel
 from qosora.memory.profile import profile
 from qosora.memory.step import prepare_model, register_model, register_optimizer, training_step
 from qosora.memory.tracer import Tracer
+from qosora.training import create_optimizer
 from qosora.training.trainer import TRAINERS
 
 #: Options of a run, and the sequences that an example makes.
@@ -85,6 +88,30 @@ def test_the_step_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             for phase in ("forward", "loss", "backward"):
                 assert measured[phase] == pytest.approx(peaks[-1][phase], rel=0.005), phase
         assert max(measured.values()) == pytest.approx(max(peaks[-1].values()), rel=0.005)
+
+
+@pytest.mark.parametrize("written", [12, 50])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_writing_answers_takes_what_is_planned(tmp_path: Path, name: str, written: int):
+    """Of transformers' `generate` after a step, with more rows than a CPU keeps decoded weights for."""
+    base = load(make_base(tmp_path / "base", name))
+    batch = Batch(9, 60, written=written, rounds=2)
+    planned = TracedModel(base.config, base.config.quantization_config, StepOptions(device="cpu", precision="fp32"))
+    model = get_peft_model(base, OsoraConfig())
+    prepare_model(model, gradient_checkpointing=True, tiling=Tiling.of(gradient_checkpointing=True))
+    optimizer = create_optimizer(model, lr=1e-3)
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=written, min_new_tokens=written, pad_token_id=0)
+    backbone, layers = decoder_layers(base)
+    tracer = Tracer()
+    with tracer, tracer.following(model, backbone, layers):
+        register_model(tracer, model)
+        training_step(model, batch.tensors(VOCAB, "cpu"), optimizer, tracer)
+        register_optimizer(tracer, optimizer)
+        tracer.enter_phase("answers")
+        ids = torch.randint(3, VOCAB, (18, 60 - written))
+        model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    measured = max(peak.total for site, peak in tracer.sites.items() if site.phase == "answers")
+    assert planned.predict(batch).phases["answers"] == pytest.approx(measured, rel=0.035)
 
 
 def test_a_batch_is_rows_of_one_length():
