@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qosora.inference.evaluation import logits_of_states as logits_of_states
     from qosora.inference.evaluation import logits_rows as logits_rows
     from qosora.inference.evaluation import mean_loss as mean_loss
+    from qosora.inference.evaluation import on_text_alone as on_text_alone
     from qosora.inference.evaluation import perplexity as perplexity
     from qosora.inference.evaluation import returning as returning
     from qosora.inference.generation import generate as generate
@@ -50,6 +51,7 @@ __getattr__, __dir__ = door(
             "logits_of_states",
             "logits_rows",
             "mean_loss",
+            "on_text_alone",
             "perplexity",
             "returning",
         ],

@@ -19,10 +19,10 @@ import regex
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qosora.base import load_processor
-from qosora.checkpoints import require_language_model, sees
+from qosora.checkpoints import model_class_of, require_language_model, sees
 from qosora.data import (
     IGNORED,
     Columns,
@@ -37,9 +37,9 @@ from qosora.data import (
     template_options,
     tokenize,
 )
-from qosora.errors import ConfigError, DataError, QosoraError
+from qosora.errors import ConfigError, DataError, QosoraError, first_line
 from qosora.inference.generation import Prompt, generate, inference, stop_token_ids
-from qosora.layers import name_backbone
+from qosora.layers import backbone_module, name_backbone
 
 __all__ = [
     "EvalResult",
@@ -49,6 +49,7 @@ __all__ = [
     "logits_of_states",
     "logits_rows",
     "mean_loss",
+    "on_text_alone",
     "perplexity",
     "returning",
 ]
@@ -214,8 +215,27 @@ def batch_losses(
     batches = batches_by_length(examples, batch_size)
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     name_backbone(causal)
-    with inference(model):
+    with inference(model), on_text_alone(causal.config):
         return [_loss_sum(causal, batch) for batch in batches[part::parts]]
+
+
+@contextmanager
+def on_text_alone(config: PreTrainedConfig) -> Iterator[None]:
+    """Say of a model that runs on no text without images that this is so.
+
+    Raises:
+        DataError: In place of what the model's forward raises for want of images.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        named = regex.search("pixel|image|vision", str(error)) is not None
+        if isinstance(error, QosoraError) or not named or not sees(config):
+            raise
+        raise DataError(
+            f"{model_class_of(config).__name__} does not run on text without images ({first_line(error)}): give it "
+            "examples with images"
+        ) from error
 
 
 def _loss_sum(causal: Any, examples: Sequence[Example]) -> float:
@@ -264,7 +284,7 @@ def logits_of_states(causal: Any, hidden: torch.Tensor, output_type: Any) -> tor
 @contextmanager
 def returning(causal: Any, output: Any) -> Iterator[list[None]]:
     """Have a language model's backbone return `output` without computing anything; yield an item for each time."""
-    backbone, calls = causal.base_model, list[None]()
+    backbone, calls = backbone_module(causal), list[None]()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)

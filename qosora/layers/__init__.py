@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from qosora._lazy import door
 
 if TYPE_CHECKING:
+    from qosora.layers.decoder import backbone_module as backbone_module
     from qosora.layers.decoder import compile_layers as compile_layers
     from qosora.layers.decoder import decoder_layers as decoder_layers
     from qosora.layers.decoder import name_backbone as name_backbone
@@ -112,6 +113,6 @@ __getattr__, __dir__ = door(
             "taken_apart",
         ],
         "tiling": ["Tiling", "apply_tiling"],
-        "decoder": ["compile_layers", "decoder_layers", "name_backbone", "require_checkpointing"],
+        "decoder": ["backbone_module", "compile_layers", "decoder_layers", "name_backbone", "require_checkpointing"],
     },
 )

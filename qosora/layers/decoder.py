@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from qosora.compat.torch import allow_recompiles
 from qosora.errors import ConfigError, QosoraError
 
-__all__ = ["compile_layers", "decoder_layers", "name_backbone", "require_checkpointing"]
+__all__ = ["backbone_module", "compile_layers", "decoder_layers", "name_backbone", "require_checkpointing"]
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
@@ -27,22 +27,64 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     raise QosoraError(f"{type(model).__name__} has no list of {count} decoder layers, as config.json says it has")
 
 
+class _BelowHead:
+    """What is below the output layer of a model that has no such module, but its language model has: Llama 4 that sees.
+
+    Args:
+        model: The whole model.
+        inner: The language model in it.
+    """
+
+    def __init__(self, model: PreTrainedModel, inner: PreTrainedModel) -> None:
+        self.model, self.inner = model, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the language model's backbone does when the whole model runs; no logits are made."""
+        found: list[Any] = []
+        head: Any = self.model.get_output_embeddings()
+        backbone: Any = self.inner.base_model
+        own = vars(head).get("forward")
+        handle = backbone.register_forward_hook(lambda module, args, output: found.append(output))
+        vars(head)["forward"] = lambda states: states
+        try:
+            type(self.model).forward(self.model, *args, **kwargs)
+        finally:
+            handle.remove()
+            vars(head).pop("forward") if own is None else vars(head).update(forward=own)
+        return found[-1]
+
+
 def name_backbone(model: PreTrainedModel) -> None:
     """See to it that a language model's `base_model` is what is below its output layer, for losses that need no logits.
 
-    Of `Llama4ForCausalLM` it is the whole model, as its class has another name for what it calls `model`.
+    Of `Llama4ForCausalLM` it is the whole model, as its class has another name for what it calls `model`. Where it is
+    called, and no module has all of it, that is enough.
 
     Raises:
-        QosoraError: There is no such module.
+        QosoraError: There is no such thing.
     """
     if model.base_model is not model:
         return
-    if not isinstance(getattr(model, "model", None), nn.Module):
-        raise QosoraError(
-            f"{type(model).__name__} has no module with all that is below its output layer, so its loss would need all "
-            "logits at once; train the language model alone, or use transformers' Trainer"
-        )
-    model.base_model_prefix = "model"
+    if isinstance(getattr(model, "model", None), nn.Module):
+        model.base_model_prefix = "model"
+        return
+    head = model.get_output_embeddings()
+    for inner in () if head is None else model.modules():
+        if isinstance(inner, PreTrainedModel) and inner is not model and inner.get_output_embeddings() is head:
+            name_backbone(inner)
+            vars(model)["_below_head"] = _BelowHead(model, inner)
+            model.base_model_prefix = "_below_head"
+            return
+    raise QosoraError(
+        f"{type(model).__name__} has no module with all that is below its output layer, so its loss would need all "
+        "logits at once; train the language model alone, or use transformers' Trainer"
+    )
+
+
+def backbone_module(model: PreTrainedModel) -> nn.Module:
+    """Return the module whose output is what a model's output layer gets, after `name_backbone`."""
+    backbone = model.base_model
+    return backbone.inner.base_model if isinstance(backbone, _BelowHead) else backbone
 
 
 def require_checkpointing(model: PreTrainedModel) -> None:

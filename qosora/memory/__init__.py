@@ -8,8 +8,8 @@ memory, `profile` on real ones.
 | `tracer` | live bytes by category, phase and module |
 | `meta_kernels` | what another device's kernels would allocate |
 | `standins` | what stands for parts that need real memory |
-| `step` | one training step, for a tracer to look at |
 | `options` | what a planned step is told, and what is said of it |
+| `step` | one training step, for a tracer to look at |
 | `predict` | the step of a whole model, from few of its layers |
 | `traces` | what has been traced, remembered |
 | `cards` | sizes of GPUs, and what CUDA adds |

@@ -25,6 +25,7 @@ from qosora.checkpoints import (
     file_digest,
     load_config,
     local_folder,
+    model_class_of,
     require_base,
     require_language_model,
     sees,
@@ -328,6 +329,11 @@ def records_of(config: TrainConfig, *, held_out: bool, limit: int | None, form: 
 
 def _pad_within(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> None:
     """Pad with a token that the model has: which one makes no difference, and some have [PAD] added beyond the last."""
+    if not hasattr(model_config.get_text_config(), "vocab_size"):
+        raise CheckpointError(
+            f"{model_class_of(model_config).__name__} has no vocabulary, as it hashes characters, and PEFT saves no "
+            "adapter of such a model: take one with a tokenizer"
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model_config.get_text_config().vocab_size:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if model_config.get_text_config().pad_token_id is None:  # by which classifiers find where a text ends

@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from qosora.compat.transformers import TRAINER_LOGGER, is_of_mtime, old_names_wa
 from qosora.compat.trl import liger_warning
 from qosora.data import no_progress_bars
 from qosora.errors import CheckpointError, ConfigError, EndedElsewhere, FingerprintError, QosoraError, first_line
-from qosora.inference import perplexity
+from qosora.inference import on_text_alone, perplexity
 from qosora.layers import apply_tiling, compile_layers, qosora_modules, require_checkpointing
 from qosora.training.checks import Run, resolve_run
 from qosora.training.config import FIGURES, TrainConfig
@@ -136,7 +136,8 @@ def train(config: TrainConfig) -> TrainResult:
             folder.check_made_of(run.made_of)
             if config.resume and not folder.resuming:
                 logger.info("there is no run in %s to go on with: a new one begins", folder.path)
-        with _quiet(), _advice(run), ExitStack() as group:
+        alone = on_text_alone(run.model_config) if run.seer is None else nullcontext()
+        with _quiet(), _advice(run), alone, ExitStack() as group:
             if run.sharded:
                 group.enter_context(group_of_one(run.arguments.device))
             with processes.agreed():

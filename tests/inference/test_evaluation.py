@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_base, make_checkpoint, make_model, make_tokenizer, sums, write_jsonl
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+)
 
 import qosora.inference.evaluation
 from qosora.data.tokens import IGNORED, Example
@@ -148,6 +154,22 @@ def test_a_pattern_that_takes_for_ever_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(qosora.inference.evaluation, "_PATIENCE", 0.05)
     with pytest.raises(ConfigError, match=r"'\(a\|aa\)\+\$' takes more than 0.05 s on a text of 61 letters"):
         qosora.inference.evaluation._same("a" * 60 + "!", "x", qosora.inference.evaluation._compiled("(a|aa)+$"))
+
+
+def test_what_runs_on_no_text_alone_says_so():
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+    config = Blip2Config(
+        vision_config={**sizes, "intermediate_size": 16},
+        qformer_config={**sizes, "intermediate_size": 16, "encoder_hidden_size": 16, "vocab_size": 96},
+        text_config={"model_type": "opt", "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "vocab_size": 96,
+                     "num_attention_heads": 2, "word_embed_proj_dim": 16, "max_position_embeddings": 32},
+        num_query_tokens=2,
+    )  # fmt: skip
+    model = Blip2ForConditionalGeneration(config)
+    model.config.architectures = ["Blip2ForConditionalGeneration"]
+    ids = np.arange(3, 9)
+    with pytest.raises(DataError, match=r"Blip2ForConditionalGeneration does not run on text without images .*pixel"):
+        mean_loss(model, [Example(ids, ids)])
 
 
 def test_perplexity_does_not_overflow():

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BertConfig,
     CohereConfig,
     Gemma2Config,
     GraniteConfig,
+    Llama4Config,
     Llama4TextConfig,
     LlamaConfig,
     ModernBertDecoderConfig,
@@ -33,11 +35,23 @@ SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-#: By whether TRL's loss is theirs. Llama 4's `base_model` is none; OPT calls what is in it.
+_LLAMA_4 = Llama4TextConfig(**SIZES, intermediate_size_mlp=40, num_local_experts=2, head_dim=8, num_key_value_heads=2)
+#: By whether TRL's loss is theirs. Llama 4's `base_model` is none; that sees has none at all. OPT calls what is in it.
 PRODUCTS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
-    "llama4": Llama4TextConfig(
-        **SIZES, intermediate_size_mlp=40, num_local_experts=2, head_dim=8, num_key_value_heads=2
+    "llama4": _LLAMA_4,
+    "llama4 that sees": Llama4Config(
+        text_config=_LLAMA_4.to_dict(),
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+            "image_size": 28,
+        },
     ),
     "opt": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
     "gemma2": Gemma2Config(**SIZES, head_dim=8, num_key_value_heads=2),
@@ -63,7 +77,8 @@ CONFIGS = PRODUCTS | OTHERS | WHOLE
 
 def made(name: str) -> Any:
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(CONFIGS[name])
+    kind = AutoModelForImageTextToText if name.endswith("sees") else AutoModelForCausalLM
+    model: Any = kind.from_config(CONFIGS[name])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
