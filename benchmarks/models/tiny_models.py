@@ -165,6 +165,19 @@ TINY: dict[str, dict[str, Any]] = {
         for model in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text")
     },
     "glm4v_moe_text": {"rope_parameters": {**_TURNED, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**_TURNED, "mrope_section": [3, 3, 2]}},
+    "chameleon": {"vocabulary_map": {"<image>": 90, "IMGIMGAZ": 91}},
+    "emu3": {"vocabulary_map": {"<image>": 90, "<|visual token 000000|>": 91}},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "step3p5": {"sliding_window": 8},
+    "mistral4": {"head_dim": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "num_key_value_heads": 4},
+    "hunyuan_vl_text": {"head_dim": 16, "rope_parameters": {**_TURNED, "mrope_section": [2, 2, 2, 2]}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [0, 0, 1, 1],
+        "downsample_rate": "1/2",
+    },
     "t5": {"decoder_start_token_id": 0},
     "esm": {"vocab_size": 128, "mask_token_id": 4, "pad_token_id": 1},
     "mobilebert": {"intra_bottleneck_size": 64, "true_hidden_size": 64, "embedding_size": 64},
@@ -212,6 +225,11 @@ def inputs_of(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor]:
     config = model.config
     if model.main_input_name == "input_ids" or model.config.model_type in ("git",):
         found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    elif model.main_input_name == "pixel_values":
+        size = getattr(getattr(config, "vision_config", None) or getattr(config, "encoder", config), "image_size", 32)
+        found = {"pixel_values": torch.randn(2, 3, size, size, generator=generator)}
+        if "input_ids" in inspect.signature(model.forward).parameters:
+            found |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif model.main_input_name == "input_features":
         length = 2 * getattr(config, "max_source_positions", 32)
         found = {"input_features": torch.randn(2, getattr(config, "num_mel_bins", 16), length, generator=generator)}
@@ -220,6 +238,8 @@ def inputs_of(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor]:
     if "bbox" in inspect.signature(model.forward).parameters:  # where each token is on a page
         box = [0.1, 0.2, 0.3, 0.4] if config.model_type in ("udop", "bros") else [1, 2, 30, 40]
         found["bbox"] = torch.tensor(box).expand(*ids.shape, 4).contiguous()
+    if config.model_type == "molmo2":
+        found["mm_token_type_ids"] = torch.zeros_like(ids)
     if config.is_encoder_decoder and not type(model).__name__.endswith("Classification"):
         found["decoder_input_ids"] = ids[:, :8]
     return found
@@ -267,8 +287,8 @@ def _kept_layers(values: Mapping[str, Any], layers: Any) -> tuple[list[int], set
     return (kept, lists) if lists else ([], set())
 
 
-def _small(key: str, value: Any) -> Any:
-    if type(value) is not int or value <= 1:
+def _small(key: Any, value: Any) -> Any:
+    if type(value) is not int or value <= 1 or not isinstance(key, str):
         return value
     if re.search(r"token_(id|index)$|_id$", key):
         return value if value < 100 else 100 + value % 28

@@ -229,7 +229,7 @@ def on_text_alone(config: PreTrainedConfig) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, AttributeError) as error:
-        named = regex.search("pixel|image|vision", str(error)) is not None
+        named = regex.search("pixel|image|vision|mm_token", str(error)) is not None
         if isinstance(error, QosoraError) or not named or not sees(config):
             raise
         raise DataError(
