@@ -196,7 +196,8 @@ def main() -> None:
         folder = Path(temporary)
         first = task_of(args, args.work_dir or folder)
         config = {name: getattr(args, name) for name in ("task", "warm_steps", "steps", "batch", "seeds")}
-        record = Record(args.output, "reward", QUESTION, config | {"rates": first.rates}, args.resume)
+        config |= {"rates": first.rates, "asked": len(first.splits["test"])}
+        record = Record(args.output, "reward", QUESTION, config, args.resume)
         task = replace(first, model=warm(first, folder, args))
         quantize(task.model, folder / "base", task.config)
         before = load_model(folder / "base", dtype=torch.float32)

@@ -37,7 +37,7 @@ def _right(left: str, result: str) -> bool:
     try:
         with warnings.catch_warnings(action="ignore"):  # 3(4) looks like a call
             value, expected = _value(ast.parse(left.strip(), mode="eval").body), float(result)
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError):
+    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
         return False  # a model writes anything
     return abs(value - expected) <= 1e-4 * max(1.0, abs(expected))
 

@@ -16,6 +16,7 @@ from qosora import QosoraConfig, quantize
 from qosora.base.load import load_base
 from qosora.checkpoints.stored_config import adapter_config
 from qosora.demo import assets
+from qosora.training.rewards import load_rewards
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,3 +101,19 @@ def test_a_tiny_t5_translates(tmp_path: Path) -> None:
     inputs = words([row["source"] for row in pairs[:6]], return_tensors="pt", padding=True)
     written = plain.generate(**inputs, max_new_tokens=12)
     assert words.batch_decode(written, skip_special_tokens=True) == [row["target"] for row in pairs[:6]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "worth"),
+    [
+        ("He sold 48/2 = <<48/2=24>>24 clips, so <<48+24=73>>73.", 0.5),
+        ("<<(2+3)*4=20>> <<-2+5=3>> <<1/3=.3333>> <<10-2-3=5>>", 1.0),
+        ("no sums", 0.0),
+        ("<<2**3=8>> <<9**9**9=1>> <<1/0=3>> <<f(1)=1>> <<3(4)=12>> <<x=1>> <<1 if 1 else 2=1>> <<08+1=9>>", 0.0),
+        (f"<<{'(' * 9999}1=1>> <<{'-' * 9999}1=1>> <<\0=1>> <<5'=5>> <<=>> <<1e999-1=1>>", 0.0),
+    ],
+)
+def test_the_reward_of_sums(answer: str, worth: float) -> None:
+    file = ROOT / "examples" / "gsm8k_reward.py"
+    (reward,) = load_rewards([f"{file}:sums"], ["prompt", "answer"])
+    assert reward(prompts=["?"], completions=[answer], answer=["#### 3"]) == [worth]
