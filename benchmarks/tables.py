@@ -293,8 +293,8 @@ def reward_gsm8k(found: dict[str, Any], file: str) -> str:
     note = (
         f"Gemma 3 270M after {config['warm_steps']} steps on examples, merged; then {config['steps']} steps of GRPO on "
         f"{config['batch']} answers, 8 to each prompt, on questions of at most 64 tokens. An answer is worth the share "
-        "of its sums that are right (examples/gsm8k_reward.py), and 1 more for the right number. One seed, one learning "
-        f"rate each; greedy answers to {config['asked']} held-out questions. "
+        "of its sums that are right (examples/gsm8k_reward.py), and 1 more for the right number. One seed, one "
+        f"learning rate each; greedy answers to {config['asked']} held-out questions. "
         f"{conditions(found, file, *QLORA, 'trl')}"
     )
     head = ["", "trained parameters", "learning rate", "reward in the first 10 steps", "in the last 10"]

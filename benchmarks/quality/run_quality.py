@@ -6,9 +6,10 @@
 
 Each file in `configs/` is an experiment: what is frozen, what is trained, and learning rates to choose from. On each
 task an experiment is first trained briefly at each of its learning rates; that with the lowest validation loss is
-taken, and where it is the largest or smallest of them, a further one beyond is tried. Then come the trainings that
-count, one for each seed, which is that of the examples' order and of what a method draws. What is in `results/quality`
-already is not run again: the same command goes on where it stopped. `quality_page.py` makes tables and pictures of it.
+taken, and where it is the largest or smallest of them, a further one beyond is tried. An experiment with a single one,
+which another has found, is not searched. Then come the trainings that count, one for each seed, which is that of the
+examples' order and of what a method draws. What is in `results/quality` already is not run again: the same command goes
+on where it stopped. `quality_page.py` makes tables and pictures of it.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ class Results:
     def learning_rate(self, task: Task, experiment: Experiment) -> tuple[float | None, list[Run]]:
         """Return the best learning rate, or None and the runs that are missing to know it."""
         rates = sorted(experiment.learning_rates)
+        if len(rates) == 1:
+            return rates[0], []
         while True:
             runs = {rate: Run(task.name, experiment.name, rate, 0, task.search_steps, True) for rate in rates}
             losses = {rate: self.search_loss(run) for rate, run in runs.items()}
