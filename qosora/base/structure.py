@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -85,14 +86,16 @@ def decompose_structure(
 
 
 def _leave_what_cannot_be_replaced(model: PreTrainedModel, config: QosoraConfig) -> None:
+    heads = _head(model)
     for names, why in (
         (read_directly(model), "it uses their weights without calling them"),
         (stored_otherwise(model), "their weights have another form or name on disk"),
-        (_head(model), "they are its head, which is trained in full"),
+        (heads, "they are its head, which is trained in full"),
     ):
         left = [name for name in names if _converts(name, skipped_modules(model, config))]
         if left:
-            patterns = list(dict.fromkeys(".".join(name.rsplit(".", 2)[-2:]) for name in left))
+            ends = left if names is heads else [".".join(name.rsplit(".", 2)[-2:]) for name in left]
+            patterns = list(dict.fromkeys(ends))
             config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *patterns]
             logger.info(
                 "%d layers of %s stay in 16 bits, as %s: %s", len(left), type(model).__name__, why, ", ".join(patterns)
@@ -100,8 +103,16 @@ def _leave_what_cannot_be_replaced(model: PreTrainedModel, config: QosoraConfig)
 
 
 def _head(model: PreTrainedModel) -> list[str]:
-    """Return the linear layers of a classifier's head."""
-    return [name for name in linear_layers(model) if name.partition(".")[0] in head_modules(model)]
+    """Return the linear layers of a classifier's head, and those in modules whose names end as its does.
+
+    PEFT tells by the end of a name what is trained in full: with `head` also `vision_model.head`.
+    """
+    heads = tuple(head_modules(model))
+    return [n for n in linear_layers(model) if heads and any(n[:i].endswith(heads) for i in _dots(n))]
+
+
+def _dots(name: str) -> Iterator[int]:
+    return (i for i, letter in enumerate(f"{name}.") if letter == ".")
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:

@@ -6,13 +6,14 @@ import warnings
 
 import pytest
 import torch
+from peft import get_peft_model
 from tiny import FAMILIES, LAYERS, MIXTURES, make_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import ModernVBertConfig, ModernVBertForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qosora.base.structure import decompose_structure, replace_linears, skipped_modules
-from qosora.config import QosoraConfig
+from qosora.config import OsoraConfig, QosoraConfig
 from qosora.errors import ConfigError
 from qosora.layers import LinearExperts, qosora_modules
 
@@ -83,3 +84,16 @@ def test_experts_that_stay_whole_are_stacked_again():
         replaced = decompose_structure(model, QosoraConfig(rank=8, modules_to_not_convert=["experts"]))
     assert len(replaced) == 8
     assert not any(isinstance(module, LinearExperts) for module in model.modules())
+
+
+def test_what_is_trained_with_a_head_of_its_name_stays():
+    """ModernVBERT's tower has a `head`, too, and PEFT goes by the end of a name."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {**vision, "vocab_size": 96, "pad_token_id": 0, "global_attn_every_n_layers": 1}
+    config = ModernVBertConfig(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    with torch.device("meta"):
+        model = ModernVBertForSequenceClassification(config)
+    replaced = decompose_structure(model, QosoraConfig(rank=8))
+    assert not [name for name in replaced if ".head." in name or name.startswith("head.")]
+    assert {"model.vision_model.encoder.layers.0.mlp.fc1", "model.text_model.layers.0.mlp.Wi"} <= set(replaced)
+    assert get_peft_model(model, OsoraConfig(task_type="SEQ_CLS", modules_to_save=["head", "classifier"]))
