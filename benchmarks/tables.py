@@ -286,15 +286,15 @@ def reward_gsm8k(found: dict[str, Any], file: str) -> str:
     before = results["before"]["right"]
     rows = [["before", "", "", "", "", *(f"{before[name]:.2f}" for name in ("sums", "number"))]]
     for name, words in names.items():
-        run = results[f"{name}_seed0"]
-        first, last = (sum(run["rewards"][part]) / 10 for part in (slice(10), slice(-10, None)))
-        scores = [f"{run['right'][reward]:.2f}" for reward in ("sums", "number")]
-        rows.append([words, f"{run['parameters']:,}", f"{run['rate']:g}", f"{first:.2f}", f"{last:.2f}", *scores])
+        for run in (run for key, run in results.items() if key.startswith(f"{name}_lr")):
+            first, last = (sum(run["rewards"][part]) / 10 for part in (slice(10), slice(-10, None)))
+            scores = [f"{run['right'][reward]:.2f}" for reward in ("sums", "number")]
+            rows.append([words, f"{run['parameters']:,}", f"{run['rate']:g}", f"{first:.2f}", f"{last:.2f}", *scores])
     note = (
         f"Gemma 3 270M after {config['warm_steps']} steps on examples, merged; then {config['steps']} steps of GRPO on "
         f"{config['batch']} answers, 8 to each prompt, on questions of at most 64 tokens. An answer is worth the share "
-        "of its sums that are right (examples/gsm8k_reward.py), and 1 more for the right number. One seed, one "
-        f"learning rate each; greedy answers to {config['asked']} held-out questions. "
+        "of its sums that are right (examples/gsm8k_reward.py), and 1 more for the right number. One seed; greedy "
+        f"answers to {config['asked']} held-out questions. "
         f"{conditions(found, file, *QLORA, 'trl')}"
     )
     head = ["", "trained parameters", "learning rate", "reward in the first 10 steps", "in the last 10"]

@@ -25,7 +25,8 @@ from transformers import (
 from qosora.base import load_base, quantize
 from qosora.checkpoints import read_json
 from qosora.config import OsoraConfig, QosoraConfig
-from qosora.export import export_merged
+from qosora.errors import CheckpointError
+from qosora.export import export_lora, export_merged
 from qosora.layers import (
     QosoraLinear,
     first_format,
@@ -211,3 +212,16 @@ def test_a_calibrated_scale(tmp_path: Path):
     quantize(source_of("gpt_oss", tmp_path / "source"), tmp_path / "base", config)
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config)
     assert_same_tensors(made.state_dict(), load_base(tmp_path / "base").state_dict())
+
+
+def test_no_lora_holds_experts_that_the_model_reads_before_their_module_runs(tmp_path: Path):
+    source = source_of("dbrx", tmp_path / "source")
+    quantize(source, tmp_path / "base", QosoraConfig(rank=8))
+    model = get_peft_model(load_base(tmp_path / "base"), OsoraConfig())
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        CheckpointError, match=r"reads transformer.blocks.0.ffn.experts.mlp.\w\w before.*merged weights"
+    ):
+        export_lora(tmp_path / "base", tmp_path / "lora", tmp_path / "adapter", original=source)
+    assert not (tmp_path / "lora").exists()
