@@ -12,11 +12,13 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import cpu_offload, init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -25,12 +27,13 @@ from transformers import PreTrainedModel
 from qosora.base.layout import PlainModel, take_stacks_apart
 from qosora.base.load import load_tokenizer
 from qosora.checkpoints import SourceCheckpoint, empty_model, load_config
+from qosora.compat.torch import TorchDispatchMode, tree_iter
 from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, first_line
 from qosora.formats import BASE
-from qosora.layers import fast_dtype, split_experts
+from qosora.layers import fast_dtype, split_experts, weights_read
 
-__all__ = ["calibration_rows", "rows_digest", "second_moments", "streamed_model", "token_rows"]
+__all__ = ["AllThere", "calibration_rows", "rows_digest", "second_moments", "streamed_model", "token_rows"]
 
 #: Tokens that are used, in rows of one length, and the rows that are run at once.
 TOKENS, LENGTH, ROWS = 4096, 512, 4
@@ -117,7 +120,7 @@ def second_moments(
         with totals.gathered(model, names):
             for batch in batches[totals.batches :]:
                 try:
-                    with torch.inference_mode():
+                    with torch.inference_mode(), AllThere():
                         model.base_model(input_ids=batch.to(device), use_cache=False)
                 except (KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                     raise CheckpointError(
@@ -144,7 +147,38 @@ def streamed_model(
     for name, buffer in model.named_buffers():
         if name in weights:
             buffer.copy_(weights[name])
-    return cpu_offload(model, device, state_dict=weights)
+    model = cpu_offload(model, device, state_dict=weights)
+    for name, children in weights_read(model).items():
+        paths = [".".join(filter(None, (name, child))) for child in children]
+        read = [
+            f"{path}.{key}" for path in paths for key, _ in model.get_submodule(path).named_parameters(recurse=False)
+        ]
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(partial(_place, model, read, weights, device))
+        module.register_forward_hook(partial(_displace, model, read))
+    return model
+
+
+def _place(model: nn.Module, names: list[str], weights: _Weights, device: torch.device, *_: Any) -> None:
+    """Give parameters their values, before a module reads them that does not call what has them."""
+    for name in names:
+        set_module_tensor_to_device(model, name, device, value=weights[name])
+
+
+def _displace(model: nn.Module, names: list[str], *_: Any) -> None:
+    for name in names:
+        set_module_tensor_to_device(model, name, "meta")
+
+
+class AllThere(TorchDispatchMode):
+    """Refuses to compute with a weight that is not there: `F.linear` does, and returns what lay in memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation whose tensors are all on the meta device, or none."""
+        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
+        if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
+            raise RuntimeError(f"{func} uses a weight whose module is not called")
+        return func(*args, **(kwargs or {}))
 
 
 class _Weights(Mapping[str, torch.Tensor]):

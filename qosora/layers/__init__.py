@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from qosora.layers.experts import without_stacking as without_stacking
     from qosora.layers.found import linear_layers as linear_layers
     from qosora.layers.found import read_directly as read_directly
+    from qosora.layers.found import weights_read as weights_read
     from qosora.layers.linear import Member as Member
     from qosora.layers.linear import QosoraLinear as QosoraLinear
     from qosora.layers.linear import float32_kept as float32_kept
@@ -91,7 +92,7 @@ __getattr__, __dir__ = door(
             "plain_vocabulary",
             "quantized_modules",
         ],
-        "found": ["linear_layers", "read_directly"],
+        "found": ["linear_layers", "read_directly", "weights_read"],
         "experts": [
             "LinearExperts",
             "parts_on_disk",

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["linear_layers", "read_directly"]
+__all__ = ["linear_layers", "read_directly", "weights_read"]
 
 #: Methods that fill or tie weights.
 _SETUP = ("__init__", "_init_weights", "reset_parameters", "tie_weights")
@@ -60,6 +60,16 @@ def read_directly(model: nn.Module) -> list[str]:
     found = {f"{name}.{child}" if name else child for name, one in classes for child in _weights_read(one)}  # type: ignore[arg-type]
     changed = {f"{name}.*.{child}" for name, one in classes for child in _weights_changed(one)}  # type: ignore[arg-type]
     return [name for name in linears if name in found or any(_is_within(name, place) for place in changed)]
+
+
+def weights_read(model: nn.Module) -> dict[str, list[str]]:
+    """Return the modules below each whose weight its code reads without calling them, by name."""
+    found: dict[str, list[str]] = {}
+    for name, one in _classes(model):
+        module = model.get_submodule(name)
+        there = {child for child, _ in module.named_modules()} & _weights_read(one)  # type: ignore[arg-type]
+        found.setdefault(name, []).extend(sorted(there - set(found.get(name, []))))
+    return {name: children for name, children in found.items() if children}
 
 
 def _classes(model: nn.Module) -> Iterator[tuple[str, type[nn.Module]]]:

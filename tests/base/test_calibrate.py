@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qosora.base import calibrate
-from qosora.base.calibrate import PRIOR_TOKENS, calibration_rows, second_moments
+from qosora.base.calibrate import PRIOR_TOKENS, AllThere, calibration_rows, second_moments
 from qosora.base.convert import quantize
 from qosora.checkpoints import open_source
 from qosora.cli import main
@@ -276,3 +276,13 @@ def test_a_model_that_does_not_run_so(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(CheckpointError, match=r"LlamaForCausalLM cannot be calibrated, .* use scale='columns'"):
         quantize(source, tmp_path / "base", calibrated())
     assert not list(tmp_path.glob("base*"))
+
+
+def test_a_weight_that_is_not_there_is_not_computed_with():
+    """torch.nn.functional.linear returns whatever lay in memory."""
+    x, weight = torch.ones(2, 3), torch.empty(4, 3, device="meta")
+    with AllThere(), pytest.raises(RuntimeError, match="uses a weight whose module is not called"):
+        torch.nn.functional.linear(x, weight)
+    with AllThere():
+        assert torch.nn.functional.linear(x, torch.ones(4, 3)).sum() == 24
+        assert torch.nn.functional.linear(x.to("meta"), weight).is_meta

@@ -206,10 +206,11 @@ def test_experts_that_are_to_stay(tmp_path: Path):
     assert torch.equal(kept, original)
 
 
-def test_a_calibrated_scale(tmp_path: Path):
+@pytest.mark.parametrize("kind", ["gpt_oss", "dbrx", "longcat"])
+def test_a_calibrated_scale(kind: str, tmp_path: Path):
     rows = [row.tolist() for row in token_ids(8)]
     config = QosoraConfig(rank=8, scale="calibrated", calibration=rows)
-    quantize(source_of("gpt_oss", tmp_path / "source"), tmp_path / "base", config)
+    quantize(source_of(kind, tmp_path / "source"), tmp_path / "base", config)
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config)
     assert_same_tensors(made.state_dict(), load_base(tmp_path / "base").state_dict())
 
@@ -220,8 +221,6 @@ def test_no_lora_holds_experts_that_the_model_reads_before_their_module_runs(tmp
     model = get_peft_model(load_base(tmp_path / "base"), OsoraConfig())
     train(model)
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(
-        CheckpointError, match=r"reads transformer.blocks.0.ffn.experts.mlp.\w\w before.*merged"
-    ):
+    with pytest.raises(CheckpointError, match=r"reads transformer.blocks.0.ffn.experts.mlp.\w\w before.*merged"):
         export_lora(tmp_path / "base", tmp_path / "lora", tmp_path / "adapter", original=source)
     assert not (tmp_path / "lora").exists()
