@@ -106,14 +106,19 @@ def test_a_tiny_t5_translates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "worth"),
     [
-        ("He sold 48/2 = <<48/2=24>>24 clips, so <<48+24=73>>73.", 0.5),
-        ("<<(2+3)*4=20>> <<-2+5=3>> <<1/3=.3333>> <<10-2-3=5>>", 1.0),
-        ("no sums", 0.0),
-        ("<<2**3=8>> <<9**9**9=1>> <<1/0=3>> <<f(1)=1>> <<3(4)=12>> <<x=1>> <<1 if 1 else 2=1>> <<08+1=9>>", 0.0),
-        (f"<<{'(' * 9999}1=1>> <<{'-' * 9999}1=1>> <<\0=1>> <<5'=5>> <<=>> <<1e999-1=1>>", 0.0),
+        ("That is 3*4 = <<3*4=12>>12 and 12/2 = <<12/2=6>>6.\n#### 6", 1.0),
+        ("<<3*4=13>>13 and <<13-3=10>>10.\n#### 10", 0.5),
+        ("<<(3+4)*1,000=7000>>7000\n#### 7,000", 1.0),
+        ("<<3*4=12>>12 and so on", 0.0),
+        ("<<3*4=12>>12\n#### 3", 0.0),
+        ("<<5*5=25>>25\n#### 25", 0.0),
+        ("<<3=3>>\n#### 3", 0.0),
+        ("#### 3", 0.0),
+        ("<<3**4=81>> <<4**4**4**4=4>> <<3/(3-3)=4>> <<f(3)=3>> <<3(4)=12>> <<x+3=3>> <<03+1=4>>\n#### 4", 0.0),
+        (f"<<{'(' * 9999}3+4=7>> <<{'-' * 9999}3+4=7>> <<3+\0=3>> <<3+4'=7>> <<=>> <<3+4=>>", 0.0),
     ],
 )
 def test_the_reward_of_sums(answer: str, worth: float) -> None:
-    file = ROOT / "examples" / "gsm8k_reward.py"
-    (reward,) = load_rewards([f"{file}:sums"], ["prompt", "answer"])
-    assert reward(prompts=["?"], completions=[answer], answer=["#### 3"]) == [worth]
+    (reward,) = load_rewards([f"{ROOT / 'examples' / 'gsm8k_reward.py'}:sums"], ["prompt", "answer"])
+    question = "He has 3 bags of 4 apples, gives half of them away, and 1,000 more."
+    assert reward(prompts=[question], completions=[answer], answer=["#### 6"]) == [worth]
