@@ -58,6 +58,10 @@ def page(results: dict[str, Any]) -> str:
         lines.append(f"| {KINDS[kind]} | {len(models)} | " + " | ".join(map(str, counts)) + " |")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines += ["", f"{results['device']['cpu']}, {versions}."]
+    elsewhere = {name: m["versions"] for name, m in results["models"].items() if "versions" in m}
+    for other in {json.dumps(version): version for version in elsewhere.values()}.values():
+        named = ", ".join(sorted(name for name, version in elsewhere.items() if version == other))
+        lines += ["", f"With {', '.join(f'{name} {version}' for name, version in other.items())}: {named}."]
     for kind, models in kinds.items():
         lines += ["", f"## {KINDS[kind][0].upper()}{KINDS[kind][1:]}", ""]
         lines += wrapped("Everything: ", (name for name, m in models.items() if group(m) == "everything"))

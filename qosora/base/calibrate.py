@@ -12,7 +12,6 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,24 +149,35 @@ def streamed_model(
     model = cpu_offload(model, device, state_dict=weights)
     for name, children in weights_read(model).items():
         paths = [".".join(filter(None, (name, child))) for child in children]
-        read = [
-            f"{path}.{key}" for path in paths for key, _ in model.get_submodule(path).named_parameters(recurse=False)
-        ]
-        module = model.get_submodule(name)
-        module.register_forward_pre_hook(partial(_place, model, read, weights, device))
-        module.register_forward_hook(partial(_displace, model, read))
+        _keep_while_running(model, name, paths, weights, device)
     return model
 
 
-def _place(model: nn.Module, names: list[str], weights: _Weights, device: torch.device, *_: Any) -> None:
-    """Give parameters their values, before a module reads them that does not call what has them."""
-    for name in names:
-        set_module_tensor_to_device(model, name, device, value=weights[name])
+def _keep_while_running(
+    model: nn.Module, reader: str, paths: list[str], weights: _Weights, device: torch.device
+) -> None:
+    """Let modules have their weights as long as one runs that reads them: it may call them besides, or not."""
+    names = [f"{path}.{key}" for path in paths for key, _ in model.get_submodule(path).named_parameters(recurse=False)]
+    running = [False]
 
+    def place(*_: Any) -> None:
+        for name in names if running[0] else ():
+            set_module_tensor_to_device(model, name, device, value=weights[name])
 
-def _displace(model: nn.Module, names: list[str], *_: Any) -> None:
-    for name in names:
-        set_module_tensor_to_device(model, name, "meta")
+    def begin(*_: Any) -> None:
+        running[0] = True
+        place()
+
+    def end(*_: Any) -> None:
+        running[0] = False
+        for name in names:
+            set_module_tensor_to_device(model, name, "meta")
+
+    module = model.get_submodule(reader)
+    module.register_forward_pre_hook(begin)
+    module.register_forward_hook(end)
+    for path in paths:
+        model.get_submodule(path).register_forward_hook(place)
 
 
 class AllThere(TorchDispatchMode):

@@ -63,11 +63,11 @@ def read_directly(model: nn.Module) -> list[str]:
 
 
 def weights_read(model: nn.Module) -> dict[str, list[str]]:
-    """Return the modules below each whose weight its code reads without calling them, by name."""
+    """Return the modules below each whose weight, or that weight's device, its code reads without calling them."""
     found: dict[str, list[str]] = {}
     for name, one in _classes(model):
         module = model.get_submodule(name)
-        there = {child for child, _ in module.named_modules()} & _weights_read(one)  # type: ignore[arg-type]
+        there = {child for child, _ in module.named_modules()} & _weights_read(one, devices=True)  # type: ignore[arg-type]
         found.setdefault(name, []).extend(sorted(there - set(found.get(name, []))))
     return {name: children for name, children in found.items() if children}
 
@@ -101,9 +101,9 @@ def _weights_changed(module_class: type[nn.Module]) -> frozenset[str]:
 
 
 @cache
-def _weights_read(module_class: type[nn.Module]) -> frozenset[str]:
-    """Return the children, with dots between them, whose weight a class of modules reads."""
-    return frozenset(child for method in _methods(module_class) for child in _reads(method))
+def _weights_read(module_class: type[nn.Module], *, devices: bool = False) -> frozenset[str]:
+    """Return the children, with dots between them, whose weight a class of modules reads, or its device alone."""
+    return frozenset(child for method in _methods(module_class) for child in _reads(method, devices))
 
 
 def _methods(module_class: type[nn.Module]) -> list[ast.FunctionDef]:
@@ -117,14 +117,14 @@ def _methods(module_class: type[nn.Module]) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name not in _SETUP]
 
 
-def _reads(method: ast.AST) -> Iterator[str]:
+def _reads(method: ast.AST, devices: bool) -> Iterator[str]:
     if isinstance(method, (ast.If, ast.While)) and "uint8" in ast.unparse(method.test):
         return  # a cast to the weight's dtype, unless that is one of 4-bit weights
-    if isinstance(method, ast.Attribute) and method.attr == "device":
+    if isinstance(method, ast.Attribute) and method.attr == "device" and not devices:
         return
     if isinstance(method, ast.Attribute) and method.attr == "weight":
         path = ast.unparse(method.value)
         if path.startswith("self.") and path.replace(".", "").isidentifier():
             yield path.removeprefix("self.")
     for node in ast.iter_child_nodes(method):
-        yield from _reads(node)
+        yield from _reads(node, devices)

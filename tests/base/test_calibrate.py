@@ -17,13 +17,21 @@ from tiny import (
     load,
     make_checkpoint,
     relative_difference,
+    token_ids,
     write_jsonl,
 )
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Llama4TextConfig,
+    LongcatFlashConfig,
+    MambaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from qosora.base import calibrate
-from qosora.base.calibrate import PRIOR_TOKENS, AllThere, calibration_rows, second_moments
+from qosora.base.calibrate import PRIOR_TOKENS, AllThere, calibration_rows, second_moments, streamed_model
 from qosora.base.convert import quantize
 from qosora.checkpoints import open_source
 from qosora.cli import main
@@ -286,3 +294,39 @@ def test_a_weight_that_is_not_there_is_not_computed_with():
     with AllThere():
         assert torch.nn.functional.linear(x, torch.ones(4, 3)).sum() == 24
         assert torch.nn.functional.linear(x.to("meta"), weight).is_meta
+
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8, "pad_token_id": 1,
+}  # fmt: skip
+#: Models whose code reads a weight of a module that it does not call, or its device.
+READERS: dict[str, PreTrainedConfig] = {
+    "llama4": Llama4TextConfig(
+        **_SIZES, intermediate_size=40, intermediate_size_mlp=56, num_hidden_layers=2, num_key_value_heads=2,
+        num_local_experts=4,
+    ),
+    "longcat": LongcatFlashConfig(
+        **_SIZES, num_key_value_heads=4, ffn_hidden_size=48, expert_ffn_hidden_size=24, n_routed_experts=4,
+        zero_expert_num=2, moe_topk=2, num_layers=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8,
+    ),
+    "mamba": MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=8, pad_token_id=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_streamed_model_computes_what_the_whole_one_does(name: str, tmp_path: Path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(READERS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    ids = token_ids(2)
+    with open_source(str(tmp_path)) as checkpoint, torch.inference_mode(), AllThere():
+        streamed = streamed_model(checkpoint, torch.device("cpu"), False, torch.float32)
+        for _ in range(2):  # nothing of the first run is left in the second
+            torch.testing.assert_close(
+                streamed(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+            )
+        assert all(parameter.is_meta for parameter in streamed.parameters())
