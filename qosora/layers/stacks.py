@@ -133,6 +133,8 @@ def take_apart(
             if stack is None or any(child.isdigit() for child, _ in module.named_children()):
                 continue
             parts = parts_on_disk(f"{name}.{key}")
+            if parts is not None and len(parts) > 1 and stack.columns:
+                continue  # parts one below the other are no layers' outputs side by side
             if parts:
                 stack = replace(stack, parts=tuple(parts), since=BASE)
             if parts is not None and stack.since <= version:

@@ -130,6 +130,9 @@ def test_what_the_loader_makes_of_several_tensors_stays():
     made = take_apart(nn.ModuleDict({"inner": Stacks()}), lambda name: None if name == "inner.rows" else ())
     assert "inner.rows" not in made
     assert "inner.whole" in made
+    parts = take_apart(nn.ModuleDict({"inner": Stacks()}), lambda name: ("a", "b"))
+    assert "inner.columns" not in parts  # whose halves are halves of what a layer takes, not of what it gives
+    assert parts["inner.rows"].parts == ("a", "b")
 
 
 def test_stand_ins_refuse_what_layers_do_not_compute():
