@@ -15,7 +15,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -240,6 +240,30 @@ def told_by_accelerate(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
+def _freeze_statistics(model: nn.Module, trained: Collection[str]) -> None:
+    """Have batch norms use the statistics that the base has, and change none: no adapter would save them.
+
+    Encoders of speech and some towers of vision have such. Trained on statistics of batches, the model would be another
+    than the adapter gives when it is loaded.
+
+    Args:
+        model: The base.
+        trained: Names of modules that are trained and saved in full.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BATCH_NORMS) and not {"modules_to_save", *trained} & set(name.split(".")):
+            if not vars(module).get("keeps_statistics"):  # with another adapter
+                module.register_forward_pre_hook(_as_in_evaluation)
+            vars(module)["keeps_statistics"] = True
+
+
+def _as_in_evaluation(module: nn.Module, args: Any) -> None:
+    module.training = False
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 #: What PEFT trains in full, by task.
 _HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
@@ -264,6 +288,7 @@ class OsoraModel(BaseTuner):
         if config.modules_to_save is None:  # of these tasks, PEFT adds them later, and to the user's
             config.modules_to_save = _HEADS.get(str(config.task_type).rpartition(".")[2])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _freeze_statistics(model, config.modules_to_save or ())
         if twin is not None:
             for module in model.modules():
                 if isinstance(module, OsoraLayer):

@@ -258,6 +258,36 @@ class TestModulesToSave:
             wrap(base, OsoraConfig(modules_to_save=[name]))
 
 
+class TestBatchNorms:
+    """As encoders of speech have them; no adapter saves their statistics."""
+
+    def trained(self, folder: Path, **options: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """A model's batch norm, and what it makes of some numbers before and after training on others."""
+        base = decompose(make_checkpoint(folder))
+        norm = base.model.inner_norm = nn.BatchNorm1d(4)
+        numbers = torch.arange(32.0).view(8, 4)
+        before = norm.eval()(numbers)
+        model = get_peft_model(base, OsoraConfig(**options))
+        model.add_adapter("other", OsoraConfig())
+        model.train()
+        inner = model.get_base_model().model.inner_norm
+        for _ in range(3):
+            inner(5 + 3 * torch.randn(16, 4))
+        return inner, before, inner.eval()(numbers)
+
+    def test_they_keep_the_bases(self, tmp_path: Path):
+        norm, before, after = self.trained(tmp_path)
+        assert torch.equal(after, before)
+        assert int(norm.num_batches_tracked) == 0
+        copied = copy.deepcopy(norm).train()
+        copied(5 + torch.randn(16, 4))
+        assert torch.equal(copied.running_mean, torch.zeros(4))
+
+    def test_those_that_are_trained_in_full_learn_theirs(self, tmp_path: Path):
+        _, before, after = self.trained(tmp_path, modules_to_save=["inner_norm"])
+        assert not torch.equal(after, before)
+
+
 class TestRefuses:
     def test_no_base(self, tmp_path: Path):
         model = load(make_checkpoint(tmp_path / "plain"))

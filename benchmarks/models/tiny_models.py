@@ -178,11 +178,24 @@ TINY: dict[str, dict[str, Any]] = {
         "spatial_target_layers": [0, 0, 1, 1],
         "downsample_rate": "1/2",
     },
+    "speecht5": {"mask_time_prob": 0.0, "apply_spec_augment": False},
+    "wav2vec2": {"mask_time_prob": 0.0, "apply_spec_augment": False},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "t5": {"decoder_start_token_id": 0},
     "esm": {"vocab_size": 128, "mask_token_id": 4, "pad_token_id": 1},
     "mobilebert": {"intra_bottleneck_size": 64, "true_hidden_size": 64, "embedding_size": 64},
     "lilt": {"hidden_size": 96},
     "bros": {"dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_projection": 16},
+}
+
+
+#: Models that take (frames, features), and what their configuration calls the number of features.
+_FRAMES_FIRST = {
+    "canary": "num_mel_bins",
+    "cohere_asr": "num_mel_bins",
+    "speech_to_text": "input_feat_per_channel",
+    "seamless_m4t": "feature_projection_input_dim",
+    "seamless_m4t_v2": "feature_projection_input_dim",
 }
 
 
@@ -232,7 +245,10 @@ def inputs_of(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor]:
             found |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif model.main_input_name == "input_features":
         length = 2 * getattr(config, "max_source_positions", 32)
-        found = {"input_features": torch.randn(2, getattr(config, "num_mel_bins", 16), length, generator=generator)}
+        encoder = getattr(config, "encoder_config", config)
+        bins = getattr(encoder, _FRAMES_FIRST.get(config.model_type, "num_mel_bins"), 16)
+        shape = (length, bins) if config.model_type in _FRAMES_FIRST else (bins, length)
+        found = {"input_features": torch.randn(2, *shape, generator=generator)}
     else:
         found = {model.main_input_name: torch.randn(2, 1600, generator=generator)}
     if "bbox" in inspect.signature(model.forward).parameters:  # where each token is on a page
