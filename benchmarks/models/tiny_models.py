@@ -178,6 +178,8 @@ TINY: dict[str, dict[str, Any]] = {
         "spatial_target_layers": [0, 0, 1, 1],
         "downsample_rate": "1/2",
     },
+    "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
+    "esmc": {"num_key_value_heads": 4},
     "speecht5": {"mask_time_prob": 0.0, "apply_spec_augment": False},
     "wav2vec2": {"mask_time_prob": 0.0, "apply_spec_augment": False},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
@@ -236,7 +238,9 @@ def inputs_of(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 90, (2, 12), generator=generator)
     ids[:, -1] = 2  # of some classifiers, the state of the last token of a text
     config = model.config
-    if model.main_input_name == "input_ids" or model.config.model_type in ("git",):
+    if config.model_type == "perceiver":
+        found = {"inputs": ids, "attention_mask": torch.ones_like(ids)}
+    elif model.main_input_name == "input_ids" or config.model_type in ("git",):
         found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif model.main_input_name == "pixel_values":
         size = getattr(getattr(config, "vision_config", None) or getattr(config, "encoder", config), "image_size", 32)

@@ -104,12 +104,6 @@ class PlainModel:
         return _Apart(reader, self) if self.stacks else reader
 
     @property
-    def embedding(self) -> str:
-        """Name of the input embeddings' weight."""
-        wanted = self.model.get_input_embeddings()
-        return next(f"{name}.weight" for name, module in self.model.named_modules() if module is wanted)
-
-    @property
     def vocabulary(self) -> list[str]:
         """Names of the weights of input embeddings and output layer."""
         ends = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]

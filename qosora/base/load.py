@@ -37,7 +37,7 @@ from qosora.checkpoints import (
 from qosora.compat.peft import missing_keys_warning
 from qosora.compat.transformers import says_other_shapes
 from qosora.errors import CheckpointError, QosoraError, first_line
-from qosora.layers import fast_dtype
+from qosora.layers import embedding_name, fast_dtype
 
 __all__ = [
     "TABLE_OF_TOKENS", "fit_vocabulary", "load_adapted", "load_adapter", "load_base", "load_model", "load_processor",
@@ -241,14 +241,12 @@ def load_adapter(
 
 def fit_vocabulary(model: PreTrainedModel, adapter: str | Path) -> None:
     """Give a model's embeddings as many rows as those that an adapter brings, if it brings any."""
-    wanted = model.get_input_embeddings()
-    folder = Path(expanded(adapter))
-    if not (folder / f"{ADAPTER_STEM}.safetensors").is_file():
+    name, folder = embedding_name(model), Path(expanded(adapter))
+    if name is None or not (folder / f"{ADAPTER_STEM}.safetensors").is_file():
         return
     with CheckpointReader(folder, ADAPTER_STEM) as reader:
-        name = next(name for name, module in model.named_modules() if module is wanted)
         rows = rows_brought(reader, name)
-    if rows not in (None, len(wanted.weight)):
+    if rows not in (None, len(model.get_submodule(name).weight)):
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 

@@ -30,6 +30,7 @@ from qosora.decompose import Factors, FourBitTensor, int8, nf4, parts, reconstru
 from qosora.dtypes import dtype_name
 from qosora.errors import CheckpointError
 from qosora.export.adapters import Adapter, Vectors, combined, combined_updates, read_adapter
+from qosora.layers import embedding_name
 
 __all__ = ["AdaptedBase", "Layer", "Stored"]
 
@@ -162,11 +163,13 @@ class AdaptedBase:
 
     def _resized(self, adapters: Sequence[Path]) -> int | None:
         """Return the rows of the embeddings that an adapter brings for tokens which were added before training."""
-        name = self.plain.embedding
+        name = embedding_name(self.plain.model)
+        if name is None:
+            return None
         for folder in adapters:
             with CheckpointReader(folder, ADAPTER_STEM) as reader:
-                rows = rows_brought(reader, name.removesuffix(".weight"))
-                if rows not in (None, self.plain.shapes[name][0]):
+                rows = rows_brought(reader, name)
+                if rows not in (None, self.plain.shapes[f"{name}.weight"][0]):
                     return rows
         return None
 

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from qosora.layers.vocabulary import QosoraEmbedding as QosoraEmbedding
     from qosora.layers.vocabulary import QosoraHead as QosoraHead
     from qosora.layers.vocabulary import VocabularyMatrix as VocabularyMatrix
+    from qosora.layers.vocabulary import embedding_name as embedding_name
     from qosora.layers.vocabulary import layers_on_disk as layers_on_disk
     from qosora.layers.vocabulary import panel_of as panel_of
     from qosora.layers.vocabulary import plain_vocabulary as plain_vocabulary
@@ -87,6 +88,7 @@ __getattr__, __dir__ = door(
             "QosoraEmbedding",
             "QosoraHead",
             "VocabularyMatrix",
+            "embedding_name",
             "layers_on_disk",
             "panel_of",
             "plain_vocabulary",

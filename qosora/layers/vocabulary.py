@@ -36,6 +36,7 @@ __all__ = [
     "QosoraEmbedding",
     "QosoraHead",
     "VocabularyMatrix",
+    "embedding_name",
     "layers_on_disk",
     "panel_of",
     "plain_vocabulary",
@@ -48,6 +49,15 @@ STORE = "stored"
 PANEL = 8192  # TRL's own are of 32768 tokens, which in 16 bits are 256 MiB of an 8B's head
 #: Rows that are merged in float32 at a time: a quarter of a panel, which then takes no more than twice its own memory.
 MERGED = 2048
+
+
+def embedding_name(model: PreTrainedModel) -> str | None:
+    """Return the name of the module with a model's embeddings of tokens; None of one that has no table of them."""
+    try:
+        wanted = model.get_input_embeddings()
+    except NotImplementedError:  # CANINE hashes characters
+        return None
+    return next((name for name, module in model.named_modules() if module is wanted), None)
 
 
 class VocabularyMatrix(nn.Module):

@@ -331,8 +331,8 @@ def _pad_within(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConf
     """Pad with a token that the model has: which one makes no difference, and some have [PAD] added beyond the last."""
     if not hasattr(model_config.get_text_config(), "vocab_size"):
         raise CheckpointError(
-            f"{model_class_of(model_config).__name__} has no vocabulary, as it hashes characters, and PEFT saves no "
-            "adapter of such a model: take one with a tokenizer"
+            f"{model_class_of(model_config).__name__} has no table of tokens, as it hashes characters: train it from "
+            "Python, with transformers' Trainer"
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model_config.get_text_config().vocab_size:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
