@@ -38,6 +38,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from qosora import QosoraConfig, TrainConfig, export_merged, generate, load_model, load_tokenizer, quantize, train
 from qosora.demo import CONFIG
+from qosora.training import MetricsLog
 from qosora.training.rewards import load_rewards
 
 HERE = Path(__file__).resolve().parent
@@ -119,8 +120,7 @@ def qosora(task: Task, base: Path, folder: Path, rate: float, seed: int, args: a
         learning_rate=rate, schedule="constant_with_warmup", seed=seed, save_steps=0, progress=False, overwrite=True,
         precision="fp32", gradient_checkpointing=False,
     ))  # fmt: skip
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rewards = [line["reward"] for line in lines if "reward" in line]
+    rewards = [line["reward"] for line in MetricsLog(folder / "metrics.jsonl").read() if "reward" in line]
     adapted = load_model(folder, dtype=torch.float32)
     judged = task.judged(adapted, load_tokenizer(base))
     return {"parameters": result.trained_parameters, "rewards": rewards, "right": judged}

@@ -147,14 +147,13 @@ def streamed_model(
         if name in weights:
             buffer.copy_(weights[name])
     model = cpu_offload(model, device, state_dict=weights)
-    for name, children in weights_read(model).items():
-        paths = [".".join(filter(None, (name, child))) for child in children]
-        _keep_while_running(model, name, paths, weights, device)
+    for reader, paths in weights_read(model, devices=True).items():
+        _keep_while_running(model, reader, paths, weights, device)
     return model
 
 
 def _keep_while_running(
-    model: nn.Module, reader: str, paths: list[str], weights: _Weights, device: torch.device
+    model: nn.Module, reader: str, paths: set[str], weights: _Weights, device: torch.device
 ) -> None:
     """Let modules have their weights as long as one runs that reads them: it may call them besides, or not."""
     names = [f"{path}.{key}" for path in paths for key, _ in model.get_submodule(path).named_parameters(recurse=False)]

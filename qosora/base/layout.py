@@ -162,9 +162,9 @@ class _Apart:
             if more or first not in plain.stacks:
                 self._place[disk] = disk, None
                 continue
-            for i in range(plain.stacks[first].shape[0]):
+            stack = self._stacks[disk] = plain.stacks[first]
+            for i in range(stack.shape[0]):
                 self._place[f"{layer_of_stack(first, i)}.weight"] = disk, i
-                self._stacks[disk] = plain.stacks[first]
 
     def names(self) -> list[str]:
         return list(self._place)

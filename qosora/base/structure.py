@@ -108,11 +108,7 @@ def _head(model: PreTrainedModel) -> list[str]:
     PEFT tells by the end of a name what is trained in full: with `head` also `vision_model.head`.
     """
     heads = tuple(head_modules(model))
-    return [n for n in linear_layers(model) if heads and any(n[:i].endswith(heads) for i in _dots(n))]
-
-
-def _dots(name: str) -> Iterator[int]:
-    return (i for i, letter in enumerate(f"{name}.") if letter == ".")
+    return [name for name in linear_layers(model) if heads and any(path.endswith(heads) for path in _paths(name))]
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
@@ -224,8 +220,13 @@ def _replace_embeddings(model: PreTrainedModel, config: QosoraConfig) -> None:
 
 def _converts(name: str, skip: list[str]) -> bool:
     """Say whether no pattern means a module, nor one that it is in."""
+    return all(should_convert_module(path, skip) for path in _paths(name))
+
+
+def _paths(name: str) -> Iterator[str]:
+    """Give the names of the modules that a module is in, and its own."""
     parts = name.split(".")
-    return all(should_convert_module(".".join(parts[:end]), skip) for end in range(1, len(parts) + 1))
+    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def _unmatched_patterns(model: nn.Module, config: QosoraConfig) -> list[str]:

@@ -372,11 +372,11 @@ def _are_stacked_by_name(adapted: AdaptedBase, config: LoraConfig, experts: set[
         return not probe.target_parameters
     names = {module.rpartition(".")[2] for module in experts}
     all_experts = {
-        f"{name}.{projection}"
+        f"{name}.{i}.{projection}"
         for name, module in adapted.plain.model.named_modules()
-        for experts in projections_of(module).values()
-        for expert in experts
-        for projection in expert
+        for count, projections in projections_of(module).values()
+        for i in range(count)
+        for projection in projections
     }
     mixed = any(module.rpartition(".")[2] in names for module in others)
     return bool(probe.target_parameters) and not mixed and all_experts <= experts

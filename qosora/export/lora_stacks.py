@@ -79,8 +79,8 @@ def parameters(adapted: AdaptedBase, dense: Sequence[str], ranks: Mapping[str, i
     model: Any = adapted.plain.model
     for name, module in model.named_modules():
         flipped = bool(getattr(getattr(module, "stands_for", module), "is_transposed", False))
-        for parameter, experts in projections_of(module).items():
-            names = [[f"{name}.{projection}" for projection in expert] for expert in experts]
+        for parameter, (count, projections) in projections_of(module).items():
+            names = [[f"{name}.{i}.{p}" for p in projections] for i in range(count)]
             found += _stack(adapted, f"{name}.{parameter}", names, flipped, ranks)
     for parameter, stack in adapted.plain.stacks.items():
         names = [[layer_of_stack(parameter, i)] for i in range(stack.shape[0])]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from qosora.data import (
 )
 from qosora.errors import ConfigError, DataError, QosoraError, first_line
 from qosora.inference.generation import Prompt, generate, inference, stop_token_ids
-from qosora.layers import backbone_module, name_backbone
+from qosora.layers import backbone_module, exchanged_forward, name_backbone
 
 __all__ = [
     "EvalResult",
@@ -292,16 +292,10 @@ def returning(causal: Any, output: Any) -> Iterator[list[None]]:
 
     # OPT, and decoders of translators, call what is in it.
     modules = [m for m in (backbone, getattr(backbone, "decoder", None)) if isinstance(m, nn.Module)]
-    own = [vars(module).get("forward") for module in modules]
-    for module in modules:
-        vars(module)["forward"] = forward
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(exchanged_forward(module, forward))
         yield calls
-    finally:
-        for module, before in zip(modules, own, strict=True):
-            del vars(module)["forward"]
-            if before is not None:
-                vars(module)["forward"] = before
 
 
 def _answers(records: Records) -> list[tuple[Prompt, str]]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qosora.layers.decoder import backbone_module as backbone_module
     from qosora.layers.decoder import compile_layers as compile_layers
     from qosora.layers.decoder import decoder_layers as decoder_layers
+    from qosora.layers.decoder import exchanged_forward as exchanged_forward
     from qosora.layers.decoder import name_backbone as name_backbone
     from qosora.layers.decoder import require_checkpointing as require_checkpointing
     from qosora.layers.device import planning_for as planning_for
@@ -116,6 +117,13 @@ __getattr__, __dir__ = door(
             "taken_apart",
         ],
         "tiling": ["Tiling", "apply_tiling"],
-        "decoder": ["backbone_module", "compile_layers", "decoder_layers", "name_backbone", "require_checkpointing"],
+        "decoder": [
+            "backbone_module",
+            "compile_layers",
+            "decoder_layers",
+            "exchanged_forward",
+            "name_backbone",
+            "require_checkpointing",
+        ],
     },
 )

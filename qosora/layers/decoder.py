@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -10,7 +12,14 @@ from transformers import PreTrainedModel
 from qosora.compat.torch import allow_recompiles
 from qosora.errors import ConfigError, QosoraError
 
-__all__ = ["backbone_module", "compile_layers", "decoder_layers", "name_backbone", "require_checkpointing"]
+__all__ = [
+    "backbone_module",
+    "compile_layers",
+    "decoder_layers",
+    "exchanged_forward",
+    "name_backbone",
+    "require_checkpointing",
+]
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
@@ -25,6 +34,19 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
             if isinstance(child, nn.ModuleList) and len(child) == count and _is_layer(child[0]):
                 return module, child
     raise QosoraError(f"{type(model).__name__} has no list of {count} decoder layers, as config.json says it has")
+
+
+@contextmanager
+def exchanged_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Have a module compute something else for a while."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
 
 
 class _BelowHead:
@@ -43,14 +65,12 @@ class _BelowHead:
         found: list[Any] = []
         head: Any = self.model.get_output_embeddings()
         backbone: Any = self.inner.base_model
-        own = vars(head).get("forward")
         handle = backbone.register_forward_hook(lambda module, args, output: found.append(output))
-        vars(head)["forward"] = lambda states: states
         try:
-            type(self.model).forward(self.model, *args, **kwargs)
+            with exchanged_forward(head, lambda states: states):
+                type(self.model).forward(self.model, *args, **kwargs)
         finally:
             handle.remove()
-            vars(head).pop("forward") if own is None else vars(head).update(forward=own)
         return found[-1]
 
 

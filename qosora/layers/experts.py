@@ -226,13 +226,11 @@ def parts_on_disk(model: PreTrainedModel) -> Callable[[str], list[str] | None]:
     return parts
 
 
-def projections_of(module: nn.Module) -> dict[str, list[list[str]]]:
-    """Return a module's layers, those of each expert, by the parameter that the loader would have made of them."""
+def projections_of(module: nn.Module) -> dict[str, tuple[int, Sequence[str]]]:
+    """Return how many experts a module has as layers, and each one's projections, by the parameter they would be in."""
     if isinstance(module, LinearExperts):
-        parts = {parameter: (module.num_experts, names) for parameter, names in module.projections.items()}
-    else:
-        parts = {key: (stack.shape[0], list(stack.parts)) for key, stack in taken_apart(module).items() if stack.parts}
-    return {key: [[f"{i}.{name}" for name in names] for i in range(count)] for key, (count, names) in parts.items()}
+        return {parameter: (module.num_experts, names) for parameter, names in module.projections.items()}
+    return {key: (stack.shape[0], stack.parts) for key, stack in taken_apart(module).items() if stack.parts}
 
 
 def _together(x: torch.Tensor) -> bool:

@@ -56,20 +56,24 @@ def _computes_as_linear(subclass: type[nn.Linear], bias: bool) -> bool:
 def read_directly(model: nn.Module) -> list[str]:
     """Return the linear layers whose weight another module reads in its code, without calling them."""
     linears = linear_layers(model)
-    classes = list(_classes(model))
-    found = {f"{name}.{child}" if name else child for name, one in classes for child in _weights_read(one)}  # type: ignore[arg-type]
-    changed = {f"{name}.*.{child}" for name, one in classes for child in _weights_changed(one)}  # type: ignore[arg-type]
+    found = {name for names in weights_read(model).values() for name in names}
+    changed = {f"{name}.*.{child}" for name, one in _classes(model) for child in _weights_changed(one)}  # type: ignore[arg-type]
     return [name for name in linears if name in found or any(_is_within(name, place) for place in changed)]
 
 
-def weights_read(model: nn.Module) -> dict[str, list[str]]:
-    """Return the modules below each whose weight, or that weight's device, its code reads without calling them."""
-    found: dict[str, list[str]] = {}
+def weights_read(model: nn.Module, *, devices: bool = False) -> dict[str, set[str]]:
+    """Return the modules whose weight others read in their code, without calling them, by the name of who reads.
+
+    Args:
+        model: The model.
+        devices: Whether to read a weight's device is to read it.
+    """
+    there, found = {name for name, _ in model.named_modules()}, dict[str, set[str]]()
     for name, one in _classes(model):
-        module = model.get_submodule(name)
-        there = {child for child, _ in module.named_modules()} & _weights_read(one, devices=True)  # type: ignore[arg-type]
-        found.setdefault(name, []).extend(sorted(there - set(found.get(name, []))))
-    return {name: children for name, children in found.items() if children}
+        read = {f"{name}.{child}" if name else child for child in _weights_read(one, devices=devices)}  # type: ignore[arg-type]
+        if read & there:
+            found.setdefault(name, set()).update(read & there)
+    return found
 
 
 def _classes(model: nn.Module) -> Iterator[tuple[str, type[nn.Module]]]:
