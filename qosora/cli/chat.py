@@ -28,9 +28,12 @@ _COMMANDS = """\
 In the chat:
   /adapter NAME    have an adapter answer, or the base; an adapter's folder is loaded first
   /compare TEXT    have all of them answer; nothing is remembered
+  /image FILE      show an image with what is said next, to a model that sees
   /system TEXT     begin anew, with that said by the system
   /forget          begin anew
   /quit            so does the end of the input"""
+
+_NAMES = "/adapter NAME, /compare TEXT, /image FILE, /system TEXT, /forget, /quit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     )
     for adapter in args.adapter:
         chat.add(adapter)
-    print(f"{', '.join(chat.speakers)}: {chat.speaker} answers. /adapter, /compare, /system, /forget, /quit")
+    print(f"{', '.join(chat.speakers)}: {chat.speaker} answers. {_NAMES}")
     for line in _lines(chat):
         command, _, rest = line.partition(" ")
         if command == "/quit":
@@ -94,10 +97,12 @@ def _obey(chat: Chat, command: str, rest: str, line: str) -> None:
         print(escaped(f"{chat.speaker} answers from now on"))
     elif command == "/compare":
         print(side_by_side(chat.compare(rest), shutil.get_terminal_size().columns))
+    elif command == "/image":
+        chat.show(rest)
     elif command in ("/system", "/forget"):
         chat.begin(rest if command == "/system" else None)
     elif line.startswith("/"):
-        print("/adapter NAME, /compare TEXT, /system TEXT, /forget, /quit")
+        print(_NAMES)
     else:
         chat.answer(line, lambda piece: print(escaped(piece), end="", flush=True))
         print()

@@ -77,10 +77,19 @@ def _language(args: argparse.Namespace, *what: Any, **shared: Any) -> tuple[Any,
     if result.exact_match is not None:
         lines.append(f"exact match  {result.exact_match:.1%}")
         lines += [
-            f"\n{sample.prompt}\n  expected:  {sample.expected.strip()}\n  generated: {sample.generated.strip()}"
-            for sample in result.samples
+            f"\n{_asked(one.prompt)}\n  expected:  {one.expected.strip()}\n  generated: {one.generated.strip()}"
+            for one in result.samples
         ]
     return result, lines
+
+
+def _asked(prompt: Any) -> str:
+    """Return a prompt as it is shown: of a chat what was said last."""
+    if isinstance(prompt, str):
+        return prompt
+    content = prompt[-1].get("content") or ""
+    parts = [{"text": content}] if isinstance(content, str) else content
+    return " ".join(part.get("text", "(image)") for part in parts)
 
 
 def _classes(args: argparse.Namespace, *what: Any, **shared: Any) -> tuple[Any, list[str]]:

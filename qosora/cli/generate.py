@@ -15,6 +15,7 @@ HELP = "answer prompts with a base, or with an adapter on it"
 EXAMPLES = """\
   qosora generate ./my-adapter --prompt "What is SVD?" --chat
   qosora generate ./my-adapter --prompt-file questions.txt --json
+  qosora generate ./my-seeing-adapter --prompt "What colour?" --image a.png --chat
   echo "Once upon a time" | qosora generate ./my-base --temperature 0.8"""
 
 
@@ -23,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; standard input without any")
     parser.add_argument("--prompt-file", metavar="FILE", help="one prompt a line")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="what a model that sees is asked about; repeatable"
+    )
     parser.add_argument("--chat", action="store_true", help="wrap each prompt into the model's chat template")
     parser.add_argument("--max-new-tokens", type=at_least_one, default=256, metavar="N", help="(default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
@@ -65,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         chat=args.chat,
+        images=[args.image] * len(prompts),
         batch_size=args.batch_size,
         seed=args.seed,
         written=None if args.json else written,

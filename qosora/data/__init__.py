@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qosora.data.fit import embedding_rows as embedding_rows
     from qosora.data.fit import learned_positions as learned_positions
     from qosora.data.fit import most_positions as most_positions
+    from qosora.data.fit import pad_within as pad_within
     from qosora.data.fit import refuse_foreign_tokens as refuse_foreign_tokens
     from qosora.data.fit import refuse_too_long as refuse_too_long
     from qosora.data.fit import refuse_unfit as refuse_unfit
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from qosora.data.tokens import tokenize as tokenize
     from qosora.data.vision import SeenExample as SeenExample
     from qosora.data.vision import Seer as Seer
+    from qosora.data.vision import open_image as open_image
 
 __getattr__, __dir__ = door(
     __name__,
@@ -60,12 +62,13 @@ __getattr__, __dir__ = door(
             "embedding_rows",
             "learned_positions",
             "most_positions",
+            "pad_within",
             "refuse_foreign_tokens",
             "refuse_too_long",
             "refuse_unfit",
         ],
         "batch": ["batches_by_length", "padded", "padded_batch"],
-        "vision": ["SeenExample", "Seer"],
+        "vision": ["SeenExample", "Seer", "open_image"],
         "classes": ["ClassExample", "class_batch", "tokenize_classes"],
     },
 )

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qosora.errors import DataError, first_line
 
-__all__ = ["encode", "refuse_broken_text", "render", "template_options", "turn_spans"]
+__all__ = ["as_taken", "encode", "in_parts", "refuse_broken_text", "render", "template_options", "turn_spans"]
 
 #: What a turn says to see where it stands. No template strips it, and no text is likely to begin or end as it does.
 _MARK = "\u27e6turn\u27e7"
@@ -67,10 +67,47 @@ def render(
     Raises:
         DataError: Whatever goes wrong in the template.
     """
+    return _rendered(tokenizer, as_taken(tokenizer, messages), options or {}, generation)
+
+
+def as_taken(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[Mapping[str, Any]]:
+    """Return messages as the template takes them: those of some models that see leave out all that is not in parts."""
+    template = str(tokenizer.chat_template)
+    if template not in _PARTS_ALONE:
+        shown = [_shows_mark(tokenizer, messages) for messages in (_ASKED, in_parts(_ASKED))]
+        _PARTS_ALONE[template] = shown == [False, True]
+    return in_parts(messages) if _PARTS_ALONE[template] else list(messages)
+
+
+def in_parts(messages: Messages) -> list[Mapping[str, Any]]:
+    """Return messages whose texts are lists of parts, as `{"type": "text", "text": ...}`."""
+    return [
+        {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content := message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
+_ASKED = [{"role": "user", "content": _MARK}]
+#: By template, whether it shows what is in parts alone.
+_PARTS_ALONE: dict[str, bool] = {}
+
+
+def _shows_mark(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> bool:
+    try:
+        return _MARK in _rendered(tokenizer, messages, {}, False)
+    except DataError:
+        return False
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, options: Mapping[str, Any], generation: bool
+) -> str:
     try:
         with _limited(_SECONDS):
             text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation, **(options or {})
+                list(messages), tokenize=False, add_generation_prompt=generation, **options
             )
     except jinja2.TemplateError as error:
         raise DataError(f"the chat template refuses it: {first_line(error)}") from None

@@ -7,12 +7,19 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from qosora.errors import DataError
 
 __all__ = [
-    "embedding_rows", "learned_positions", "most_positions", "refuse_foreign_tokens", "refuse_too_long", "refuse_unfit",
-]  # fmt: skip
+    "embedding_rows",
+    "learned_positions",
+    "most_positions",
+    "pad_within",
+    "refuse_foreign_tokens",
+    "refuse_too_long",
+    "refuse_unfit",
+]
 
 
 def refuse_foreign_tokens(rows: Iterable[Sequence[int] | np.ndarray[Any, Any]], vocabulary: int, source: str) -> None:
@@ -52,6 +59,17 @@ def most_positions(config: Any) -> int | None:
 def embedding_rows(model: Any) -> int:
     """Return how many tokens a model has embeddings for."""
     return len(model.get_input_embeddings().weight)
+
+
+def pad_within(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Have a tokenizer pad with a token that the model has: which one makes no difference; some add [PAD] beyond it.
+
+    Args:
+        tokenizer: Changed where it has none, or one without an embedding.
+        vocabulary: Number of embeddings.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
 
 def learned_positions(model: Any) -> int | None:

@@ -17,6 +17,7 @@ from datasets import Dataset
 from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 
+from qosora.data.chat import as_taken
 from qosora.data.classes import tokenize_classes
 from qosora.data.records import Records
 from qosora.data.tokens import Tokenized, tokenize, tokenize_prompts
@@ -100,13 +101,13 @@ def prepare(
     elif records.kind == "labeled":
         parts, answers = ["prompt", "completion", "label"], ["completion"]
     elif records.kind == "prompts":
-        return Prepared(tokenize_prompts(records, tokenizer), _dataset(records, ["prompt"]))
+        return Prepared(tokenize_prompts(records, tokenizer), _dataset(records, tokenizer, ["prompt"]))
     else:
         tokenized = tokenize(records, tokenizer, completion_only=completion_only, **options)
         return Prepared(tokenized, Dataset.from_dict(tokenized.columns()))
     rows = [{**row, "completion": row[part]} for part in answers for row in records.rows]
     sequences = replace(records, kind="prompt-completion", rows=rows)
-    return Prepared(tokenize(sequences, tokenizer, **options), _dataset(records, parts))
+    return Prepared(tokenize(sequences, tokenizer, **options), _dataset(records, tokenizer, parts))
 
 
 def _pairs(records: Records, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Prepared:
@@ -135,9 +136,12 @@ def _pairs(records: Records, tokenizer: PreTrainedTokenizerBase, max_length: int
     return Prepared(made, Dataset.from_dict(columns))
 
 
-def _dataset(records: Records, parts: list[str]) -> Dataset:
+def _dataset(records: Records, tokenizer: PreTrainedTokenizerBase, parts: list[str]) -> Dataset:
     """Return rows as a data set, with the other columns that TRL hands on: to rewards all, to a template its own."""
-    columns: dict[str, list[Any]] = {part: [row[part] for row in records.rows] for part in parts}
+    columns: dict[str, list[Any]] = {
+        part: [as_taken(tokenizer, row[part]) if isinstance(row[part], list) else row[part] for row in records.rows]
+        for part in parts
+    }
     others = [row.get("columns", {}) for row in records.rows]
     for name in dict.fromkeys(name for row in others for name in row):
         values = [row.get(name) for row in others]

@@ -13,6 +13,7 @@ import binascii
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
+from qosora.data.chat import in_parts
 from qosora.data.records import Records
 from qosora.data.tokens import Example, Tokenized
 from qosora.errors import DataError, first_line
@@ -138,14 +140,42 @@ class Seer:
         """Return what the model takes of `SeenExample`s: ids, labels and mask, (examples, longest), and pixels."""
         return self._collated([example.row for example in examples])
 
+    def prompts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return what the model takes of prompts that it is to answer: ids and mask, (prompts, longest), and pixels.
+
+        Args:
+            rows: Each with a prompt, text or messages; images, all with some or all without; and the folder of paths.
+
+        Raises:
+            DataError: An image or a prompt that cannot be used.
+        """
+        from trl import apply_chat_template, prepare_multimodal_messages
+
+        texts = []
+        images = [[open_image(image, row["folder"]) for image in row["images"]] for row in rows]
+        for row, opened in zip(rows, images, strict=True):
+            if isinstance(row["prompt"], str):
+                texts.append(row["prompt"])
+                continue
+            messages = _placed(row["prompt"], len(opened))
+            with _blamed(what="the chat template"):
+                prompt = prepare_multimodal_messages(messages, images=opened)
+                texts.append(apply_chat_template({"prompt": prompt}, self.processor)["prompt"])
+        # with no token in front of a text, as in training
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
+        with _blamed(a_text=any(isinstance(row["prompt"], str) for row in rows)):
+            made = self.processor(images=images if any(images) else None, text=texts, **options)
+        return self._tensors(made)
+
     def _parts(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         messages, images = row.get("messages"), row.get("images", [])
+        if messages is not None:
+            messages = _placed(messages, len(images))
         if messages is None or not self.completion_only:
-            yield {key: row[key] for key in ("prompt", "completion", "messages") if key in row} | {"images": images}
+            turns = {key: row[key] for key in ("prompt", "completion") if key in row}
+            yield (turns if messages is None else {"messages": messages}) | {"images": images}
             return
-        placed = any(isinstance(message["content"], list) for message in messages)
-        if placed and (places := sum(map(_places, messages))) != len(images):
-            raise DataError(f"its messages have places for {places} images, and there are {len(images)}")
+        placed = any(map(_places, messages))
         for i, message in enumerate(messages):
             if message["role"] == "assistant" and i:
                 before = messages[:i]
@@ -162,13 +192,11 @@ class Seer:
         for row in rows:
             images = [open_image(image, row["folder"]) for image in row["images"]]
             opened.append({key: value for key, value in row.items() if key != "folder"} | {"images": images})
-        try:
+        with _blamed():
             made = self._collate(opened)
-        except DataError:
-            raise
-        except Exception as error:  # a processor and a template may fail in any way
-            said = f"{type(error).__name__}: {first_line(error)}"
-            raise DataError(f"the model's processor cannot take it ({said})") from None
+        return self._tensors(made)
+
+    def _tensors(self, made: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return {
             key: value.to(self.dtype) if value.is_floating_point() else value
             for key, value in made.items()
@@ -176,7 +204,31 @@ class Seer:
         }
 
 
+@contextmanager
+def _blamed(what: str = "the model's processor", *, a_text: bool = False) -> Iterator[None]:
+    """Say in a line what a processor or a template fails with, which may be anything."""
+    try:
+        yield
+    except Exception as error:
+        told = f"{what} cannot take it ({type(error).__name__}: {first_line(error)})"
+        hint = "; a prompt that is no chat needs the model's own token where an image is to be" if a_text else ""
+        raise DataError(told + hint) from None
+
+
+def _placed(messages: Sequence[Mapping[str, Any]], images: int) -> Sequence[Mapping[str, Any]]:
+    """Return messages with all or none of the texts in parts; where none are, images come before the user's first.
+
+    Raises:
+        DataError: There are places for another number of images.
+    """
+    if not any(isinstance(message.get("content"), list) for message in messages):
+        return messages
+    if (places := sum(map(_places, messages))) != images:
+        raise DataError(f"its messages have places for {places} images, and there are {images}")
+    return in_parts(messages)
+
+
 def _places(message: Mapping[str, Any]) -> int:
     """Return how many images a message has places for."""
-    content = message["content"]
+    content = message.get("content")
     return sum(part["type"] == "image" for part in content) if isinstance(content, list) else 0

@@ -11,7 +11,9 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qosora.base import load_adapter
-from qosora.errors import ConfigError, near_miss
+from qosora.checkpoints import sees
+from qosora.data import open_image
+from qosora.errors import ConfigError, DataError, near_miss
 from qosora.inference.generation import generate
 
 __all__ = ["BASE", "Chat"]
@@ -55,7 +57,19 @@ class Chat:
 
     def begin(self, system: str | None = None) -> None:
         """Forget what was said."""
-        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        self._images: list[Any] = []  # of the messages
+        self._shown: list[Any] = []  # with the next one
+
+    def show(self, image: str | Path) -> None:
+        """Show an image with the next message, before its text.
+
+        Raises:
+            DataError: It cannot be read, or the model takes none.
+        """
+        if not sees(self.model.config):
+            raise DataError("the model takes no images")
+        self._shown.append(open_image(str(image), Path()))
 
     def add(self, adapter: str | Path) -> str:
         """Load another adapter of the base; return its name, that of its folder.
@@ -83,7 +97,7 @@ class Chat:
         self.speaker = name
 
     def answer(self, text: str, show: Callable[[str], None] | None = None) -> str:
-        """Return what is answered to a message; both are remembered.
+        """Return what is answered to a message, and to what was shown with it; all is remembered.
 
         Args:
             text: Of the user.
@@ -92,23 +106,29 @@ class Chat:
         Raises:
             DataError: The chat cannot be rendered, or does not fit the model.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, self._said(text)]
         said = self._generate(self.speaker, messages, show)
         self.messages = [*messages, {"role": "assistant", "content": said}]
+        self._images, self._shown = [*self._images, *self._shown], []
         return said
 
     def compare(self, text: str) -> dict[str, str]:
-        """Return what each of the speakers would answer to a message; nothing is remembered.
+        """Return what each of the speakers would answer to a message, and to what was shown; nothing is remembered.
 
         Raises:
             DataError: As of `answer`.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, self._said(text)]
         return {name: self._generate(name, messages, None) for name in self._names}
 
-    def _generate(self, name: str, messages: list[dict[str, str]], show: Callable[[str], None] | None) -> str:
+    def _said(self, text: str) -> dict[str, Any]:
+        places = [{"type": "image"}] * len(self._shown)
+        return {"role": "user", "content": [*places, {"type": "text", "text": text}] if places else text}
+
+    def _generate(self, name: str, messages: list[dict[str, Any]], show: Callable[[str], None] | None) -> str:
+        images = [[*self._images, *self._shown]]
         with self._speaking(name):
-            return generate(self.model, self.tokenizer, [messages], streamed=show, **self.options)[0]
+            return generate(self.model, self.tokenizer, [messages], images=images, streamed=show, **self.options)[0]
 
     @contextmanager
     def _speaking(self, name: str) -> Iterator[None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from qosora.base import load_processor
 from qosora.checkpoints import model_class_of, require_language_model, sees
 from qosora.data import (
     IGNORED,
     Columns,
     Example,
     Records,
-    Seer,
     batches_by_length,
     load_records,
     padded_batch,
@@ -38,7 +36,7 @@ from qosora.data import (
     tokenize,
 )
 from qosora.errors import ConfigError, DataError, QosoraError, first_line
-from qosora.inference.generation import Prompt, generate, inference, stop_token_ids
+from qosora.inference.generation import Prompt, generate, inference, seer_of, stop_token_ids
 from qosora.layers import backbone_module, exchanged_forward, name_backbone
 
 __all__ = [
@@ -132,18 +130,16 @@ def evaluate(
     pattern = _compiled(answer_pattern)
     if not isinstance(data, Records):
         data = load_records(data, split=split_to_measure(data, split), columns=columns, chat=chat, limit=limit)
-    if data.seen:
-        if exact_match:
-            raise ConfigError("exact match takes no images: leave it out, or the images")
-        return _seen(model, tokenizer, data, batch_size, max_length, completion_only is not False)
     pairs = _answers(data) if exact_match else []
     options = [template_options(tokenizer, row.get("columns", {})) for row in data.rows] if exact_match else []
-    stops = stop_token_ids(model, tokenizer)
-    tokenized = tokenize(data, tokenizer, max_length=max_length, completion_only=completion_only, stop_ids=stops)
-    rows = [example.input_ids for example in tokenized.examples]
-    refuse_unfit(rows, model, tokenizer.name_or_path)
-    loss = mean_loss(model, tokenized.examples, batch_size)
-    result = EvalResult(loss, perplexity(loss), tokenized.supervised, len(tokenized))
+    if data.seen:
+        result = _seen(model, tokenizer, data, batch_size, max_length, completion_only is not False)
+    else:
+        stops = stop_token_ids(model, tokenizer)
+        tokenized = tokenize(data, tokenizer, max_length=max_length, completion_only=completion_only, stop_ids=stops)
+        refuse_unfit([example.input_ids for example in tokenized.examples], model, tokenizer.name_or_path)
+        loss = mean_loss(model, tokenized.examples, batch_size)
+        result = EvalResult(loss, perplexity(loss), tokenized.supervised, len(tokenized))
     if not exact_match:
         return result
     texts = generate(
@@ -153,13 +149,15 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         template_options=options,
+        images=[row.get("images", []) for row in data.rows],
+        folder=data.folder,
     )
     found = [
         Sample(prompt, expected, text, _same(text, expected, pattern))
         for (prompt, expected), text in zip(pairs, texts, strict=True)
     ]
     rate = sum(s.match for s in found) / len(found)
-    return EvalResult(loss, result.perplexity, result.tokens, result.examples, rate, found[:samples])
+    return replace(result, exact_match=rate, samples=found[:samples])
 
 
 def _seen(
@@ -168,7 +166,7 @@ def _seen(
     """Measure a model that sees, on examples with images."""
     if not sees(model.config):
         raise DataError(f"{data.name} has images, and the model takes none; leave out their column")
-    seer = Seer(load_processor(tokenizer.name_or_path), completion_only=only, dtype=model.dtype)
+    seer = seer_of(model, tokenizer, completion_only=only)
     found = seer.tokenize(data, max_length=max_length)
     total = 0.0
     device = model.get_input_embeddings().weight.device
@@ -306,7 +304,7 @@ def _answers(records: Records) -> list[tuple[Prompt, str]]:
     for number, row in enumerate(records.rows, 1):
         messages = row.get("messages")
         prompt, answer = (messages[:-1], messages[-1:]) if messages else (row["prompt"], row["completion"])
-        expected = answer if isinstance(answer, str) else answer[0].get("content")
+        expected = answer if isinstance(answer, str) else _text_of(answer[0].get("content"))
         if not prompt or (messages and messages[-1]["role"] != "assistant"):
             raise DataError(f"{records.name} example {number}: exact match needs a chat that ends with the assistant")
         if not isinstance(expected, str):
@@ -316,6 +314,13 @@ def _answers(records: Records) -> list[tuple[Prompt, str]]:
             )
         pairs.append((prompt, expected))
     return pairs
+
+
+def _text_of(content: Any) -> Any:
+    """Return the text of a message's content; what is neither text nor parts of it as it is."""
+    if not isinstance(content, list) or any("text" not in part for part in content):
+        return content
+    return "".join(part["text"] for part in content)
 
 
 def _compiled(pattern: str | None) -> regex.Pattern[str] | None:

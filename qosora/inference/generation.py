@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from qosora.checkpoints import require_language_model
+from qosora.base import load_processor
+from qosora.checkpoints import require_language_model, sees
 from qosora.data import (
+    Seer,
     embedding_rows,
     encode,
     learned_positions,
+    pad_within,
     padded,
     refuse_broken_text,
     refuse_foreign_tokens,
@@ -24,7 +27,7 @@ from qosora.data import (
 )
 from qosora.errors import CheckpointError, ConfigError, DataError, first_line
 
-__all__ = ["Prompt", "generate", "inference", "stop_token_ids"]
+__all__ = ["Prompt", "generate", "inference", "seer_of", "stop_token_ids"]
 
 logger = logging.getLogger("qosora")
 
@@ -43,6 +46,8 @@ def generate(
     batch_size: int = 8,
     chat: bool = False,
     template_options: Sequence[Mapping[str, Any]] | None = None,
+    images: Sequence[Sequence[Any]] | None = None,
+    folder: str | Path = ".",
     written: Callable[[int, str], None] | None = None,
     streamed: Callable[[str], None] | None = None,
 ) -> list[str]:
@@ -58,14 +63,17 @@ def generate(
         seed: Of the sampling; the global generators are left alone if it is given.
         batch_size: Prompts on the device at once.
         chat: Whether to wrap texts into the chat template, as the user's message.
-        template_options: What else the chat template gets for each prompt, such as tools.
+        template_options: What else the chat template gets for each prompt, such as tools; for prompts without images.
+        images: Of each prompt, for a model that sees: what `qosora.data.vision.open_image` takes.
+        folder: Where their paths begin.
         written: Called with the index of a prompt and what was written after it, as soon as that is known.
         streamed: Called with each piece of the text after a single prompt, as it comes.
 
     Raises:
         CheckpointError: It is no causal language model.
         ConfigError: An option is out of range.
-        DataError: A prompt is empty or no text, cannot be rendered, or does not fit the model.
+        DataError: A prompt is empty or no text, cannot be rendered, or does not fit the model; or an image cannot be
+            used.
     """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or batch_size < 1:
         raise ConfigError(
@@ -75,21 +83,23 @@ def generate(
     if streamed is not None and len(prompts) != 1:
         raise ConfigError(f"the answer to one prompt can be streamed, not those to {len(prompts)}")
     require_language_model(model.config, model.name_or_path, "generation")
-    options = template_options or [{}] * len(prompts)
-    encoded = [
-        _encode(tokenizer, prompt, chat, number, given)
-        for number, (prompt, given) in enumerate(zip(prompts, options, strict=True), 1)
-    ]
-    refuse_foreign_tokens(encoded, embedding_rows(model), tokenizer.name_or_path)
-    max_new_tokens = _within_positions(model, encoded, max_new_tokens)
-    config = _generation_config(model, tokenizer, max_new_tokens, temperature, top_p)
-    by_length = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # what needs most memory first
-    texts = [""] * len(encoded)
+    if images is not None and len(images) != len(prompts):
+        raise ConfigError(
+            f"images must be given for each of the {len(prompts)} prompts, got {len(images)} lists of them"
+        )
+    if images is not None and any(images):
+        batches = _seen(model, tokenizer, prompts, images, Path(folder), chat, batch_size)
+    else:
+        batches = _read(model, tokenizer, prompts, template_options or [{}] * len(prompts), chat, batch_size)
+    texts = [""] * len(prompts)
+    room: dict[int, int] = {}  # by the longest prompt, tokens to write
     with inference(model), _seeded(seed):
-        for start in range(0, len(encoded), batch_size):
-            chosen = by_length[start : start + batch_size]
+        for chosen, inputs, longest in batches:
+            if longest not in room:
+                room[longest] = _within_positions(model, longest, max_new_tokens)
+            config = _generation_config(model, tokenizer, room[longest], temperature, top_p)
             streamer = None if streamed is None else _Streamer(tokenizer, streamed)
-            new = _continue(model, [encoded[i] for i in chosen], config, streamer)
+            new = _continue(model, inputs, config, streamer)
             for i, ids in zip(chosen, new, strict=True):
                 texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
                 if written is not None:
@@ -134,9 +144,63 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-def _within_positions(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+def seer_of(model: Any, tokenizer: PreTrainedTokenizerBase, *, completion_only: bool = True) -> Seer:
+    """Return what makes tokens and pixels for a model that sees, by the processor beside its tokenizer."""
+    processor = load_processor(tokenizer.name_or_path)
+    pad_within(processor.tokenizer, embedding_rows(model))
+    return Seer(processor, completion_only=completion_only, dtype=model.dtype)
+
+
+#: Numbers of some prompts, what the model takes of them, and the tokens of the longest of all.
+_Batch = tuple[list[int], dict[str, torch.Tensor], int]
+
+
+def _read(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], options: Sequence[Mapping[str, Any]],
+    chat: bool, size: int,
+) -> Iterator[_Batch]:  # fmt: skip
+    """Give prompts of text in batches."""
+    encoded = [
+        _encode(tokenizer, prompt, chat, number, given)
+        for number, (prompt, given) in enumerate(zip(prompts, options, strict=True), 1)
+    ]
+    refuse_foreign_tokens(encoded, embedding_rows(model), tokenizer.name_or_path)
+    by_length = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # what needs most memory first
+    for start in range(0, len(encoded), size):
+        chosen = by_length[start : start + size]
+        ids = padded([encoded[i] for i in chosen], _pad_token(model, tokenizer), left=True)
+        mask = padded([[1] * len(encoded[i]) for i in chosen], 0, left=True)
+        yield chosen, {"input_ids": ids, "attention_mask": mask}, len(encoded[by_length[0]])
+
+
+def _seen(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], images: Sequence[Sequence[Any]],
+    folder: Path, chat: bool, size: int,
+) -> Iterator[_Batch]:  # fmt: skip
+    """Give prompts with images in batches, those without after them: a processor takes all with some, or none."""
+    if not sees(model.config):
+        raise DataError("the prompts have images, and the model takes none; leave them out")
+    seer = seer_of(model, tokenizer)
+    rows = []
+    for number, (prompt, of_it) in enumerate(zip(prompts, images, strict=True), 1):
+        _require_text(prompt, number)
+        asked = [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
+        rows.append({"prompt": asked, "images": of_it, "folder": folder})
+    for with_images in (True, False):
+        numbers = [i for i, of_it in enumerate(images) if bool(of_it) is with_images]
+        for start in range(0, len(numbers), size):
+            chosen = numbers[start : start + size]
+            try:
+                inputs = seer.prompts([rows[i] for i in chosen])
+            except DataError as error:
+                named = ", ".join(str(i + 1) for i in chosen)
+                raise DataError(f"prompt{'s' * (len(chosen) > 1)} {named}: {error}") from None
+            yield chosen, inputs, inputs["input_ids"].shape[1]
+
+
+def _within_positions(model: Any, longest: int, max_new_tokens: int) -> int:
     """Return how many tokens can be written: as many as asked for, or as a table of positions has room for."""
-    longest, positions = max(map(len, prompts), default=0), learned_positions(model)
+    positions = learned_positions(model)
     refuse_too_long(longest + 1, positions, "shorten the longest prompt, to leave room for an answer")
     if positions is None or longest + max_new_tokens <= positions:
         return max_new_tokens
@@ -147,12 +211,7 @@ def _within_positions(model: Any, prompts: Sequence[Sequence[int]], max_new_toke
 def _encode(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, number: int, options: Mapping[str, Any]
 ) -> list[int]:
-    if not prompt:
-        raise DataError(f"prompt {number} is empty")
-    try:
-        refuse_broken_text(prompt)
-    except DataError as error:
-        raise DataError(f"prompt {number} {error}") from None
+    _require_text(prompt, number)
     if isinstance(prompt, str) and not chat:
         ids = encode(tokenizer, [prompt])[0]
         if ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1:  # some tokenizers end every text
@@ -168,18 +227,29 @@ def _encode(
     return encode(tokenizer, [text], special_tokens=False)[0]
 
 
+def _require_text(prompt: Prompt, number: int) -> None:
+    if not prompt:
+        raise DataError(f"prompt {number} is empty")
+    try:
+        refuse_broken_text(prompt)
+    except DataError as error:
+        raise DataError(f"prompt {number} {error}") from None
+
+
+def _pad_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token to pad with. Which makes no difference, but the model must have it: some add [PAD] beyond it."""
+    stops, rows = stop_token_ids(model, tokenizer), embedding_rows(model)
+    return next((i for i in (tokenizer.pad_token_id, *stops, 0) if i is not None and i < rows), 0)
+
+
 def _generation_config(
     model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float, top_p: float
 ) -> GenerationConfig:
-    stops = stop_token_ids(model, tokenizer)
-    # Which token pads makes no difference, but it must be one: some have [PAD] added beyond the model's last.
-    rows = embedding_rows(model)
-    pad = next((i for i in (tokenizer.pad_token_id, *stops, 0) if i is not None and i < rows), 0)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=stops or None,
-        pad_token_id=pad,
+        eos_token_id=stop_token_ids(model, tokenizer) or None,
+        pad_token_id=_pad_token(model, tokenizer),
         **{"do_sample": False, **sampling},
     )
 
@@ -198,18 +268,17 @@ class _Streamer(TextStreamer):
 
 
 def _continue(
-    model: Any, prompts: list[list[int]], config: GenerationConfig, streamer: TextStreamer | None = None
+    model: Any, inputs: Mapping[str, torch.Tensor], config: GenerationConfig, streamer: TextStreamer | None = None
 ) -> list[list[int]]:
     """Return the new tokens after each prompt, without the stop token."""
     device = model.get_input_embeddings().weight.device
-    ids = padded(prompts, config.pad_token_id, left=True).to(device)
-    mask = padded([[1] * len(p) for p in prompts], 0, left=True).to(device)
+    there = {name: tensor.to(device) for name, tensor in inputs.items()}
     try:
-        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+        written = model.generate(**there, generation_config=config, streamer=streamer)
     except (TypeError, ValueError, AttributeError, LookupError) as error:
         _blame_generation_config(model, error)
         raise
-    new = written[:, ids.shape[1] :].tolist()
+    new = written[:, inputs["input_ids"].shape[1] :].tolist()
     stops = set(config.eos_token_id or ())
     return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in new]
 

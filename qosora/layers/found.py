@@ -111,9 +111,7 @@ def _weights_read(module_class: type[nn.Module], *, devices: bool = False) -> fr
 
 
 def _methods(module_class: type[nn.Module]) -> list[ast.FunctionDef]:
-    """Return the methods of a class, but those that set it up; none of torch's own."""
-    if module_class.__module__.startswith("torch."):
-        return []
+    """Return the methods of a class, but those that set it up."""
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(module_class))).body
     except (OSError, TypeError, SyntaxError, ValueError):  # without source, as in an interactive session

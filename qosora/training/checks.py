@@ -40,6 +40,7 @@ from qosora.data import (
     Seer,
     load_records,
     most_positions,
+    pad_within,
     prepare,
     refuse_foreign_tokens,
     split_to_measure,
@@ -328,14 +329,13 @@ def records_of(config: TrainConfig, *, held_out: bool, limit: int | None, form: 
 
 
 def _pad_within(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> None:
-    """Pad with a token that the model has: which one makes no difference, and some have [PAD] added beyond the last."""
+    """Have a tokenizer and a model's configuration pad with the same token, which the model has."""
     if not hasattr(model_config.get_text_config(), "vocab_size"):
         raise CheckpointError(
             f"{model_class_of(model_config).__name__} has no table of tokens, as it hashes characters: train it from "
             "Python, with transformers' Trainer"
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model_config.get_text_config().vocab_size:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    pad_within(tokenizer, model_config.get_text_config().vocab_size)
     if model_config.get_text_config().pad_token_id is None:  # by which classifiers find where a text ends
         model_config.get_text_config().pad_token_id = tokenizer.pad_token_id
 

@@ -6,8 +6,10 @@ import io
 from pathlib import Path
 
 import pytest
+from seeing import make_seeing, squares
 from tiny import make_base, make_checkpoint, perturbed
 
+from qosora.base import quantize
 from qosora.base.load import load_base
 from qosora.cli import main
 from qosora.cli.chat import side_by_side
@@ -33,7 +35,7 @@ def test_a_conversation(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["chat", str(folder / "adapter-1"), "--max-new-tokens", "4"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("base, adapter-1: adapter-1 answers. /adapter, ")
+    assert out.startswith("base, adapter-1: adapter-1 answers. /adapter NAME, ")
     assert "adapter-2 answers from now on" in out
     assert "base answers from now on" in out
     head = next(line for line in out.splitlines() if line.startswith("base  "))
@@ -51,6 +53,27 @@ def test_what_a_turn_cannot_do_is_told_and_the_next_goes_on(
     out, err = capsys.readouterr()
     assert err.count("error: ") == 1
     assert len(out.splitlines()) >= 2
+
+
+def test_images_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+):
+    quantize(make_seeing(tmp_path / "llava"), tmp_path / "base", QosoraConfig(rank=8))
+    squares(tmp_path / "pictures", 2)
+    image = str(tmp_path / "pictures" / "0.png")
+    options = ["--max-new-tokens", "4"]
+    assert main(["generate", str(tmp_path / "base"), "--prompt", "colour?", "--image", image, "--chat", *options]) == 0
+    generated = capsys.readouterr().out
+    lines = ["/image none.png", f"/image {image}", "colour?", "and now?", "/forget", f"/image {image}", "colour?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main(["chat", str(tmp_path / "base"), *options]) == 0
+    out, err = capsys.readouterr()
+    assert out.count(generated) >= 2
+    assert err.count("error: ") == 1
+    assert "none.png: no such image" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {image}\n"))
+    assert main(["chat", str(folder / "base"), *options]) == 0
+    assert "error: the model takes no images" in capsys.readouterr().err
 
 
 def test_columns():

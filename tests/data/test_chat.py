@@ -13,14 +13,13 @@ from tiny import make_tokenizer
 
 from qosora.data import chat as chats
 from qosora.data.chat import encode, refuse_broken_text, render, template_options, turn_spans
+from qosora.data.prepared import prepare
 from qosora.data.records import load_records
 from qosora.data.tokens import IGNORED, tokenize
 from qosora.errors import DataError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-#: Templates for models of images, which leave out text that is not a list of parts.
-OF_PARTS = ("idefics3", "smolvlm", "llava_next")
-NAMES = sorted(file.stem for file in TEMPLATES.glob("*.jinja") if not file.stem.startswith(OF_PARTS))
+NAMES = sorted(file.stem for file in TEMPLATES.glob("*.jinja"))
 
 THINKING = "<think>\nhm\n</think>\n\n"
 CALL = {"type": "function", "function": {"name": "FIRST", "arguments": {"city": "Rome"}}}
@@ -88,6 +87,31 @@ def test_a_tool_call_that_the_template_leaves_out_is_told(caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING, "qosora"):
         assert "SECOND" in supervised(tokenizer, CHATS["call"])
     assert "1 of the assistant's turns, in 1 examples, are not trained on" in caplog.text
+
+
+PARTS = (
+    "{% for m in messages %}<{{ m['role'] }}>{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_template_that_shows_parts_alone_gets_parts():
+    tokenizer = with_template(PARTS)
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    assert render(tokenizer, chat[:1], generation=True) == "<user>What?<assistant>"
+    assert turn_spans(tokenizer, chat, [(1, 2)]) == ("<user>What?<assistant>That.", [(22, 27)])
+    assert tokenize(load_records([{"messages": chat}]), tokenizer).supervised
+    for kind, row in (
+        ("prompts", {"prompt": chat[:1]}),
+        ("preference", {"prompt": chat[:1], "chosen": chat[1:], "rejected": [{"role": "assistant", "content": "No."}]}),
+    ):
+        (made,) = prepare(load_records([row], form=kind), tokenizer).dataset  # which TRL renders
+        assert trl.apply_chat_template({"prompt": made["prompt"]}, tokenizer)["prompt"] == "<user>What?<assistant>"
+
+
+def test_a_template_that_shows_texts_gets_them_as_they_are():
+    tokenizer = with_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    assert render(tokenizer, [{"role": "user", "content": "What?"}]) == "What?"
 
 
 def test_columns_that_the_template_asks_for_are_rendered():

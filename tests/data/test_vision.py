@@ -100,6 +100,41 @@ def test_each_turn_of_the_assistant_is_an_example(place: Path, seer: Seer):
     assert (whole.examples[0].labels != -100).all()
 
 
+def test_prompts_are_as_in_training(place: Path, seer: Seer):
+    rows = load_records(place / "data.jsonl").rows[:3]
+    examples = seer.tokenize(load_records(place / "data.jsonl", limit=3)).examples
+    asked = [{"prompt": row["messages"][:1], "images": row["images"], "folder": place} for row in rows]
+    asked[1]["prompt"] = [{"role": "system", "content": "Be brief."}, *asked[1]["prompt"]]
+    made = seer.prompts(asked)
+    assert torch.equal(made["pixel_values"], seer.batch(examples)["pixel_values"])
+    for ids, mask, example in zip(made["input_ids"], made["attention_mask"], examples, strict=True):
+        before = example.input_ids[example.labels == -100].tolist()
+        assert mask.sum() == len(before) or "Be brief." in seer.processor.tokenizer.decode(ids)
+        assert ids[mask.bool()].tolist()[-len(before) + 1 :] == before[1:]
+        assert not mask[: -int(mask.sum())].any()
+
+
+def test_a_turn_may_be_text_where_another_has_an_image(place: Path, seer: Seer):
+    chat = [
+        {"role": "user", "content": "first"}, {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "colour?"}]},
+        {"role": "assistant", "content": "red"},
+    ]  # fmt: skip
+    found = seer.tokenize(records(place, {"messages": chat, "images": ["pictures/0.png"]})).examples
+    assert [int((e.input_ids == TEXT_VOCAB).sum()) for e in found] == [0, 4]
+    assert "first" in seer.processor.tokenizer.decode(found[1].input_ids)
+
+
+def test_a_prompt_that_cannot_be_seen_is_told(place: Path, seer: Seer):
+    row = {"images": ["pictures/0.png"], "folder": place}
+    with pytest.raises(DataError, match="a prompt that is no chat needs the model's own token where an image is"):
+        seer.prompts([{"prompt": "colour?", **row}])
+    with pytest.raises(DataError, match="places for 0 images, and there are 1"):
+        seer.prompts([{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], **row}])
+    with pytest.raises(DataError, match="the chat template cannot take it"):
+        seer.prompts([{"prompt": [{"role": "nobody", "content": "a"}], **row}])
+
+
 def test_prompts_and_completions(place: Path, seer: Seer):
     row = {"prompt": "<s><image>colour?", "completion": "red</s>", "image": "pictures/0.png"}
     (example,) = seer.tokenize(records(place, row)).examples

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from seeing import make_seeing, squares
 from tiny import make_checkpoint, make_model, make_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
+from qosora.base import load_tokenizer
 from qosora.errors import CheckpointError, ConfigError, DataError
 from qosora.inference.generation import generate, inference, stop_token_ids
 
@@ -139,3 +141,47 @@ def test_options_that_transformers_takes_from_the_models_file_are_named_where_th
             generate(model, make_tokenizer(), ["a"], max_new_tokens=2)
     finally:
         model.generation_config.output_hidden_states = None
+
+
+# ---- images ----
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("seeing")
+    make_seeing(folder / "llava")
+    squares(folder / "pictures", 3)
+    return folder
+
+
+def test_images_are_seen_in_batches_as_alone(seeing: Path):
+    model, tokenizer = LlavaForConditionalGeneration.from_pretrained(seeing / "llava"), load_tokenizer(seeing / "llava")
+    prompts = ["colour?", "what is it, then?", "a", "colour?"]
+    images = [["0.png"], ["1.png", "2.png"], [], ["2.png"]]
+    options: dict[str, Any] = {"max_new_tokens": 8, "chat": True, "folder": seeing / "pictures"}
+    alone = [
+        generate(model, tokenizer, [prompt], images=[of_it], **options)[0]
+        for prompt, of_it in zip(prompts, images, strict=True)
+    ]
+    for batch_size in (2, 4):
+        assert generate(model, tokenizer, prompts, images=images, batch_size=batch_size, **options) == alone
+    assert alone[0] != alone[3]
+
+    processor = AutoProcessor.from_pretrained(seeing / "llava")
+    content = [{"type": "image", "path": str(seeing / "pictures" / "0.png")}, {"type": "text", "text": "colour?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    written = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert alone[0] == tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_an_image_that_cannot_be_seen_is_told(seeing: Path, model: Any):
+    with pytest.raises(DataError, match="have images, and the model takes none"):
+        generate(model, make_tokenizer(), ["a"], images=[["0.png"]])
+    sees, tokenizer = LlavaForConditionalGeneration.from_pretrained(seeing / "llava"), load_tokenizer(seeing / "llava")
+    with pytest.raises(DataError, match=r"prompts 1, 2: .*none\.png: no such image"):
+        generate(sees, tokenizer, ["a", "b"], images=[["none.png"]] * 2, chat=True)
+    with pytest.raises(ConfigError, match="images must be given for each of the 2 prompts, got 1"):
+        generate(sees, tokenizer, ["a", "b"], images=[["none.png"]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,6 +74,17 @@ def test_layers_whose_weight_is_read_by_others():
     expected = ["fused", "cast", "inner.deep"]
     assert read_directly(Mixer()) == expected
     assert read_directly(nn.ModuleDict({"block": Derived()})) == [f"block.{name}" for name in expected]
+
+
+def test_modules_of_torch_read_weights_too():
+    model = nn.ModuleDict({"head": nn.MultiheadAttention(8, 2), "other": nn.Linear(8, 8), "conv": nn.Conv1d(8, 8, 3)})
+    assert read_directly(model) == ["head.out_proj"]
+    x = torch.randn(3, 1, 8)
+    expected = model["head"](x, x, x)[0]
+    model["head"].out_proj = nn.Identity()  # what stands for it must have its weight
+    with pytest.raises(AttributeError):
+        model["head"](x, x, x)
+    assert expected.shape == x.shape
 
 
 def test_models_of_transformers():

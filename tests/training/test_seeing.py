@@ -17,6 +17,7 @@ from qosora import evaluate, export_merged, load_model, load_tokenizer
 from qosora.base import quantize
 from qosora.config import QosoraConfig
 from qosora.errors import ConfigError, DataError
+from qosora.inference import Chat
 from qosora.training import TrainConfig, preview_run, train
 
 LEARNING = {
@@ -48,9 +49,19 @@ def test_it_learns_the_colours_of_squares_and_says_them_without_qosora(place: Pa
     assert result.eval_loss_after < 0.05
     assert result.supervised_tokens == 240
 
-    found = evaluate(load_model(tmp_path / "run"), load_tokenizer(tmp_path / "run"), place / "test.jsonl")
+    model, tokenizer = load_model(tmp_path / "run"), load_tokenizer(tmp_path / "run")
+    found = evaluate(model, tokenizer, place / "test.jsonl", exact_match=True)
     assert found.loss == pytest.approx(result.eval_loss_after, rel=1e-3)
     assert found.tokens == 45
+    assert found.exact_match == 1
+    assert [sample.generated for sample in found.samples[:3]] == list(COLOURS)
+
+    chat = Chat(model, tokenizer, name="run")
+    for i, name in enumerate(COLOURS):
+        chat.show(place / "others" / f"{i}.png")
+        assert chat.compare("colour?")["run"] == name
+        assert chat.answer("colour?") == name
+        chat.begin()
 
     export_merged(place / "base", tmp_path / "merged", tmp_path / "run", verify=True)
     plain = LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -121,8 +132,6 @@ def test_what_does_not_go_with_images(place: Path, tmp_path: Path):
     wanted = config(place, tmp_path / "run", method="dpo", data=str(write_jsonl(tmp_path / "p.jsonl", pairs)))
     with pytest.raises(DataError, match="has images, which only method sft takes"):
         preview_run(TrainConfig(**{**wanted.to_dict(), "eval_data": None}))
-    with pytest.raises(ConfigError, match="exact match takes no images"):
-        evaluate(load_model(place / "base"), load_tokenizer(place / "base"), place / "test.jsonl", exact_match=True)
 
 
 def test_a_projector_in_4_bits_cannot_be_trained_in_full(place: Path, tmp_path: Path):
