@@ -36,6 +36,7 @@ _FOUND = found(
         # The operations behind `tensor[indices]` and `tensor.item()`, whose results depend on values.
         "index": f"{_ATEN}.index.Tensor(self, indices)",
         "read_scalar": f"{_ATEN}._local_scalar_dense.default(self)",
+        "to_copy": f"{_ATEN}._to_copy.default(self)",
     },
 )
 

@@ -34,13 +34,14 @@ if TYPE_CHECKING:
     from qosora.inference.evaluation import returning as returning
     from qosora.inference.generation import generate as generate
     from qosora.inference.generation import inference as inference
+    from qosora.inference.generation import seer_of as seer_of
     from qosora.inference.preferences import RewardResult as RewardResult
     from qosora.inference.preferences import evaluate_rewards as evaluate_rewards
 
 __getattr__, __dir__ = door(
     __name__,
     {
-        "generation": ["generate", "inference"],
+        "generation": ["generate", "inference", "seer_of"],
         "chat": ["Chat"],
         "classification": ["ClassResult", "class_metrics", "class_names", "evaluate_classes", "judge", "pad_token"],
         "preferences": ["RewardResult", "evaluate_rewards"],

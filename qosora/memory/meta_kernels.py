@@ -31,6 +31,9 @@ from qosora.compat.torch import (
     read_scalar,
     result_count,
     storage_key,
+    to_copy,
+    tree_iter,
+    tree_map,
 )
 from qosora.compat.trl import fused_loss_on_meta
 from qosora.layers import planning_for
@@ -133,6 +136,15 @@ class MetaKernels:
         """Run an operation; without values where it needs them."""
         if (pure := self._pure.get(func)) is None:
             pure = self._pure[func] = is_pure(func)
+        if _is_mixed(args, kwargs):  # a batch with images has values, as of their places, and the model has none
+            if func is index and _is_mask(args[1], meta=False):
+                mask = args[1][0]
+                return args[0].new_empty((int(mask.sum()), *args[0].shape[mask.ndim :]))
+            if not pure and operator_name(func).endswith("_") and not args[0].is_meta:
+                return args[0]
+            args, kwargs = tree_map(_on_meta, (args, kwargs))
+        elif func is to_copy and "device" in kwargs:  # what has values keeps them, and nothing gets any
+            kwargs = {**kwargs, "device": args[0].device}
         if not pure:
             in_place = operator_name(func).endswith("_") and isinstance(args[0], torch.Tensor) and args[0].is_meta
             return args[0] if in_place else func(*args, **kwargs)
@@ -168,8 +180,18 @@ class _Made(NamedTuple):
 _Result = _Made | int | float | None
 
 
-def _is_mask(indices: Any) -> bool:
-    return bool(indices) and indices[0] is not None and indices[0].is_meta and indices[0].dtype == torch.bool
+def _is_mask(indices: Any, *, meta: bool = True) -> bool:
+    mask = indices[0] if indices else None
+    return mask is not None and mask.is_meta == meta and mask.dtype == torch.bool
+
+
+def _is_mixed(args: Any, kwargs: Any) -> bool:
+    """Say whether some arguments are on the meta device and some are not."""
+    return len({tensor.is_meta for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)}) == 2
+
+
+def _on_meta(item: Any) -> Any:
+    return item.to("meta") if isinstance(item, torch.Tensor) else item
 
 
 def _described(value: Any, inputs: list[torch.Tensor]) -> Any:

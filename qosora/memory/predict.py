@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -200,10 +200,16 @@ class TracedModel:
         shapes = (shape for n in sizes for shape in state_shapes(n, self.options.optimizer))
         return sum(size[0] * dtype.itemsize for size, dtype in shapes)
 
-    def predict(self, batch: Batch) -> Prediction:
-        """Return the peak of a step on a batch."""
+    def predict(self, batch: Batch, inputs: Mapping[str, torch.Tensor] | None = None) -> Prediction:
+        """Return the peak of a step on a batch.
+
+        Args:
+            batch: Its shape.
+            inputs: The batch itself, where shapes do not say all: with images. What they say decides about the step,
+                as the places of images and how many patches each has.
+        """
         kernels = MetaKernels(answer=not (batch.padding or batch.packing))
-        traces = [(depth, self._trace(batch, depth, kernels)) for depth in self.depths]
+        traces = [(depth, self._trace(batch, depth, kernels, inputs)) for depth in self.depths]
         depth, sites = traces[0]
         if len(traces) == 2:
             deeper, more = traces[1]
@@ -215,15 +221,16 @@ class TracedModel:
     def events(self, batch: Batch) -> list[Event]:
         """Return the allocations of a step, of the layers that are traced: all, with `full_depth`."""
         log: list[Event] = []
-        self._trace(batch, self.depths[-1], MetaKernels(answer=not (batch.padding or batch.packing)), log)
+        self._trace(batch, self.depths[-1], MetaKernels(answer=not (batch.padding or batch.packing)), log=log)
         return log
 
     def _layer(self, position: int) -> int:
         return {_OUTSIDE: -1, _FIRST: 0}.get(position, self.count + position)
 
     def _trace(
-        self, batch: Batch, depth: int, kernels: MetaKernels, log: list[Event] | None = None
-    ) -> dict[Site, Peak]:
+        self, batch: Batch, depth: int, kernels: MetaKernels, given: Mapping[str, torch.Tensor] | None = None,
+        log: list[Event] | None = None,
+    ) -> dict[Site, Peak]:  # fmt: skip
         layers = self._cut(depth)
         options, trained = self.options, self._trained()
         for p in trained:
@@ -234,7 +241,10 @@ class TracedModel:
             register_model(tracer, self.model)
             optimizer = self._optimizer(tracer, trained)
             with tracer.allocating("batch"):
-                inputs = batch.tensors(self.vocab, "meta", self.task)
+                if given is None:
+                    inputs = batch.tensors(self.vocab, "meta", self.task)
+                else:
+                    inputs = {name: tensor.clone() for name, tensor in given.items()}  # to be counted
             tracer.sites.clear()
             saving: Callable[[], AbstractContextManager[Any]] = nullcontext
             if options.activation_offloading:

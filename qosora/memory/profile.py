@@ -29,6 +29,7 @@ from qosora.config import OsoraConfig, QosoraConfig
 from qosora.data import Columns, Records, load_records, padded_batch, tokenize
 from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError, DataError, QosoraError
+from qosora.inference import seer_of
 from qosora.layers import decoder_layers
 from qosora.memory.cards import the_card
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES
@@ -159,14 +160,16 @@ def profile(
     inputs = batch.tensors(loaded.config.get_text_config().vocab_size, "cpu", task, eos)
     if data is not None and task is not None:
         raise ConfigError("a classifier's step is measured on random tokens: leave out data")
-    if data is not None:
-        batch, inputs = _longest(load_records(data, columns=columns or Columns()), str(model), batch)
+    records = None if data is None else load_records(data, columns=columns or Columns())
+    if records is not None:
+        batch, inputs = _longest(records, loaded, str(model), batch)
     if problems := shape_problems(loaded.config, batch.size, batch.length):
         raise ConfigError(problems)
     planned = None
     if compare and not stacked_experts(loaded):
         try:
-            planned = usage_of(TracedModel(loaded.config, storage, step).predict(batch), the_card(), device)
+            seen = inputs if records is not None and records.seen else None
+            planned = usage_of(TracedModel(loaded.config, storage, step).predict(batch, seen), the_card(), device)
         except QosoraError as error:
             logger.warning("no plan to compare with: %s", error)
     measured = _measure(loaded, inputs, step, steps)
@@ -230,11 +233,17 @@ def fill_at_random(model: nn.Module, device: str) -> None:
                 tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
-def _longest(records: Records, model: str, like: Batch) -> tuple[Batch, dict[str, torch.Tensor]]:
+def _longest(
+    records: Records, loaded: PreTrainedModel, model: str, like: Batch
+) -> tuple[Batch, dict[str, torch.Tensor]]:
     """Return the batch of a data set's longest examples, which decide about the peak."""
-    examples = sorted(
-        tokenize(records, load_tokenizer(model), max_length=like.length).examples, key=lambda e: -len(e.input_ids)
-    )[: like.size]
+    collate: Callable[[Any], dict[str, torch.Tensor]]
+    if records.seen:
+        seer = seer_of(loaded, load_tokenizer(model))
+        found, collate = seer.tokenize(records, max_length=like.length), seer.batch
+    else:
+        found, collate = tokenize(records, load_tokenizer(model), max_length=like.length), padded_batch
+    examples = sorted(found.examples, key=lambda e: -len(e.input_ids))[: like.size]
     if len(examples) < like.size or like.packing:
         raise DataError(
             f"{records.name}: packing cannot be measured on data; leave out one of the two"
@@ -242,7 +251,7 @@ def _longest(records: Records, model: str, like: Batch) -> tuple[Batch, dict[str
             else f"{records.name} has {len(examples)} examples, fewer than the batch size {like.size}"
         )
     shortest, longest = len(examples[-1].input_ids), len(examples[0].input_ids)
-    return Batch(like.size, longest, padding=shortest < longest), padded_batch(examples)
+    return Batch(like.size, longest, padding=shortest < longest), collate(examples)
 
 
 def _measure(base: PreTrainedModel, inputs: dict[str, torch.Tensor], step: StepOptions, steps: int) -> dict[str, Any]:
