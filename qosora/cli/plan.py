@@ -18,7 +18,8 @@ HELP = "predict the memory of fine-tuning a model, without its weights and witho
 EXAMPLES = """\
   qosora plan llama-3.1-8b --seq-len 2048 --gpu-memory 24GiB
   qosora plan Qwen/Qwen3-4B --gpu "RTX 4090" --batch-size 8
-  qosora plan ./my-base --seq-len 8192 --no-gradient-checkpointing --json"""
+  qosora plan ./my-base --seq-len 8192 --no-gradient-checkpointing --json
+  qosora plan google/gemma-3-4b-it --images 1 --image-size 896x896 --gpu-memory 12GiB"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +40,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--link", type=float, metavar="GB/S", help="from host memory to the card, with --base-on host [25]"
     )
     parser.add_argument("--tflops", type=float, metavar="X", help="of the card, likewise [half of what its maker says]")
+    parser.add_argument("--images", type=at_least_one, metavar="N", help="of each example, for a model that sees")
+    parser.add_argument(
+        "--image-size", type=_size, default=(1024, 1024), metavar="WxH", help="of each image, pixels [1024x1024]"
+    )
     parser.add_argument("--no-qlora", action="store_true", help="do not compare with PEFT QLoRA, r=16")
     add_report(parser)
     parser.add_argument("--no-grid", action="store_true", help="plan this batch size and length only")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that MODEL brings")
     add_json(parser)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Return the width and height that an option gives. argparse makes usage errors of what this raises."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"must be a width and a height, such as 1024x768, got {text!r}")
+    return int(width), int(height)
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +126,16 @@ def run(args: argparse.Namespace) -> None:
 
     if args.report:
         require_plots()
+    options = step_options(args)
+    inputs = None
+    if args.images:
+        from qosora.memory import batch_with_images
+
+        asked = {name: options[name] for name in ("batch_size", "seq_len", "precision") if name in options}
+        size = args.image_size
+        inputs = batch_with_images(
+            args.model, images=args.images, image_size=size, trust_remote_code=args.trust_remote_code, **asked
+        )
     found = plan(
         args.model,
         gpu=args.gpu,
@@ -125,7 +148,8 @@ def run(args: argparse.Namespace) -> None:
         base_on=args.base_on,
         link=args.link,
         tflops=args.tflops,
-        **step_options(args),
+        inputs=inputs,
+        **options,
     )
     if args.json:
         print_json(found.to_dict())
@@ -135,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
         from qosora.memory import events
         from qosora.memory.report import report
 
-        report(found, events(args.model, found, trust_remote_code=args.trust_remote_code), args.report)
+        report(found, events(args.model, found, inputs=inputs, trust_remote_code=args.trust_remote_code), args.report)
 
 
 def _lines(found: Plan) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import sys
 import typing
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -149,7 +149,9 @@ def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
     found = preview_run(config)
     planned = plan_run(config, found, gpu=gpu)
     if as_json:
-        print_json({"data": asdict(found), "plan": planned.to_dict()})
+        data = asdict(replace(found, largest=None))
+        del data["largest"]
+        print_json({"data": data, "plan": planned.to_dict()})
         return
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for number, tokens in enumerate(found.shown, 1):
@@ -174,8 +176,6 @@ def look(config: TrainConfig, gpu: str | None, *, as_json: bool) -> None:
     if found.evaluated:
         print(f"evaluated on {found.evaluated:,} examples before and after")
     print(f"\n{usage_table(planned.usage, None)}")
-    if found.seen:
-        print("not counted: what the tower of vision takes for pixels")
     if planned.verdict is not None:
         words = {"fits": "fits into", "tight": "fits tightly, if at all, into", "no": "does not fit into"}
         print(f"\n{words[planned.verdict]} {planned.card.name}")

@@ -138,7 +138,7 @@ class Seer:
 
     def batch(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Return what the model takes of `SeenExample`s: ids, labels and mask, (examples, longest), and pixels."""
-        return self._collated([example.row for example in examples])
+        return self.collate([example.row for example in examples])
 
     def prompts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return what the model takes of prompts that it is to answer: ids and mask, (prompts, longest), and pixels.
@@ -183,11 +183,16 @@ class Seer:
                 yield {"prompt": before, "completion": [message], "images": images[:seen]}
 
     def _example(self, row: Mapping[str, Any]) -> SeenExample:
-        made = self._collated([row])
+        made = self.collate([row])
         ids, labels = (made[key][0].numpy().astype(np.int32) for key in ("input_ids", "labels"))
         return SeenExample(ids, labels, row)
 
-    def _collated(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return what the model takes of rows: messages, or a prompt and a completion; images; and a folder for paths.
+
+        Raises:
+            DataError: An image or a text that cannot be used.
+        """
         opened = []
         for row in rows:
             images = [open_image(image, row["folder"]) for image in row["images"]]
@@ -198,7 +203,7 @@ class Seer:
 
     def _tensors(self, made: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return {
-            key: value.to(self.dtype) if value.is_floating_point() else value
+            key: value.to(self.dtype if value.is_floating_point() else value.dtype).contiguous()
             for key, value in made.items()
             if isinstance(value, torch.Tensor)
         }

@@ -15,6 +15,7 @@ memory, `profile` on real ones.
 | `cards` | sizes of GPUs, and what CUDA adds |
 | `shapes` | shapes of well-known models |
 | `plan` | `plan` |
+| `pictures` | a batch with images, to plan for |
 | `run` | the plan of a training run, and the batch that fits |
 | `profile` | `profile` |
 | `report` | timelines and snapshots |
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from qosora.memory.cards import the_card as the_card
     from qosora.memory.options import Batch as Batch
     from qosora.memory.options import StepOptions as StepOptions
+    from qosora.memory.pictures import batch_with_images as batch_with_images
     from qosora.memory.plan import LASTING as LASTING
     from qosora.memory.plan import Plan as Plan
     from qosora.memory.plan import Usage as Usage
@@ -59,6 +61,7 @@ __getattr__, __dir__ = door(
         "cards": ["Card", "the_card"],
         "shapes": ["model_config"],
         "plan": ["LASTING", "Plan", "Usage", "events", "usage_of"],
+        "pictures": ["batch_with_images"],
         "run": ["fit_batch_size", "plan_run", "planned_peak"],
         "profile": ["Measurement", "fill_at_random", "measure", "offloading", "random_model"],
     },

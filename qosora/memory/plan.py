@@ -12,24 +12,27 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedConfig
 
-from qosora.checkpoints import base_storage
+from qosora.checkpoints import base_storage, sees
 from qosora.config import QosoraConfig
 from qosora.data import most_positions
 from qosora.decompose import EMBEDDINGS
 from qosora.errors import ConfigError
-from qosora.memory.cards import ASSUMPTIONS, LINK, OF_EXPERTS, OF_FP16, OF_HOST, OVERHEAD, Card, the_card
+from qosora.memory.cards import ASSUMPTIONS, LINK, OF_EXPERTS, OF_FP16, OF_HOST, OF_TEXT, OVERHEAD, Card, the_card
 from qosora.memory.options import Batch, Prediction, StepOptions, has_experts
 from qosora.memory.shapes import model_config
 from qosora.memory.tracer import CATEGORIES, PHASES, Event, Site
 from qosora.memory.traces import Traces
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "OUTSIDE",
@@ -194,6 +197,7 @@ def plan(
     tflops: float | None = None,
     compare: bool = True,
     grid: bool = True,
+    inputs: Mapping[str, torch.Tensor] | None = None,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Plan:
@@ -216,6 +220,7 @@ def plan(
         tflops: 10^12 operations a second of the GPU; half of what its maker says by default.
         compare: Whether to plan PEFT QLoRA, too; not for mixtures of experts.
         grid: Whether to plan other batch sizes and lengths, too.
+        inputs: The batch itself, of a model that sees, in place of its shape, padding and grid.
         trust_remote_code: Whether to run model code that the folder brings.
         **options: Fields of `StepOptions`.
 
@@ -231,6 +236,9 @@ def plan(
     config = model if isinstance(model, PreTrainedConfig) else model_config(model, trust_remote_code=trust_remote_code)
     storage = storage or storage_of(config, rank, embeddings)
     step = StepOptions(**options)
+    if inputs is not None:
+        batch_size, seq_len = inputs["input_ids"].shape
+        padding, grid = not bool(inputs["attention_mask"].all()), False
     problems = shape_problems(config, batch_size, seq_len) + step.problems()
     if written and not (1 <= written < seq_len and rounds >= 1 and not packing and not grid):
         problems.append(
@@ -251,7 +259,7 @@ def plan(
     if problems:
         raise ConfigError(problems)
     card = the_card(gpu, gpu_memory) if step.device == "cuda" else Card("cpu", None)
-    planner = _Planner(config, storage, step, card, packing, padding, written, rounds)
+    planner = _Planner(config, storage, step, card, packing, padding, written, rounds, inputs)
     batch = planner.batch(batch_size, seq_len)
     usage = planner.usage(batch)
     memory = card.memory_bytes
@@ -265,7 +273,7 @@ def plan(
     mixture = has_experts(config)
     compare = compare and not mixture
     rival = replace(step, method="qlora")
-    qlora = _Planner(config, storage, rival, card, packing, padding, written, rounds) if compare else None
+    qlora = _Planner(config, storage, rival, card, packing, padding, written, rounds, inputs) if compare else None
     return Plan(
         model=str(model) if isinstance(model, (str, Path)) else config.name_or_path or config.model_type,
         rank=storage.rank,
@@ -283,18 +291,25 @@ def plan(
         assumptions=ASSUMPTIONS * (step.device == "cuda")
         + OF_HOST * (step.away is not None)
         + OF_FP16 * (step.precision == "fp16")
-        + OF_EXPERTS * mixture,
+        + OF_EXPERTS * mixture
+        + OF_TEXT * (inputs is None and sees(config)),
         streaming=planner.streaming(link or LINK, tflops or card.tflops) if step.away == "host" else None,
     )
 
 
-def events(model: str | Path | PreTrainedConfig, found: Plan, *, trust_remote_code: bool = False) -> list[Event]:
+def events(
+    model: str | Path | PreTrainedConfig,
+    found: Plan,
+    *,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    trust_remote_code: bool = False,
+) -> list[Event]:
     """Return the allocations of the step that was planned, all layers traced, for pictures."""
     config = model if isinstance(model, PreTrainedConfig) else model_config(model, trust_remote_code=trust_remote_code)
     from qosora.memory.predict import TracedModel
 
     traced = TracedModel(config, storage_of(config, found.rank, found.embeddings), found.options, full_depth=True)
-    return traced.events(found.batch)
+    return traced.events(found.batch, inputs)
 
 
 def storage_of(config: PreTrainedConfig, rank: int | None, embeddings: str | None = None) -> QosoraConfig:
@@ -330,8 +345,9 @@ class _Planner:
 
     def __init__(
         self, config: PreTrainedConfig, storage: QosoraConfig, step: StepOptions, card: Card, packing: bool,
-        padding: bool | None, written: int = 0, rounds: int = 1,
+        padding: bool | None, written: int = 0, rounds: int = 1, inputs: Mapping[str, torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
+        self.inputs = inputs
         self.config, self.storage, self.step, self.card = config, storage, step, card
         self.packing, self.padding, self.written, self.rounds = packing, padding, written, rounds
         self.traced = Traces(config, storage, step)
@@ -362,7 +378,7 @@ class _Planner:
 
     def _predict(self, batch: Batch) -> Prediction:
         if batch not in self._known:
-            self._known[batch] = self.traced.predict(batch)
+            self._known[batch] = self.traced.predict(batch, self.inputs)
         return self._known[batch]
 
     def total(self, batch: Batch) -> int:
@@ -451,7 +467,9 @@ class _Planner:
         return sorted(found, key=lambda advice: -advice.saved_bytes)
 
     def _other(self, step: StepOptions, storage: QosoraConfig) -> _Planner:
-        return _Planner(self.config, storage, step, self.card, self.packing, self.padding, self.written, self.rounds)
+        return _Planner(
+            self.config, storage, step, self.card, self.packing, self.padding, self.written, self.rounds, self.inputs
+        )
 
     def _changes(self, batch: Batch) -> Iterator[tuple[str, StepOptions, QosoraConfig, Batch]]:
         step, storage = self.step, self.storage
@@ -459,7 +477,7 @@ class _Planner:
             same = getattr(step, name) == value or (name, step.precision) == ("precision", "fp16")
             if not same and (name != "attn_implementation" or self.step.attn_implementation == "eager"):
                 yield text, replace(step, **{name: value}), storage, batch  # type: ignore[arg-type]
-        if batch.size > 1:
+        if batch.size > 1 and self.inputs is None:
             one = self.batch(1, batch.length)
             if batch.written:  # as many answers at once
                 one = replace(one, rounds=batch.size * batch.rounds)
@@ -468,7 +486,7 @@ class _Planner:
             half = batch.written // 2
             shorter = replace(batch, length=batch.length - half, written=batch.written - half)
             yield f"--max-completion-length {batch.written - half}", step, storage, shorter
-        elif batch.length >= 256:
+        elif batch.length >= 256 and self.inputs is None:
             half = batch.length // 2
             yield f"--seq-len {half}", step, storage, self.batch(batch.size, half)
         if base_storage(self.config) is not None:

@@ -218,10 +218,10 @@ class TracedModel:
             sites = {site._replace(layer=self._layer(site.layer)): peak for site, peak in sites.items()}
         return prediction(self._placed(sites), self.paged_bytes)
 
-    def events(self, batch: Batch) -> list[Event]:
+    def events(self, batch: Batch, inputs: Mapping[str, torch.Tensor] | None = None) -> list[Event]:
         """Return the allocations of a step, of the layers that are traced: all, with `full_depth`."""
         log: list[Event] = []
-        self._trace(batch, self.depths[-1], MetaKernels(answer=not (batch.padding or batch.packing)), log=log)
+        self._trace(batch, self.depths[-1], MetaKernels(answer=not (batch.padding or batch.packing)), inputs, log)
         return log
 
     def _layer(self, position: int) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from qosora.checkpoints import split_source
+from qosora.checkpoints import sees, split_source
 from qosora.errors import ConfigError, QosoraError
 from qosora.memory.plan import Plan, plan
-from qosora.training import AUTO, BATCH_SIZE, Preview, TrainConfig, preview_run
+from qosora.memory.shapes import model_config
+from qosora.training import AUTO, BATCH_SIZE, Preview, TrainConfig, preview_run, records_of
 
 __all__ = ["fit_batch_size", "plan_run", "planned_peak"]
 
@@ -36,11 +38,15 @@ def plan_run(config: TrainConfig, found: Preview, *, gpu: str | None = None, gpu
         CheckpointError: The model is no qosora base.
         ConfigError: A card that nobody knows, or that is too small for the weights alone.
     """
-    return _plan(config, found.source, found.longest + found.answer, found.precision, gpu, gpu_memory, found.answer)
+    inputs = None if found.largest is None else found.largest(config.batch_size)
+    longest = found.longest + found.answer
+    return _plan(config, found.source, longest, found.precision, gpu, gpu_memory, found.answer, inputs)
 
 
 def planned_peak(config: TrainConfig, longest: int, precision: str) -> int | None:
     """Return the bytes of tensors that the plan has at the peak of a run's step on this machine; None if it has none.
+
+    It has none of a run on images, of which it would have to read all.
 
     Args:
         config: Of the run.
@@ -49,9 +55,15 @@ def planned_peak(config: TrainConfig, longest: int, precision: str) -> int | Non
     """
     try:
         source, _ = split_source(config.model)
+        if sees(model_config(source, trust_remote_code=config.trust_remote_code)) and _has_images(config):
+            return None
         return _plan(config, source, longest, precision, None, None).usage.allocated_bytes
     except (QosoraError, OSError):  # the base has moved, or its model cannot be traced
         return None
+
+
+def _has_images(config: TrainConfig) -> bool:
+    return records_of(config, held_out=False, limit=config.limit).seen
 
 
 def _plan(
@@ -62,6 +74,7 @@ def _plan(
     gpu: str | None,
     gpu_memory: str | None,
     written: int = 0,
+    inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> Plan:
     elsewhere = gpu is not None or gpu_memory is not None
     found = plan(
@@ -85,6 +98,7 @@ def _plan(
         device="cuda" if elsewhere or torch.cuda.is_available() else "cpu",
         compare=False,
         grid=False,
+        inputs=inputs,
         trust_remote_code=config.trust_remote_code,
     )
     return replace(found, assumptions=(*found.assumptions, _COMPILED)) if config.compile else found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -20,6 +20,7 @@ from qosora.memory.tracer import Site
 from qosora.remembered import code_state, recall, remember
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
     from qosora.memory.predict import TracedModel
@@ -86,8 +87,10 @@ class Traces:
 
         return self._fact("facts", of_model, lambda known: Facts(**known))
 
-    def predict(self, batch: Batch) -> Prediction:
-        """Return the peak of a step on a batch."""
+    def predict(self, batch: Batch, inputs: Mapping[str, torch.Tensor] | None = None) -> Prediction:
+        """Return the peak of a step on a batch; with the batch itself, this is not remembered."""
+        if inputs is not None:
+            return self.model.predict(batch, inputs)
         return self._fact(f"batch {json.dumps(asdict(batch))}", lambda: _plain(self.model.predict(batch)), _read)
 
     def _fact(self, name: str, make: Callable[[], dict[str, Any]], read: Callable[[Any], _T]) -> _T:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from qosora._lazy import door
 
 if TYPE_CHECKING:
+    from qosora.training.checks import records_of as records_of
     from qosora.training.config import AUTO as AUTO
     from qosora.training.config import BATCH_SIZE as BATCH_SIZE
     from qosora.training.config import OPTIMIZER_NAMES as OPTIMIZER_NAMES
@@ -63,6 +64,7 @@ __getattr__, __dir__ = door(
     {
         "config": ["AUTO", "BATCH_SIZE", "OPTIMIZER_NAMES", "PLACES", "RUN_CONFIG", "STRATEGIES", "TrainConfig"],
         "trl_options": ["choose_precision", "trl_config"],
+        "checks": ["records_of"],
         "preview": ["Preview", "preview_run"],
         "processes": ["Processes"],
         "run_folder": ["RESULT", "MetricsLog"],

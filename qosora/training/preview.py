@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from qosora.data import IGNORED, ClassExample, Example
+from qosora.data import IGNORED, ClassExample, Example, batches_by_length
 from qosora.training.checks import Run, resolve_run
 from qosora.training.config import TrainConfig
 from qosora.training.processes import Processes
@@ -46,6 +47,7 @@ class Preview:
         source: The base.
         seen: Whether there are images.
         shown: A few examples: the first, the longest, and one from the middle.
+        largest: Makes the batch of so many of the longest examples, where there are images.
     """
 
     examples: int
@@ -62,6 +64,7 @@ class Preview:
     source: str
     seen: bool
     shown: list[list[Token]]
+    largest: Callable[[int], dict[str, torch.Tensor]] | None = field(repr=False)
 
 
 def preview_run(config: TrainConfig) -> Preview:
@@ -76,6 +79,7 @@ def preview_run(config: TrainConfig) -> Preview:
     data = run.data.tokenized
     lengths = [len(example.input_ids) for example in data.examples]
     places = [0, lengths.index(max(lengths)), len(data) // 2]
+    seer = run.seer
     return Preview(
         examples=len(run.data),
         tokens=data.tokens,
@@ -89,8 +93,9 @@ def preview_run(config: TrainConfig) -> Preview:
         evaluated=len(run.held_out) if run.held_out else 0,
         precision=run.precision,
         source=run.source,
-        seen=run.seer is not None,
+        seen=seer is not None,
         shown=[list(_shown(run, data.examples[place])) for place in dict.fromkeys(places)],
+        largest=None if seer is None else lambda size: seer.batch(batches_by_length(data.examples, size)[0]),
     )
 
 
