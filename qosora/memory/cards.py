@@ -15,7 +15,18 @@ import torch
 
 from qosora.errors import ConfigError
 
-__all__ = ["ASSUMPTIONS", "GPUS", "OF_EXPERTS", "OF_FP16", "OF_HOST", "OF_TEXT", "Card", "parse_bytes", "the_card"]
+__all__ = [
+    "ASSUMPTIONS",
+    "GPUS",
+    "OF_EXPERTS",
+    "OF_FP16",
+    "OF_HOST",
+    "OF_IMAGES",
+    "OF_TEXT",
+    "Card",
+    "parse_bytes",
+    "the_card",
+]
 
 MIB, GIB = 2**20, 2**30
 
@@ -68,6 +79,10 @@ OF_FP16 = (
     "those of LayerNorm (not of RMSNorm) and the sums over a token's experts",
 )
 OF_TEXT = ("a text without images: what these and the tower of vision take comes to it, as --images counts it",)
+OF_IMAGES = (
+    "all images have the size that was given, or are those of the longest examples; what cuDNN's convolutions take for "
+    "patches is not counted, and no step with images was measured on a GPU",
+)
 OF_EXPERTS = (
     "of each layer's experts one gets every token and the others share the rest: no choice of experts takes more",
     "no QLoRA beside it: bitsandbytes leaves stacked experts in 16 bits",

@@ -25,7 +25,18 @@ from qosora.config import QosoraConfig
 from qosora.data import most_positions
 from qosora.decompose import EMBEDDINGS
 from qosora.errors import ConfigError
-from qosora.memory.cards import ASSUMPTIONS, LINK, OF_EXPERTS, OF_FP16, OF_HOST, OF_TEXT, OVERHEAD, Card, the_card
+from qosora.memory.cards import (
+    ASSUMPTIONS,
+    LINK,
+    OF_EXPERTS,
+    OF_FP16,
+    OF_HOST,
+    OF_IMAGES,
+    OF_TEXT,
+    OVERHEAD,
+    Card,
+    the_card,
+)
 from qosora.memory.options import Batch, Prediction, StepOptions, has_experts
 from qosora.memory.shapes import model_config
 from qosora.memory.tracer import CATEGORIES, PHASES, Event, Site
@@ -292,7 +303,8 @@ def plan(
         + OF_HOST * (step.away is not None)
         + OF_FP16 * (step.precision == "fp16")
         + OF_EXPERTS * mixture
-        + OF_TEXT * (inputs is None and sees(config)),
+        + OF_TEXT * (inputs is None and sees(config))
+        + OF_IMAGES * (inputs is not None and step.device == "cuda"),
         streaming=planner.streaming(link or LINK, tflops or card.tflops) if step.away == "host" else None,
     )
 
