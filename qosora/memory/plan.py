@@ -270,8 +270,9 @@ def plan(
     if problems:
         raise ConfigError(problems)
     card = the_card(gpu, gpu_memory) if step.device == "cuda" else Card("cpu", None)
-    planner = _Planner(config, storage, step, card, packing, padding, written, rounds, inputs)
-    batch = planner.batch(batch_size, seq_len)
+    data = _Data(packing, padding, written, rounds, inputs)
+    planner = _Planner(config, storage, step, card, data)
+    batch = data.batch(batch_size, seq_len)
     usage = planner.usage(batch)
     memory = card.memory_bytes
     if memory is not None and usage.lasting_bytes + card.context_bytes > memory:
@@ -284,7 +285,7 @@ def plan(
     mixture = has_experts(config)
     compare = compare and not mixture
     rival = replace(step, method="qlora")
-    qlora = _Planner(config, storage, rival, card, packing, padding, written, rounds, inputs) if compare else None
+    qlora = _Planner(config, storage, rival, card, data) if compare else None
     return Plan(
         model=str(model) if isinstance(model, (str, Path)) else config.name_or_path or config.model_type,
         rank=storage.rank,
@@ -352,16 +353,29 @@ def shape_problems(config: PreTrainedConfig, batch_size: int, seq_len: int) -> l
     return problems
 
 
+@dataclass(frozen=True)
+class _Data:
+    """What all batches of a plan have alike; or the only one, as `inputs`."""
+
+    packing: bool = False
+    padding: bool | None = None
+    written: int = 0
+    rounds: int = 1
+    inputs: Mapping[str, torch.Tensor] | None = None
+
+    def batch(self, size: int, length: int) -> Batch:
+        """Return a batch of a size and length."""
+        padding = not self.packing and (size > 1 if self.padding is None else self.padding)
+        return Batch(size, length, padding, self.packing, self.written, self.rounds)
+
+
 class _Planner:
     """Traces and interpolates for one model, one way of training and one card."""
 
     def __init__(
-        self, config: PreTrainedConfig, storage: QosoraConfig, step: StepOptions, card: Card, packing: bool,
-        padding: bool | None, written: int = 0, rounds: int = 1, inputs: Mapping[str, torch.Tensor] | None = None,
-    ) -> None:  # fmt: skip
-        self.inputs = inputs
-        self.config, self.storage, self.step, self.card = config, storage, step, card
-        self.packing, self.padding, self.written, self.rounds = packing, padding, written, rounds
+        self, config: PreTrainedConfig, storage: QosoraConfig, step: StepOptions, card: Card, data: _Data
+    ) -> None:
+        self.config, self.storage, self.step, self.card, self.data = config, storage, step, card, data
         self.traced = Traces(config, storage, step)
         text = config.get_text_config()
         self.positions: int = most_positions(config) or 2**20
@@ -379,18 +393,13 @@ class _Planner:
             free = math.ceil(traced.largest_layer / (1e9 * link) / for_a_token)
         return Streaming(traced.host_bytes, link, tflops, free)
 
-    def batch(self, size: int, length: int) -> Batch:
-        """Return a batch as the options make it."""
-        padding = not self.packing and (size > 1 if self.padding is None else self.padding)
-        return Batch(size, length, padding, self.packing, self.written, self.rounds)
-
     def usage(self, batch: Batch) -> Usage:
         """Trace a batch."""
         return usage_of(self._predict(batch), self.card, self.step.device)
 
     def _predict(self, batch: Batch) -> Prediction:
         if batch not in self._known:
-            self._known[batch] = self.traced.predict(batch, self.inputs)
+            self._known[batch] = self.traced.predict(batch, self.data.inputs)
         return self._known[batch]
 
     def total(self, batch: Batch) -> int:
@@ -438,11 +447,11 @@ class _Planner:
 
     def largest_batch(self, length: int) -> int:
         """Return the largest batch size that fits at a length, traced itself; 0 if none does."""
-        return self._largest(lambda n: self.batch(n, length), 4096)
+        return self._largest(lambda n: self.data.batch(n, length), 4096)
 
     def longest_sequence(self, size: int) -> int:
         """Return the longest sequence, in steps of 128, that fits at a batch size, traced itself; 0 if none does."""
-        return 128 * self._largest(lambda n: self.batch(size, 128 * n), self.positions // 128)
+        return 128 * self._largest(lambda n: self.data.batch(size, 128 * n), self.positions // 128)
 
     def _largest(self, make: Callable[[int], Batch], most: int) -> int:
         memory = self.card.memory_bytes or 0
@@ -460,7 +469,7 @@ class _Planner:
         for size in GRID_BATCHES:
             for length in GRID_LENGTHS:
                 if length <= self.positions:
-                    total = self.total(self.batch(size, length))
+                    total = self.total(self.data.batch(size, length))
                     cells.append(Cell(size, length, total, self.verdict(total)))
         return cells
 
@@ -479,9 +488,7 @@ class _Planner:
         return sorted(found, key=lambda advice: -advice.saved_bytes)
 
     def _other(self, step: StepOptions, storage: QosoraConfig) -> _Planner:
-        return _Planner(
-            self.config, storage, step, self.card, self.packing, self.padding, self.written, self.rounds, self.inputs
-        )
+        return _Planner(self.config, storage, step, self.card, self.data)
 
     def _changes(self, batch: Batch) -> Iterator[tuple[str, StepOptions, QosoraConfig, Batch]]:
         step, storage = self.step, self.storage
@@ -489,8 +496,8 @@ class _Planner:
             same = getattr(step, name) == value or (name, step.precision) == ("precision", "fp16")
             if not same and (name != "attn_implementation" or self.step.attn_implementation == "eager"):
                 yield text, replace(step, **{name: value}), storage, batch  # type: ignore[arg-type]
-        if batch.size > 1 and self.inputs is None:
-            one = self.batch(1, batch.length)
+        if batch.size > 1 and self.data.inputs is None:
+            one = self.data.batch(1, batch.length)
             if batch.written:  # as many answers at once
                 one = replace(one, rounds=batch.size * batch.rounds)
             yield "--batch-size 1, with --gradient-accumulation in training", step, storage, one
@@ -498,9 +505,9 @@ class _Planner:
             half = batch.written // 2
             shorter = replace(batch, length=batch.length - half, written=batch.written - half)
             yield f"--max-completion-length {batch.written - half}", step, storage, shorter
-        elif batch.length >= 256 and self.inputs is None:
+        elif batch.length >= 256 and self.data.inputs is None:
             half = batch.length // 2
-            yield f"--seq-len {half}", step, storage, self.batch(batch.size, half)
+            yield f"--seq-len {half}", step, storage, self.data.batch(batch.size, half)
         if base_storage(self.config) is not None:
             return
         if storage.rank > 32:

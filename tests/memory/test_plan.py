@@ -16,7 +16,7 @@ from qosora.config import QosoraConfig
 from qosora.errors import CheckpointError, ConfigError, QosoraError
 from qosora.memory.cards import ATTAINED, LINK, TFLOPS, the_card
 from qosora.memory.options import Batch, StepOptions
-from qosora.memory.plan import OUTSIDE, _Planner, plan
+from qosora.memory.plan import OUTSIDE, _Data, _Planner, plan
 from qosora.memory.predict import TracedModel
 from qosora.memory.shapes import SHAPES, model_config
 
@@ -116,7 +116,7 @@ def test_interpolated_shapes_are_near_the_traced_ones(batch: Batch, options: dic
     config.update({**TINY, "head_dim": 16, "sliding_window": window or 10**6, "num_hidden_layers": 2})
     config.max_position_embeddings = 8192
     config.layer_types = ["full_attention" if window is None else "sliding_attention"] * 2
-    planner = _Planner(config, QosoraConfig(rank=8), StepOptions(**options), the_card(memory="8GiB"), False, None)
+    planner = _Planner(config, QosoraConfig(rank=8), StepOptions(**options), the_card(memory="8GiB"), _Data())
     assert planner.total(batch) == pytest.approx(planner.usage(batch).total_bytes, rel=2e-3)
 
 
