@@ -125,10 +125,11 @@ class MetaKernels:
 
     Args:
         answer: What tensors say that are asked for a value: whether a mask can be left out.
+        valued: Whether the batch has values, as one with images, of whose places there must be as many as images have.
     """
 
-    def __init__(self, answer: bool) -> None:
-        self.answer = answer
+    def __init__(self, answer: bool, *, valued: bool = False) -> None:
+        self.answer, self.valued = answer, valued
         self._results: dict[Any, list[_Result] | None] = {}
         self._pure: dict[Any, bool] = {}  # whether an operation returns new memory, changing none
 
@@ -136,15 +137,16 @@ class MetaKernels:
         """Run an operation; without values where it needs them."""
         if (pure := self._pure.get(func)) is None:
             pure = self._pure[func] = is_pure(func)
-        if _is_mixed(args, kwargs):  # a batch with images has values, as of their places, and the model has none
-            if func is index and _is_mask(args[1], meta=False):
-                mask = args[1][0]
-                return args[0].new_empty((int(mask.sum()), *args[0].shape[mask.ndim :]))
-            if not pure and operator_name(func).endswith("_") and not args[0].is_meta:
-                return args[0]
-            args, kwargs = tree_map(_on_meta, (args, kwargs))
-        elif func is to_copy and "device" in kwargs:  # what has values keeps them, and nothing gets any
-            kwargs = {**kwargs, "device": args[0].device}
+        if self.valued:
+            if _is_mixed(args, kwargs):  # the model has no values
+                if func is index and _is_mask(args[1], meta=False):
+                    mask = args[1][0]
+                    return args[0].new_empty((int(mask.sum()), *args[0].shape[mask.ndim :]))
+                if not pure and operator_name(func).endswith("_") and not args[0].is_meta:
+                    return args[0]
+                args, kwargs = tree_map(_on_meta, (args, kwargs))
+            elif func is to_copy and "device" in kwargs:  # what has values keeps them, and nothing gets any
+                kwargs = {**kwargs, "device": args[0].device}
         if not pure:
             in_place = operator_name(func).endswith("_") and isinstance(args[0], torch.Tensor) and args[0].is_meta
             return args[0] if in_place else func(*args, **kwargs)

@@ -208,7 +208,7 @@ class TracedModel:
             inputs: The batch itself, where shapes do not say all: with images. What they say decides about the step,
                 as the places of images and how many patches each has.
         """
-        kernels = MetaKernels(answer=not (batch.padding or batch.packing))
+        kernels = _kernels(batch, inputs)
         traces = [(depth, self._trace(batch, depth, kernels, inputs)) for depth in self.depths]
         depth, sites = traces[0]
         if len(traces) == 2:
@@ -221,7 +221,7 @@ class TracedModel:
     def events(self, batch: Batch, inputs: Mapping[str, torch.Tensor] | None = None) -> list[Event]:
         """Return the allocations of a step, of the layers that are traced: all, with `full_depth`."""
         log: list[Event] = []
-        self._trace(batch, self.depths[-1], MetaKernels(answer=not (batch.padding or batch.packing)), inputs, log)
+        self._trace(batch, self.depths[-1], _kernels(batch, inputs), inputs, log)
         return log
 
     def _layer(self, position: int) -> int:
@@ -269,6 +269,10 @@ class TracedModel:
                 [PackedStandIn(group, tracer, self.options.optimizer, paged, in_all) for group, in_all in groups]
             )
         return PerTensorStandIn(trained, tracer, self.options.optimizer, paged)
+
+
+def _kernels(batch: Batch, inputs: Mapping[str, torch.Tensor] | None) -> MetaKernels:
+    return MetaKernels(answer=not (batch.padding or batch.packing), valued=inputs is not None)
 
 
 #: Categories of what is frozen in a decoder layer.
