@@ -85,11 +85,9 @@ def _language(args: argparse.Namespace, *what: Any, **shared: Any) -> tuple[Any,
 
 def _asked(prompt: Any) -> str:
     """Return a prompt as it is shown: of a chat what was said last."""
-    if isinstance(prompt, str):
-        return prompt
-    content = prompt[-1].get("content") or ""
-    parts = [{"text": content}] if isinstance(content, str) else content
-    return " ".join(part.get("text", "(image)") for part in parts)
+    from qosora.data import text_of
+
+    return prompt if isinstance(prompt, str) else text_of(prompt[-1].get("content")) or ""
 
 
 def _classes(args: argparse.Namespace, *what: Any, **shared: Any) -> tuple[Any, list[str]]:

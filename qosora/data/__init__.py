@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qosora.data.chat import refuse_broken_text as refuse_broken_text
     from qosora.data.chat import render as render
     from qosora.data.chat import template_options as template_options
+    from qosora.data.chat import text_of as text_of
     from qosora.data.classes import ClassExample as ClassExample
     from qosora.data.classes import class_batch as class_batch
     from qosora.data.classes import tokenize_classes as tokenize_classes
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door(
     __name__,
     {
-        "chat": ["encode", "refuse_broken_text", "render", "template_options"],
+        "chat": ["encode", "refuse_broken_text", "render", "template_options", "text_of"],
         "records": ["Columns", "Records", "load_records", "no_progress_bars", "split_to_measure"],
         "tokens": ["Example", "IGNORED", "Tokenized", "tokenize"],
         "prepared": ["Prepared", "prepare"],

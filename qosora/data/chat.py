@@ -27,7 +27,16 @@ from transformers import PreTrainedTokenizerBase
 
 from qosora.errors import DataError, first_line
 
-__all__ = ["as_taken", "encode", "in_parts", "refuse_broken_text", "render", "template_options", "turn_spans"]
+__all__ = [
+    "as_taken",
+    "encode",
+    "in_parts",
+    "refuse_broken_text",
+    "render",
+    "template_options",
+    "text_of",
+    "turn_spans",
+]
 
 #: What a turn says to see where it stands. No template strips it, and no text is likely to begin or end as it does.
 _MARK = "\u27e6turn\u27e7"
@@ -87,6 +96,13 @@ def in_parts(messages: Messages) -> list[Mapping[str, Any]]:
         else message
         for message in messages
     ]
+
+
+def text_of(content: Any) -> str | None:
+    """Return what a message's content says in words, text or parts; None where that is nothing."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part.get("type") == "text") or None
+    return content if isinstance(content, str) else None
 
 
 _ASKED = [{"role": "user", "content": _MARK}]

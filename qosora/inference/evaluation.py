@@ -33,6 +33,7 @@ from qosora.data import (
     refuse_unfit,
     split_to_measure,
     template_options,
+    text_of,
     tokenize,
 )
 from qosora.errors import ConfigError, DataError, QosoraError, first_line
@@ -304,7 +305,7 @@ def _answers(records: Records) -> list[tuple[Prompt, str]]:
     for number, row in enumerate(records.rows, 1):
         messages = row.get("messages")
         prompt, answer = (messages[:-1], messages[-1:]) if messages else (row["prompt"], row["completion"])
-        expected = answer if isinstance(answer, str) else _text_of(answer[0].get("content"))
+        expected = answer if isinstance(answer, str) else text_of(answer[0].get("content"))
         if not prompt or (messages and messages[-1]["role"] != "assistant"):
             raise DataError(f"{records.name} example {number}: exact match needs a chat that ends with the assistant")
         if not isinstance(expected, str):
@@ -314,13 +315,6 @@ def _answers(records: Records) -> list[tuple[Prompt, str]]:
             )
         pairs.append((prompt, expected))
     return pairs
-
-
-def _text_of(content: Any) -> Any:
-    """Return the text of a message's content; what is neither text nor parts of it as it is."""
-    if not isinstance(content, list) or any("text" not in part for part in content):
-        return content
-    return "".join(part["text"] for part in content)
 
 
 def _compiled(pattern: str | None) -> regex.Pattern[str] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qosora.base import load_adapted, load_tokenizer
 from qosora.checkpoints import split_source
+from qosora.data import text_of
 from qosora.errors import ConfigError
 from qosora.inference import generate
 from qosora.training.checks import records_of
@@ -57,14 +58,18 @@ def answers_of(folder: str | Path, count: int, *, max_new_tokens: int = 128) -> 
     tokenizer = load_tokenizer(adapter, base, **how)
     _, begun = split_source(config.model)
     prompts = [prompt for prompt, _ in rows]
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "images": [row.get("images", []) for row in records.rows],
+        "folder": records.folder,
+    }  # fmt: skip
     if begun is None:
         with model.disable_adapter():
-            before = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+            before = generate(model, tokenizer, prompts, **options)
     else:
-        before = generate(load_adapted(base, begun, **how), tokenizer, prompts, max_new_tokens=max_new_tokens)
-    after = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        before = generate(load_adapted(base, begun, **how), tokenizer, prompts, **options)
+    after = generate(model, tokenizer, prompts, **options)
     return [
-        Answer(prompt if isinstance(prompt, str) else str(prompt[-1].get("content") or ""), expected, *written)
+        Answer(prompt if isinstance(prompt, str) else text_of(prompt[-1].get("content")) or "", expected, *written)
         for (prompt, expected), *written in zip(rows, before, after, strict=True)
     ]
 
@@ -78,4 +83,4 @@ def _parted(row: dict[str, Any]) -> tuple[Any, str | None]:
         prompt, answer = row["prompt"], row.get("chosen", row.get("completion") if row.get("label", True) else None)
     if isinstance(answer, list):
         answer = answer[-1].get("content") if answer else None
-    return prompt, answer if isinstance(answer, str) else None
+    return prompt, text_of(answer)

@@ -19,6 +19,7 @@ from qosora.config import QosoraConfig
 from qosora.errors import ConfigError, DataError
 from qosora.inference import Chat
 from qosora.training import TrainConfig, preview_run, train
+from qosora.training.answers import answers_of
 
 LEARNING = {
     "batch_size": 8, "max_steps": 120, "learning_rate": 3e-2, "modules_to_save_learning_rate": 1e-2,
@@ -56,6 +57,10 @@ def test_it_learns_the_colours_of_squares_and_says_them_without_qosora(place: Pa
     assert found.exact_match == 1
     assert [sample.generated for sample in found.samples[:3]] == list(COLOURS)
 
+    written = answers_of(tmp_path / "run", 3)
+    assert [(answer.prompt, answer.expected, answer.after) for answer in written] == [
+        ("colour?", name, name) for name in COLOURS
+    ]
     chat = Chat(model, tokenizer, name="run")
     for i, name in enumerate(COLOURS):
         chat.show(place / "others" / f"{i}.png")
