@@ -93,7 +93,7 @@ def tokenize(
     completion_only: bool | None = None,
     stop_ids: Collection[int] = (),
 ) -> Tokenized:
-    """Tokenize records, truncate them, and count.
+    """Tokenize records, truncate them, and count. Images are left out, which is told: `Seer` takes them.
 
     Args:
         records: Of any kind.
@@ -108,6 +108,10 @@ def tokenize(
     if completion_only and records.kind == "text":
         raise DataError(f"{records.name}: completion_only needs prompts or messages, but the data is plain text")
     _require_template(records, tokenizer)
+    if seen := sum(bool(row.get("images")) for row in records.rows):
+        logger.warning(
+            "%s: the images of %d examples are left out, as text alone is read here", records.name, with_images
+        )
     unfound: list[int] = []  # turns of the assistant, by example
     whole = list(_examples(records, tokenizer, completion_only is not False, unfound))
     if any(unfound):
