@@ -109,9 +109,7 @@ def tokenize(
         raise DataError(f"{records.name}: completion_only needs prompts or messages, but the data is plain text")
     _require_template(records, tokenizer)
     if seen := sum(bool(row.get("images")) for row in records.rows):
-        logger.warning(
-            "%s: the images of %d examples are left out, as text alone is read here", records.name, with_images
-        )
+        logger.warning("%s: the images of %d examples are left out, as text alone is read here", records.name, seen)
     unfound: list[int] = []  # turns of the assistant, by example
     whole = list(_examples(records, tokenizer, completion_only is not False, unfound))
     if any(unfound):

@@ -109,7 +109,8 @@ def test_truncation_is_counted_and_told(caplog: pytest.LogCaptureFixture):
 
 
 def test_images_that_are_left_out_are_told(caplog: pytest.LogCaptureFixture):
-    rows = [{"prompt": "a", "completion": "b", "image": "x.png"}, {"prompt": "a", "completion": "b", "image": None}]
+    row: dict[str, Any] = {"prompt": "a", "completion": "b"}
+    rows = [{**row, "image": "x.png"}, {**row, "image": None}]
     with caplog.at_level(logging.WARNING, "qosora"):
         assert len(tokenize(load_records(rows), make_tokenizer())) == 2
     assert "the images of 1 examples are left out, as text alone is read here" in caplog.text
