@@ -106,7 +106,7 @@ def task_of(args: argparse.Namespace, work: Path) -> Task:
 
     splits = {split: short(made.splits[split]) for split in ("train", "test")}
     rewards = ["number", f"{HERE.parent / 'examples' / 'gsm8k_reward.py'}:sums"]
-    rates = {"qosora": [1e-2], "lora_r16": [3e-5, 1e-4]}
+    rates = {"qosora": [3e-3], "lora_r16": [3e-5, 1e-4]}
     return Task("gsm8k", made.model, QosoraConfig(), splits, rewards, 64, rates, 1e-2, 4)
 
 

@@ -279,6 +279,28 @@ def reward(found: dict[str, Any], file: str) -> str:
     return table(head, rows, note)
 
 
+def reward_gsm8k(found: dict[str, Any], file: str) -> str:
+    """Return the table of reinforcement learning on GSM8K, with its conditions."""
+    results, config = found["results"], found["config"]
+    names = {"qosora": "qosora's vectors, r = 128", "lora_r16": "LoRA, r = 16, on NF4"}
+    before = results["before"]["right"]
+    rows = [["before", "", "", "", "", *(f"{before[name]:.2f}" for name in ("sums", "number"))]]
+    for name, words in names.items():
+        for run in (run for key, run in results.items() if key.startswith(f"{name}_lr")):
+            first, last = (sum(run["rewards"][part]) / 10 for part in (slice(10), slice(-10, None)))
+            scores = [f"{run['right'][reward]:.2f}" for reward in ("sums", "number")]
+            rows.append([words, f"{run['parameters']:,}", f"{run['rate']:g}", f"{first:.2f}", f"{last:.2f}", *scores])
+    note = (
+        f"Gemma 3 270M after {config['warm_steps']} steps on examples, merged; then {config['steps']} steps of GRPO on "
+        f"{config['batch']} answers, 8 to each prompt, on questions of at most 64 tokens. An answer is worth the share "
+        "of its sums that are right (examples/gsm8k_reward.py), and 1 more for the right number. One seed; greedy "
+        f"answers to {config['asked']} held-out questions, before by qosora's base. "
+        f"{conditions(found, file, *QLORA, 'trl')}"
+    )
+    head = ["", "trained parameters", "learning rate", "reward in the first 10 steps", "in the last 10"]
+    return table([*head, "sums right, held out", "number right"], rows, note)
+
+
 def _worst_plan(results: dict[str, Any]) -> float:
     """Return the largest relative difference of plan and measurement."""
     measured = [result for name, result in results.items() if name.startswith("measured")]
@@ -324,6 +346,7 @@ TABLES: dict[str, tuple[str, Callable[[Any, str], str]]] = {
     "launches": ("launches.json", launches),
     "processes": ("processes.json", processes),
     "reward": ("reward_cpu.json", reward),
+    "reward_gsm8k": ("reward_gsm8k_cpu.json", reward_gsm8k),
     "growth": ("growth.json", growth),
 }
 
