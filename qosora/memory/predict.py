@@ -244,7 +244,11 @@ class TracedModel:
                 if given is None:
                     inputs = batch.tensors(self.vocab, "meta", self.task)
                 else:
-                    inputs = {name: tensor.clone() for name, tensor in given.items()}  # to be counted
+                    pixels = dtype_named(options.precision)  # those of a card, where it is planned for one elsewhere
+                    inputs = {
+                        name: tensor.to(pixels if tensor.is_floating_point() else tensor.dtype, copy=True)
+                        for name, tensor in given.items()
+                    }
             tracer.sites.clear()
             saving: Callable[[], AbstractContextManager[Any]] = nullcontext
             if options.activation_offloading:

@@ -92,6 +92,9 @@ def test_images_are_in_the_plan_of_a_run_and_in_the_batch_that_fits(place: Path,
         place / "base", batch_size=8, seq_len=found.longest, grid=False, gpu_memory="24GiB", precision="fp32"
     ).usage
     assert takes[8] != alone.total_bytes
+    half = plan_run(replace(config, precision="auto"), found, gpu_memory="24GiB")  # on a card
+    rows = plan_run(config, found, gpu_memory="24GiB").usage.rows
+    assert rows["batch"] - half.usage.rows["batch"] == 2 * 3 * 28 * 28 * 2
     asked = TrainConfig(**{**config.to_dict(), "batch_size": "auto", "gradient_accumulation": 2})
     assert fit_batch_size(asked, gpu_memory=f"{takes[4] + 2**12}B").batch_size == 4
 
