@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import inspect
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +24,9 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from qosora.data.chat import in_parts
+from qosora.data.chat import in_parts, text_of
 from qosora.data.records import Records
-from qosora.data.tokens import Example, Tokenized
+from qosora.data.tokens import IGNORED, Example, Tokenized
 from qosora.errors import DataError, first_line
 
 __all__ = ["SeenExample", "Seer", "open_image"]
@@ -96,6 +97,8 @@ class Seer:
         from qosora.compat.trl import DataCollatorForVisionLanguageModeling  # with TRL's trainers
 
         self._collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=completion_only)
+        # PaliGemma's, which takes no text without an image, and no chat
+        self._suffixes = "suffix" in inspect.signature(processor.__call__).parameters
 
     def tokenize(self, records: Records, *, max_length: int | None = None) -> Tokenized:
         """Return the examples of records with images, and counts.
@@ -154,8 +157,8 @@ class Seer:
         texts = []
         images = [[open_image(image, row["folder"]) for image in row["images"]] for row in rows]
         for row, opened in zip(rows, images, strict=True):
-            if isinstance(row["prompt"], str):
-                texts.append(row["prompt"])
+            if self._suffixes or isinstance(row["prompt"], str):
+                texts.append(_said(row["prompt"]))
                 continue
             messages = _placed(row["prompt"], len(opened))
             with _blamed(what="the chat template"):
@@ -165,7 +168,7 @@ class Seer:
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
         with _blamed(a_text=any(isinstance(row["prompt"], str) for row in rows)):
             made = self.processor(images=images if any(images) else None, text=texts, **options)
-        return self._tensors(made)
+        return {name: tensor for name, tensor in self._tensors(made).items() if name != "labels"}
 
     def _parts(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         messages, images = row.get("messages"), row.get("images", [])
@@ -197,9 +200,25 @@ class Seer:
         for row in rows:
             images = [open_image(image, row["folder"]) for image in row["images"]]
             opened.append({key: value for key, value in row.items() if key != "folder"} | {"images": images})
+        if self._suffixes:
+            return self._suffixed(opened)
         with _blamed():
             made = self._collate(opened)
         return self._tensors(made)
+
+    def _suffixed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        pairs = [(_said(row["prompt"]), _said(row["completion"])) for row in rows if "completion" in row]
+        if len(pairs) < len(rows):
+            raise DataError("the model's processor takes prompts and completions, and trains on completions alone")
+        eos = str(self.processor.tokenizer.eos_token)
+        with _blamed():
+            made = self._tensors(self.processor(
+                images=[row["images"] for row in rows], text=[prompt for prompt, _ in pairs],
+                suffix=[answer.removesuffix(eos) for _, answer in pairs], padding=True, padding_side="right",
+                return_tensors="pt",
+            ))  # fmt: skip
+        outside = made["token_type_ids" if self.completion_only else "attention_mask"] == 0
+        return {**made, "labels": made["input_ids"].masked_fill(outside, IGNORED)}
 
     def _tensors(self, made: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return {
@@ -218,6 +237,15 @@ def _blamed(what: str = "the model's processor", *, a_text: bool = False) -> Ite
         told = f"{what} cannot take it ({type(error).__name__}: {first_line(error)})"
         hint = "; a prompt that is no chat needs the model's own token where an image is to be" if a_text else ""
         raise DataError(told + hint) from None
+
+
+def _said(turn: str | Sequence[Mapping[str, Any]]) -> str:
+    """Return the text of a prompt or a completion, which may be a message."""
+    if isinstance(turn, str):
+        return turn
+    if len(turn) > 1 or not (text := text_of(turn[0].get("content"))):
+        raise DataError("the model's processor takes a question and its answer as texts, no longer chats")
+    return text
 
 
 def _placed(messages: Sequence[Mapping[str, Any]], images: int) -> Sequence[Mapping[str, Any]]:

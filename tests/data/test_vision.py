@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from seeing import make_seeing, squares
-from tiny import TEXT_VOCAB, write_jsonl
+from tiny import TEXT_VOCAB, make_tokenizer, write_jsonl
+from transformers import PaliGemmaProcessor, SiglipImageProcessorPil
 
 from qosora.base import load_processor
 from qosora.data import Records, Seer, load_records
@@ -140,6 +141,35 @@ def test_prompts_and_completions(place: Path, seer: Seer):
     (example,) = seer.tokenize(records(place, row)).examples
     assert (example.input_ids == TEXT_VOCAB).sum() == 4
     assert (example.labels != -100).sum() == 4
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of transformers' own processor
+def test_answers_as_suffixes(place: Path):
+    tokenizer = make_tokenizer(chat=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.pad_token = tokenizer.eos_token
+    pixels = SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    pixels.image_seq_length = 4
+    seer = Seer(PaliGemmaProcessor(image_processor=pixels, tokenizer=tokenizer))
+    chats = load_records(place / "data.jsonl", limit=2)
+    texts = records(place, *[
+        {"prompt": "colour?", "completion": row["messages"][1]["content"] + end, "images": row["images"]}
+        for row, end in zip(chats.rows, ("", "</s>"), strict=True)
+    ])  # fmt: skip
+    found = seer.tokenize(chats).examples
+    for example, other, name in zip(found, seer.tokenize(texts).examples, ("red", "green"), strict=True):
+        assert example.input_ids.tolist() == other.input_ids.tolist()
+        assert tokenizer.decode(example.labels[example.labels != -100]) == f"{name}</s>"
+    batch = seer.batch(found)
+    assert (batch["labels"][0] != -100).sum() == 4
+    assert batch["input_ids"][0, -2:].tolist() == [257, 257]  # filled up on the right
+    assert batch["token_type_ids"].equal((batch["labels"] != -100).long())
+    asked = seer.prompts([{"prompt": "colour?", "images": chats.rows[0]["images"], "folder": place}])
+    assert asked["input_ids"][0].tolist() == found[0].input_ids[found[0].labels == -100].tolist()
+    assert "labels" not in asked
+    longer = {"messages": [*chats.rows[0]["messages"], *chats.rows[0]["messages"]], "images": chats.rows[0]["images"]}
+    with pytest.raises(DataError, match="takes a question and its answer as texts, no longer chats"):
+        seer.tokenize(records(place, longer))
 
 
 @pytest.mark.parametrize("kind", ["path", "uri", "bytes", "pil", "parquet"])
