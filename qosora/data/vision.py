@@ -33,6 +33,8 @@ __all__ = ["SeenExample", "Seer", "open_image"]
 
 logger = logging.getLogger("qosora")
 
+#: Of Llama 3.2 that sees: which of the images' tiles a token sees.
+_SEEN = "cross_attention_mask"
 _DATA_URI = "data:image/"
 
 
@@ -203,8 +205,11 @@ class Seer:
         if self._suffixes:
             return self._suffixed(opened)
         with _blamed():
-            made = self._collate(opened)
-        return self._tensors(made)
+            made = self._tensors(self._collate([dict(row) for row in opened]))
+            if (seen := made.get(_SEEN)) is not None and seen.shape[1] < made["input_ids"].shape[1]:
+                alone = [self._collate([row])[_SEEN][0] for row in opened]
+                made[_SEEN] = _seen_by_all(alone, made["attention_mask"], seen)
+        return made
 
     def _suffixed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         pairs = [(_said(row["prompt"]), _said(row["completion"])) for row in rows if "completion" in row]
@@ -237,6 +242,22 @@ def _blamed(what: str = "the model's processor", *, a_text: bool = False) -> Ite
         told = f"{what} cannot take it ({type(error).__name__}: {first_line(error)})"
         hint = "; a prompt that is no chat needs the model's own token where an image is to be" if a_text else ""
         raise DataError(told + hint) from None
+
+
+def _seen_by_all(prompts: Sequence[torch.Tensor], mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return which tiles each token sees, (rows, tokens, images, tiles): an answer sees what the prompt's end does.
+
+    Args:
+        prompts: What those of each prompt see, (tokens, images, tiles).
+        mask: Of all tokens, (rows, tokens), filled up on the right.
+        like: What TRL's collator makes of it, of the prompts alone.
+    """
+    made = like.new_zeros(*mask.shape, *like.shape[2:])
+    for row, seen, length in zip(made, prompts, mask.sum(1).tolist(), strict=True):
+        images = seen.shape[1]
+        row[: len(seen), :images] = seen
+        row[len(seen) : length, :images] = seen[-1]
+    return made
 
 
 def _said(turn: str | Sequence[Mapping[str, Any]]) -> str:

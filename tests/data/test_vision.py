@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from seeing import make_seeing, squares
 from tiny import TEXT_VOCAB, make_tokenizer, write_jsonl
-from transformers import PaliGemmaProcessor, SiglipImageProcessorPil
+from transformers import MllamaImageProcessorPil, MllamaProcessor, PaliGemmaProcessor, SiglipImageProcessorPil
 
 from qosora.base import load_processor
 from qosora.data import Records, Seer, load_records
@@ -141,6 +141,32 @@ def test_prompts_and_completions(place: Path, seer: Seer):
     (example,) = seer.tokenize(records(place, row)).examples
     assert (example.input_ids == TEXT_VOCAB).sum() == 4
     assert (example.labels != -100).sum() == 4
+
+
+def test_an_answer_sees_the_tiles_that_its_prompt_does(place: Path):
+    tokenizer = make_tokenizer(chat=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image|>", "<|python_tag|>"]})
+    tokenizer.pad_token = tokenizer.eos_token
+    pixels = MllamaImageProcessorPil(size={"height": 28, "width": 28}, max_image_tiles=2)
+    seer = Seer(MllamaProcessor(image_processor=pixels, tokenizer=tokenizer))
+    rows = [
+        {"prompt": "<|image|>colour?", "completion": "red", "images": ["pictures/0.png"]},
+        {"prompt": "a<|image|>b<|image|>colours, then?", "completion": "no", "images": ["pictures/1.png"] * 2},
+    ]
+    examples = seer.tokenize(records(place, *rows)).examples
+    batch = seer.batch(examples)
+    seen, mask = batch["cross_attention_mask"], batch["attention_mask"]
+    assert seen.shape == (*mask.shape, 2, 2)
+    assert seen[0, : mask[0].sum(), 0, 0].all()  # from the image on, which is first
+    assert not seen[0, :, 1].any()
+    assert not seen[0, mask[0].sum() :].any()
+    first, second = (batch["input_ids"][1] == 258).nonzero()[:, 0].tolist()
+    length = int(mask[1].sum())
+    assert seen[1, first:second, 0, 0].all()
+    assert seen[1, second:length, 1, 0].all()
+    assert seen[1].sum() == length - first
+    alone = seer.batch(examples[1:])["cross_attention_mask"]
+    assert torch.equal(alone, seen[1:])
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of transformers' own processor
