@@ -229,19 +229,19 @@ def processes(found: dict[str, Any], file: str) -> str:
     for name, result in found["results"].items():
         method, way, count = name.split("_")
         several = int(count) > 1
-        if several or way != "ddp":
-            sizes = [mib(size) for size in (max(result["base_bytes"]), result["peak_rss_bytes"])]
-            said = "both" if way == "host" and several else words[way]
-            rows.append([f"{method}, {count} process{'es' * several}, {said}", f"{result['difference']:.1e}", *sizes])
+        sizes = [mib(size) for size in (max(result["base_bytes"]), result["peak_rss_bytes"])]
+        said = "both" if way == "host" and several else words[way] if several or way == "host" else "resident"
+        row = f"{method}, {count} process{'es' * several}, {said}"
+        rows.append([row, f"{result['difference']:.1e}", *sizes, f"{result['seconds']:.0f}"])
     config = found["config"]
     note = (
         f"A random model of Llama's kind ({config['layers']} layers of width {config['width']}), "
         f"{config['steps']} steps in float32 with the same examples in every step: the largest difference of a trained "
         "vector to that of one process with a resident base, relative to the vector's largest entry; the bytes of the "
         "frozen base that a process keeps between layers; the largest resident set of a process, Python and libraries "
-        f"included. {conditions(found, file, 'torch', 'transformers', 'accelerate')}"
+        f"included; seconds of the run, on two cores for all processes. {conditions(found, file, 'torch', 'transformers', 'accelerate')}"
     )
-    return table(["", "largest difference", "base in a process", "resident set"], rows, note)
+    return table(["", "largest difference", "base in a process", "resident set", "seconds"], rows, note)
 
 
 def growth(found: dict[str, Any], file: str) -> str:
