@@ -239,7 +239,8 @@ def processes(found: dict[str, Any], file: str) -> str:
         f"{config['steps']} steps in float32 with the same examples in every step: the largest difference of a trained "
         "vector to that of one process with a resident base, relative to the vector's largest entry; the bytes of the "
         "frozen base that a process keeps between layers; the largest resident set of a process, Python and libraries "
-        f"included; seconds of the run, on two cores for all processes. {conditions(found, file, 'torch', 'transformers', 'accelerate')}"
+        "included; seconds of the run, on two cores for all processes. "
+        f"{conditions(found, file, 'torch', 'transformers', 'accelerate')}"
     )
     return table(["", "largest difference", "base in a process", "resident set", "seconds"], rows, note)
 
