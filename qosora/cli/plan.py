@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     if args.images:
         from qosora.memory import batch_with_images
 
-        asked = {name: options[name] for name in ("batch_size", "seq_len", "precision") if name in options}
+        asked = {name: options[name] for name in ("batch_size", "seq_len") if name in options}
         size = args.image_size
         inputs = batch_with_images(
             args.model, images=args.images, image_size=size, trust_remote_code=args.trust_remote_code, **asked

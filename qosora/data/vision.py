@@ -207,7 +207,7 @@ class Seer:
         with _blamed():
             made = self._tensors(self._collate([dict(row) for row in opened]))
             if (seen := made.get(_SEEN)) is not None and seen.shape[1] < made["input_ids"].shape[1]:
-                alone = [self._collate([row])[_SEEN][0] for row in opened]
+                alone = [seen[0]] if len(opened) == 1 else [self._collate([row])[_SEEN][0] for row in opened]
                 made[_SEEN] = _seen_by_all(alone, made["attention_mask"], seen)
         return made
 

@@ -28,6 +28,7 @@ from qosora.data import (
     Example,
     Records,
     batches_by_length,
+    embedding_rows,
     load_records,
     padded_batch,
     refuse_unfit,
@@ -167,7 +168,7 @@ def _seen(
     """Measure a model that sees, on examples with images."""
     if not sees(model.config):
         raise DataError(f"{data.name} has images, and the model takes none; leave out their column")
-    seer = seer_of(model, tokenizer, completion_only=only)
+    seer = seer_of(tokenizer.name_or_path, embedding_rows(model), completion_only=only, dtype=model.dtype)
     found = seer.tokenize(data, max_length=max_length)
     total = 0.0
     device = model.get_input_embeddings().weight.device

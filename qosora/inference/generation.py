@@ -92,14 +92,14 @@ def generate(
     else:
         batches = _read(model, tokenizer, prompts, template_options or [{}] * len(prompts), chat, batch_size)
     texts = [""] * len(prompts)
-    room: dict[int, int] = {}  # by the longest prompt, tokens to write
+    configs: dict[int, GenerationConfig] = {}  # by the longest prompt
     with inference(model), _seeded(seed):
         for chosen, inputs, longest in batches:
-            if longest not in room:
-                room[longest] = _within_positions(model, longest, max_new_tokens)
-            config = _generation_config(model, tokenizer, room[longest], temperature, top_p)
+            if longest not in configs:
+                new_tokens = _within_positions(model, longest, max_new_tokens)
+                configs[longest] = _generation_config(model, tokenizer, new_tokens, temperature, top_p)
             streamer = None if streamed is None else _Streamer(tokenizer, streamed)
-            new = _continue(model, inputs, config, streamer)
+            new = _continue(model, inputs, configs[longest], streamer)
             for i, ids in zip(chosen, new, strict=True):
                 texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
                 if written is not None:
@@ -144,11 +144,29 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-def seer_of(model: Any, tokenizer: PreTrainedTokenizerBase, *, completion_only: bool = True) -> Seer:
-    """Return what makes tokens and pixels for a model that sees, by the processor beside its tokenizer."""
-    processor = load_processor(tokenizer.name_or_path)
-    pad_within(processor.tokenizer, embedding_rows(model))
-    return Seer(processor, completion_only=completion_only, dtype=model.dtype)
+def seer_of(
+    source: str | Path,
+    vocabulary: int,
+    *,
+    completion_only: bool = True,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Seer:
+    """Return what makes tokens and pixels for a model that sees.
+
+    Args:
+        source: With the files of its processor.
+        vocabulary: Number of its embeddings.
+        completion_only: As `Seer` has it.
+        dtype: Likewise.
+        trust_remote_code: Whether to run code that the folder brings.
+
+    Raises:
+        CheckpointError: There is no processor.
+    """
+    processor = load_processor(source, trust_remote_code=trust_remote_code)
+    pad_within(processor.tokenizer, vocabulary)
+    return Seer(processor, completion_only=completion_only, dtype=dtype)
 
 
 #: Numbers of some prompts, what the model takes of them, and the tokens of the longest of all.
@@ -166,9 +184,10 @@ def _read(
     ]
     refuse_foreign_tokens(encoded, embedding_rows(model), tokenizer.name_or_path)
     by_length = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # what needs most memory first
+    pad = _pad_token(model, tokenizer)
     for start in range(0, len(encoded), size):
         chosen = by_length[start : start + size]
-        ids = padded([encoded[i] for i in chosen], _pad_token(model, tokenizer), left=True)
+        ids = padded([encoded[i] for i in chosen], pad, left=True)
         mask = padded([[1] * len(encoded[i]) for i in chosen], 0, left=True)
         yield chosen, {"input_ids": ids, "attention_mask": mask}, len(encoded[by_length[0]])
 
@@ -180,7 +199,7 @@ def _seen(
     """Give prompts with images in batches, those without after them: a processor takes all with some, or none."""
     if not sees(model.config):
         raise DataError("the prompts have images, and the model takes none; leave them out")
-    seer = seer_of(model, tokenizer)
+    seer = seer_of(tokenizer.name_or_path, embedding_rows(model), dtype=model.dtype)
     rows = []
     for number, (prompt, of_it) in enumerate(zip(prompts, images, strict=True), 1):
         _require_text(prompt, number)

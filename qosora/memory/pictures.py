@@ -13,11 +13,9 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from qosora.base import load_processor
 from qosora.checkpoints import sees
-from qosora.data import Seer, pad_within
-from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError
+from qosora.inference import seer_of
 from qosora.memory.shapes import model_config
 
 __all__ = ["batch_with_images"]
@@ -30,7 +28,6 @@ def batch_with_images(
     seq_len: int = 1024,
     images: int = 1,
     image_size: tuple[int, int] = (1024, 1024),
-    precision: str = "bf16",
     trust_remote_code: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Return what a model takes of a batch of examples alike, each with images before its text.
@@ -41,7 +38,6 @@ def batch_with_images(
         seq_len: Tokens of each, those of its images among them.
         images: Of each.
         image_size: Width and height of each image, pixels.
-        precision: Of the pixels.
         trust_remote_code: Whether to run code that the folder brings.
 
     Raises:
@@ -56,11 +52,9 @@ def batch_with_images(
         raise ConfigError(
             f"images, image_size and batch_size must be at least 1, got {images}, {image_size} and {batch_size}"
         )
-    processor = load_processor(model, trust_remote_code=trust_remote_code)
     vocabulary = config.get_text_config().vocab_size
-    pad_within(processor.tokenizer, vocabulary)
-    seer = Seer(processor, completion_only=False, dtype=dtype_named(precision))
-    row = {**_example(processor, images), "images": [Image.new("RGB", image_size)] * images, "folder": Path()}
+    seer = seer_of(model, vocabulary, completion_only=False, trust_remote_code=trust_remote_code)
+    row = {**_example(seer.processor, images), "images": [Image.new("RGB", image_size)] * images, "folder": Path()}
     made = seer.collate([row] * batch_size)
     tokens = made["input_ids"].shape[1]
     if tokens > seq_len:

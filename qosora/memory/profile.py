@@ -26,7 +26,7 @@ from qosora.checkpoints import quantization_in, task_of
 from qosora.compat.torch import own_buffers, own_parameters
 from qosora.compat.trl import get_act_offloading_ctx_manager
 from qosora.config import OsoraConfig, QosoraConfig
-from qosora.data import Columns, Records, load_records, padded_batch, tokenize
+from qosora.data import Columns, Records, batches_by_length, embedding_rows, load_records, padded_batch, tokenize
 from qosora.dtypes import dtype_named
 from qosora.errors import ConfigError, DataError, QosoraError
 from qosora.inference import seer_of
@@ -239,11 +239,11 @@ def _longest(
     """Return the batch of a data set's longest examples, which decide about the peak."""
     collate: Callable[[Any], dict[str, torch.Tensor]]
     if records.seen:
-        seer = seer_of(loaded, load_tokenizer(model))
+        seer = seer_of(model, embedding_rows(loaded), dtype=loaded.dtype)
         found, collate = seer.tokenize(records, max_length=like.length), seer.batch
     else:
         found, collate = tokenize(records, load_tokenizer(model), max_length=like.length), padded_batch
-    examples = sorted(found.examples, key=lambda e: -len(e.input_ids))[: like.size]
+    examples = batches_by_length(found.examples, like.size)[0]
     if len(examples) < like.size or like.packing:
         raise DataError(
             f"{records.name}: packing cannot be measured on data; leave out one of the two"

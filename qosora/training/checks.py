@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qosora.base import load_processor, load_tokenizer
+from qosora.base import load_tokenizer
 from qosora.checkpoints import (
     ADAPTER_STEM,
     REWARD,
@@ -47,6 +47,7 @@ from qosora.data import (
 )
 from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, ConfigError
+from qosora.inference import seer_of
 from qosora.layers import Tiling
 from qosora.training.config import AUTO, TrainConfig
 from qosora.training.methods import METHODS
@@ -276,10 +277,13 @@ class _Seers:
         if self._config.packing:
             raise ConfigError("packing does not go with images; leave it out")
         if self.used is None:
-            processor = load_processor(self._source, trust_remote_code=self._config.trust_remote_code)
-            _pad_within(processor.tokenizer, self._model)
-            only = self._config.completion_only is not False
-            self.used = Seer(processor, completion_only=only, dtype=self._dtype)
+            self.used = seer_of(
+                self._source,
+                self._model.get_text_config().vocab_size,
+                completion_only=self._config.completion_only is not False,
+                dtype=self._dtype,
+                trust_remote_code=self._config.trust_remote_code,
+            )
         return self.used
 
 

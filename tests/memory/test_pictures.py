@@ -20,7 +20,7 @@ from qosora.memory.plan import plan
 from qosora.memory.profile import profile
 from qosora.training import TrainConfig, preview_run
 
-IMAGES: dict[str, Any] = {"image_size": (28, 28), "precision": "fp32"}
+IMAGES: dict[str, Any] = {"image_size": (28, 28)}
 
 
 @pytest.fixture(scope="module")
