@@ -260,6 +260,27 @@ def growth(found: dict[str, Any], file: str) -> str:
     return table(["rank", "qosora trains", "LoRA trains", "bits a weight of the base"], rows, note)
 
 
+def shares(found: dict[str, Any], file: str) -> str:
+    """Return the table of what is decomposed of mixtures, with its conditions."""
+    rows = [
+        [
+            f"`{name.partition('/')[2]}`", f"{each['parameters'] / 1e9:.1f}", f"{100 * each['share']:.1f} %",
+            ", ".join(f"`{_short(path)}` {count / 1e6:,.0f}" for path, count in [*each["left"].items()][:2]),
+        ]
+        for name, each in found["results"].items()
+    ]  # fmt: skip
+    note = (
+        "Part of the entries of all matrices but embeddings and output layer, in the shapes of the configuration class "
+        f"(of DBRX in the published ones), without weights. {conditions(found, file, 'torch', 'transformers')}"
+    )
+    return table(["model type", "10⁹ parameters", "decomposed", "most of the rest, in 10⁶ entries"], rows, note)
+
+
+def _short(path: str) -> str:
+    """Return the end of a parameter's name that tells what it is."""
+    return ".".join(path.removesuffix(".weight").split(".")[-2:])
+
+
 def reward(found: dict[str, Any], file: str) -> str:
     """Return the table of reinforcement learning, with its conditions."""
     results, config = found["results"], found["config"]
@@ -349,6 +370,7 @@ TABLES: dict[str, tuple[str, Callable[[Any, str], str]]] = {
     "reward": ("reward_cpu.json", reward),
     "reward_gsm8k": ("reward_gsm8k_cpu.json", reward_gsm8k),
     "growth": ("growth.json", growth),
+    "shares": ("shares.json", shares),
 }
 
 

@@ -14,13 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-NAMES = ("layer_step", "optimizer_step", "generate", "load", "plans", "growth", "mixture_step")
-#: Runs some scripts in one process, since importing takes longer than they do: their folder, then a JSON list of argv.
+NAMES = ("layer_step", "optimizer_step", "generate", "load", "plans", "growth", "mixture_step", "shares")
+#: Runs some scripts in one process, since importing takes longer than they do: a JSON list of argv.
 RUN = """
-import json, runpy, sys
-sys.path.insert(0, sys.argv[1])
-for argv in json.loads(sys.argv[2]):
-    sys.argv = argv
+import json, os, runpy, sys
+for argv in json.loads(sys.argv[1]):
+    sys.argv, sys.path[0] = argv, os.path.dirname(argv[0])
     runpy.run_path(argv[0], run_name="__main__")
 """
 
@@ -34,11 +33,12 @@ def test_the_documentation_says_what_was_measured(script: str) -> None:
 @pytest.mark.slow
 def test_benchmarks_run_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {name: tmp_path / f"{name}.json" for name in NAMES}
-    scripts = [[str(BENCHMARKS / f"{name}.py"), "--output", str(file), "--miniature"] for name, file in files.items()]
+    scripts = [
+        [str(next(BENCHMARKS.rglob(f"{name}.py"))), "--output", str(file), "--miniature"]
+        for name, file in files.items()
+    ]
     scripts.append([str(BENCHMARKS / "plots.py"), str(files["layer_step"])])
-    run = subprocess.run(
-        [sys.executable, "-c", RUN, str(BENCHMARKS), json.dumps(scripts)], capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", RUN, json.dumps(scripts)], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert (tmp_path / "layer_step.png").read_bytes().startswith(b"\x89PNG")
     found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}

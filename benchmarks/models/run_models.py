@@ -181,14 +181,19 @@ def perturb(model: nn.Module) -> None:
             parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
 
 
+def outside(model: Any) -> set[int]:
+    """Return the ids of the parameters of embeddings and output layer."""
+    found = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    head = model.get_output_embeddings()
+    return found | ({id(p) for p in head.parameters()} if head is not None else set())
+
+
 def share(model: Any) -> float:
     """Return the part of the entries of matrices, but embeddings and output layer, that is decomposed."""
-    outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    head = model.get_output_embeddings()
-    outside |= {id(p) for p in head.parameters()} if head is not None else set()
     decomposed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QosoraLinear))
     inside = {id(p) for m in model.modules() if isinstance(m, (QosoraLinear, OsoraLayer)) for p in m.parameters()}
-    other = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in inside | outside)
+    inside |= outside(model)
+    other = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in inside)
     return round(decomposed / (decomposed + other), 4)
 
 

@@ -87,6 +87,8 @@ def decompose_structure(
 
 def _leave_what_cannot_be_replaced(model: PreTrainedModel, config: QosoraConfig) -> None:
     heads = _head(model)
+    if shared := _shared(model):
+        _tell_left(model, shared, "other layers share their weights")
     for names, why in (
         (read_directly(model), "it uses their weights without calling them"),
         (stored_otherwise(model), "their weights have another form or name on disk"),
@@ -94,12 +96,25 @@ def _leave_what_cannot_be_replaced(model: PreTrainedModel, config: QosoraConfig)
     ):
         left = [name for name in names if _converts(name, skipped_modules(model, config))]
         if left:
-            ends = left if names is heads else [".".join(name.rsplit(".", 2)[-2:]) for name in left]
-            patterns = list(dict.fromkeys(ends))
+            patterns = list(dict.fromkeys(left if names is heads else map(_end, left)))
             config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *patterns]
-            logger.info(
-                "%d layers of %s stay in 16 bits, as %s: %s", len(left), type(model).__name__, why, ", ".join(patterns)
-            )
+            _tell_left(model, left, why)
+
+
+def _tell_left(model: PreTrainedModel, names: list[str], why: str) -> None:
+    kinds = ", ".join(dict.fromkeys(map(_end, names)))
+    logger.info("%d layers of %s stay in 16 bits, as %s: %s", len(names), type(model).__name__, why, kinds)
+
+
+def _end(name: str) -> str:
+    return ".".join(name.rsplit(".", 2)[-2:])
+
+
+def _shared(model: PreTrainedModel) -> list[str]:
+    """Return the linear layers, but the output layer, that have another's weight: as Zamba's attention has."""
+    tied = {end for tie in tied_weights(model).items() for end in tie}
+    head = model.get_output_embeddings()
+    return [name for name, module in linear_layers(model).items() if f"{name}.weight" in tied and module is not head]
 
 
 def _head(model: PreTrainedModel) -> list[str]:

@@ -9,7 +9,13 @@ import torch
 from peft import get_peft_model
 from tiny import FAMILIES, LAYERS, MIXTURES, make_model
 from torch import nn
-from transformers import ModernVBertConfig, ModernVBertForSequenceClassification, PreTrainedModel
+from transformers import (
+    ModernVBertConfig,
+    ModernVBertForSequenceClassification,
+    PreTrainedModel,
+    ZambaConfig,
+    ZambaForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from qosora.base.structure import decompose_structure, replace_linears, skipped_modules
@@ -97,3 +103,21 @@ def test_what_is_trained_with_a_head_of_its_name_stays():
     assert not [name for name in replaced if ".head." in name or name.startswith("head.")]
     assert {"model.vision_model.encoder.layers.0.mlp.fc1", "model.text_model.layers.0.mlp.Wi"} <= set(replaced)
     assert get_peft_model(model, OsoraConfig(task_type="SEQ_CLS", modules_to_save=["head", "classifier"]))
+
+
+def test_layers_that_share_their_weights_stay_and_are_told(caplog: pytest.LogCaptureFixture):
+    config = ZambaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        n_mamba_heads=2, mamba_d_state=8, attn_layer_period=2, attn_layer_offset=1,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = ZambaForCausalLM(config)
+    caplog.set_level("INFO", "qosora")
+    with pytest.warns(UserWarning, match="ZambaMambaMixer"):  # of which matrices are parameters of the mixer
+        replaced = decompose_structure(model, QosoraConfig(rank=8))
+    assert {name.rpartition(".")[2] for name in replaced} == {"in_proj", "out_proj", "linear"}
+    (told,) = caplog.messages
+    assert told.startswith("14 layers of ZambaForCausalLM stay in 16 bits, as other layers share their weights: ")
+    assert all(kind in told for kind in ("self_attn.q_proj", "self_attn.o_proj", "feed_forward.down_proj"))
+    assert "lm_head" not in told
