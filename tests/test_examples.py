@@ -7,10 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from tiny import TEXT_VOCAB, make_base, make_checkpoint, make_tokenizer, perturbed, sums, write_jsonl
 from tokenizers import processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 
 from qosora import QosoraConfig, quantize
 from qosora.base.load import load_base
@@ -19,6 +27,8 @@ from qosora.demo import assets
 from qosora.training.rewards import load_rewards
 
 ROOT = Path(__file__).parent.parent
+#: Hertz of the tone that stands for a word.
+TONES = {"do": 300, "mi": 900, "so": 2700}
 
 
 @pytest.mark.slow
@@ -101,6 +111,46 @@ def test_a_tiny_t5_translates(tmp_path: Path) -> None:
     inputs = words([row["source"] for row in pairs[:6]], return_tensors="pt", padding=True)
     written = plain.generate(**inputs, max_new_tokens=12)
     assert words.batch_decode(written, skip_special_tokens=True) == [row["target"] for row in pairs[:6]]
+
+
+def note(hertz: float) -> torch.Tensor:
+    """Half a second of a tone, a little off, with noise."""
+    times = torch.arange(8000) / 16000
+    return torch.sin(2 * torch.pi * hertz * (1 + 0.02 * torch.randn(())) * times) + 0.05 * torch.randn(8000)
+
+
+@pytest.mark.slow
+def test_a_tiny_whisper_writes_what_it_hears(tmp_path: Path) -> None:
+    """Words said as tones; written by plain transformers, from the merged weights."""
+    raw = make_tokenizer(chat=False).backend_tokenizer
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 257)])
+    words = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<s>")
+    extractor = WhisperFeatureExtractor(chunk_length=1)  # seconds
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=TEXT_VOCAB, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, max_source_positions=50,
+        max_target_positions=32, pad_token_id=256, bos_token_id=257, eos_token_id=257, decoder_start_token_id=256,
+        begin_suppress_tokens=None, init_std=0.2,
+    )  # fmt: skip
+    for part in (words, extractor, WhisperForConditionalGeneration(config)):
+        part.save_pretrained(tmp_path / "whisper")
+    rows = []
+    for k in range(48):
+        word = [*TONES][k % 3]
+        soundfile.write(tmp_path / f"{k}.wav", note(TONES[word]).numpy(), 16000)
+        rows.append({"audio": f"{k}.wav", "text": word})
+    data = write_jsonl(tmp_path / "said.jsonl", rows)
+    command = [sys.executable, ROOT / "examples" / "transcribe.py", "--model", "whisper", "--data", data]
+    command += ["--output-dir", "adapter", "--merged-dir", "merged", "--epochs", "30", "--batch-size", "8"]
+    command += ["--rank", "16", "--learning-rate", "5e-2"]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    plain = WhisperForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    heard = [note(hertz).numpy() for hertz in TONES.values()]
+    inputs = extractor(heard, sampling_rate=16000, return_tensors="pt")
+    written = plain.generate(**inputs, max_new_tokens=8)
+    assert words.batch_decode(written, skip_special_tokens=True) == [*TONES]
 
 
 @pytest.mark.parametrize(
