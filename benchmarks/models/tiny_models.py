@@ -180,6 +180,14 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
     "esmc": {"num_key_value_heads": 4},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_output_size": 64},
+    "glm5_next_text": {"index_kpool": 4},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+    # one tensor for queries, keys and values, cut in three
+    "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": 4},
+    "nemotron3_5_transcribe_word_timestamp": {"num_key_value_heads": 4},
+    "nemotron3_diarization_audio": {"num_key_value_heads": 4},
     "speecht5": {"mask_time_prob": 0.0, "apply_spec_augment": False},
     "wav2vec2": {"mask_time_prob": 0.0, "apply_spec_augment": False},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
@@ -258,6 +266,8 @@ def inputs_of(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor]:
     if "bbox" in inspect.signature(model.forward).parameters:  # where each token is on a page
         box = [0.1, 0.2, 0.3, 0.4] if config.model_type in ("udop", "bros") else [1, 2, 30, 40]
         found["bbox"] = torch.tensor(box).expand(*ids.shape, 4).contiguous()
+    if "qformer_input_ids" in inspect.signature(model.forward).parameters:
+        found["qformer_input_ids"] = ids
     if config.model_type == "molmo2":
         found["mm_token_type_ids"] = torch.zeros_like(ids)
     if config.is_encoder_decoder and not type(model).__name__.endswith("Classification"):
@@ -275,7 +285,11 @@ def _shrunk(values: Mapping[str, Any], model_type: str = "") -> dict[str, Any]:
         if key in fixed:
             values[key] = TINY[model_type][key]
             continue
-        if isinstance(value, Mapping) and key not in ("id2label", "label2id"):
+        if key == "per_layer_config" and isinstance(layers, int):
+            own = {int(i): each for i, each in (value or {}).items()}
+            of_kept = enumerate(kept or [0, layers - 1])
+            values[key] = {str(new): _shrunk(own[old]) for new, old in of_kept if old in own}
+        elif isinstance(value, Mapping) and key not in ("id2label", "label2id"):
             values[key] = _shrunk(value, f"{model_type}.{key}")
         elif key in lists:
             values[key] = [_small(key, value[i]) for i in kept]

@@ -33,6 +33,7 @@ from qosora.compat.transformers import (
     only_stacks,
     own_gate,
     stacks_experts,
+    tied_weights,
 )
 from qosora.layers.device import device_type
 from qosora.layers.grouped import grouped_product, members
@@ -216,8 +217,11 @@ def parts_on_disk(model: PreTrainedModel) -> Callable[[str], list[str] | None]:
     """Return what `stacks.take_apart` asks of a loader."""
     makers = [c for c in get_model_conversion_mapping(model, add_legacy=False) if isinstance(c, WeightConverter)]
     stackers = list(_stackers(makers))
+    shared = {end for tie in tied_weights(model).items() for end in tie}
 
     def parts(parameter: str) -> list[str] | None:
+        if parameter in shared:  # what a layer is stored in could not be shared
+            return None
         if not any(makes(maker, parameter) for maker in makers):
             return []
         module, _, key = parameter.rpartition(".")

@@ -31,6 +31,7 @@ from qosora.layers import (
     QosoraLinear,
     first_format,
     layer_of_stack,
+    parts_on_disk,
     put_together,
     qosora_modules,
     stacked_place,
@@ -133,6 +134,17 @@ def test_what_the_loader_makes_of_several_tensors_stays():
     parts = take_apart(nn.ModuleDict({"inner": Stacks()}), lambda name: ("a", "b"))
     assert "inner.columns" not in parts  # whose halves are halves of what a layer takes, not of what it gives
     assert parts["inner.rows"].parts == ("a", "b")
+
+
+def test_stacks_that_modules_share_stay():
+    """As DiffusionGemma's encoder and decoder do: what a layer is stored in has no such tie."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(MODELS["gpt_oss"]))
+    first, second = (f"model.layers.{k}.mlp.experts.gate_up_proj" for k in range(2))
+    assert {first, second} <= take_apart(copy.deepcopy(model), parts_on_disk(model)).keys()
+    model.all_tied_weights_keys = {second: first}
+    taken = take_apart(model, parts_on_disk(model))
+    assert taken.keys() == {f"model.layers.{k}.mlp.experts.down_proj" for k in range(2)}
 
 
 def test_stand_ins_refuse_what_layers_do_not_compute():
