@@ -49,7 +49,7 @@ from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, ConfigError
 from qosora.inference import seer_of
 from qosora.layers import Tiling
-from qosora.training.config import AUTO, TrainConfig
+from qosora.training.config import AUTO, HEAD_RATE, WHOLE_RATE, TrainConfig
 from qosora.training.methods import METHODS
 from qosora.training.optimizer import UPDATE_RATE
 from qosora.training.processes import Processes
@@ -155,6 +155,7 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
     answer = arguments.max_completion_length if config.method == "grpo" else 0
     _check_fit(config, source, model_config, [data, *([held_out] if held_out else [])], answer)
     tile_length = 0 if config.compile else config.tile_length
+    whole = WHOLE_RATE if task is None else HEAD_RATE
     return Run(
         config=config,
         folder=folder,
@@ -164,7 +165,7 @@ def resolve_run(config: TrainConfig, folder: RunFolder, processes: Processes) ->
         arguments=arguments,
         learning_rate=config.learning_rate,
         update_learning_rate=config.update_learning_rate or UPDATE_RATE * config.learning_rate,
-        modules_to_save_learning_rate=config.modules_to_save_learning_rate or config.learning_rate / 100,
+        modules_to_save_learning_rate=config.modules_to_save_learning_rate or whole * config.learning_rate,
         adapter=adapter,
         begun=begun,
         source=source,

@@ -44,6 +44,8 @@ FIGURES = {
 }
 #: Learning rates of the vectors by default: measured for examples (benchmarks/quality), a tenth of it for the others.
 LEARNING_RATES = {"sft": 1e-2, "dpo": 1e-3, "kto": 1e-3, "orpo": 1e-3, "grpo": 1e-3, "reward": 1e-2, "classify": 1e-2}
+#: Learning rate of whole matrices by default, as a part of the vectors': an embedding has learned, a head is new.
+WHOLE_RATE, HEAD_RATE = 0.01, 0.1
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -146,7 +148,7 @@ class TrainConfig:
     )
     update_learning_rate: float | None = _option(None, "of an update's A and B [0.4 learning_rate]", above=0)
     modules_to_save_learning_rate: float | None = _option(
-        None, "of modules_to_save, whole matrices [learning_rate / 100]", above=0
+        None, "of modules_to_save, whole matrices [learning_rate / 100; of a classifier's head: / 10]", above=0
     )
     schedule: str = _option("cosine", "course of the learning rate", choices=SCHEDULES)
     warmup_ratio: float = _option(0.03, "part of the steps in which the learning rate rises", least=0, below=1)

@@ -60,6 +60,11 @@ def config(place: Path, output: Path, model: str, data: str, **options: Any) -> 
     return TrainConfig(**{**defaults, "output_dir": str(output), **options})
 
 
+def test_a_new_head_learns_at_a_tenth_of_the_vectors_rate(place: Path, tmp_path: Path):
+    chosen = config(place, tmp_path / "run", "llama-texts", "texts", modules_to_save_learning_rate=None)
+    assert resolve_run(chosen, RunFolder(chosen), Processes()).modules_to_save_learning_rate == pytest.approx(3e-3)
+
+
 @pytest.mark.parametrize(
     ("model", "data"), [("llama-texts", "texts"), ("bert-texts", "texts"), ("bert-words", "words")]
 )
