@@ -119,7 +119,8 @@ def require_language_model(config: PreTrainedConfig, source: str, what: str) -> 
     found = model_class_of(config)
     if not issubclass(found, PreTrainedModel):
         return
-    if config.is_encoder_decoder or not found.can_generate():
+    in_turn = hasattr(found, "prepare_inputs_for_generation")  # what diffuses a block of tokens has a way of its own
+    if config.is_encoder_decoder or not found.can_generate() or not in_turn:
         raise CheckpointError(
             f"{source} is a {found.__name__}, and {what} takes language models that write on; "
             "use it from Python (docs/models.md)"

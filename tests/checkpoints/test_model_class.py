@@ -11,12 +11,14 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    DiffusionGemmaConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     InternLM3Config,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -73,10 +75,16 @@ def test_an_empty_model_has_the_head_of_its_class():
 
 
 @pytest.mark.parametrize(
-    ("name", "passes"), [("GPT2LMHeadModel", True), ("GPT2ForSequenceClassification", False), ("GPT2Model", False)]
+    ("kind", "name", "passes"),
+    [
+        (GPT2Config, "GPT2LMHeadModel", True),
+        (GPT2Config, "GPT2ForSequenceClassification", False),
+        (GPT2Config, "GPT2Model", False),
+        (DiffusionGemmaConfig, "DiffusionGemmaForBlockDiffusion", False),  # a block of tokens at once
+    ],
 )
-def test_what_writes_text(name: str, passes: bool):
-    config = GPT2Config(architectures=[name])
+def test_what_writes_text(kind: type[PreTrainedConfig], name: str, passes: bool):
+    config = kind(architectures=[name])
     if passes:
         require_language_model(config, "folder", "qosora train")
         return
