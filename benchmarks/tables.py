@@ -60,7 +60,8 @@ def quality(folder: Path, file: str) -> str:
         for method in done
     ]  # fmt: skip
     head = ["", "trained parameters", "test loss", "against QLoRA", "forgotten", "seeds"]
-    model = "Gemma 3 270M (Q4_K_M GGUF, dequantized) on GSM8K, each method at the best of its learning rates"
+    rates = "each method at the best of its learning rates, or at r = 128's"
+    model = f"Gemma 3 270M (Q4_K_M GGUF, dequantized) on GSM8K, {rates}"
     note = f"{model}. {quality_page.conditions(done)} [All figures](benchmarks/results/quality/README.md)."
     return table(head, rows, note)
 
