@@ -181,20 +181,19 @@ def perturb(model: nn.Module) -> None:
             parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
 
 
-def outside(model: Any) -> set[int]:
-    """Return the ids of the parameters of embeddings and output layer."""
-    found = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+def left(model: Any) -> dict[str, int]:
+    """Return the entries of the matrices that are not decomposed, by name, but embeddings and output layer."""
+    kinds = (nn.Embedding, QosoraLinear, OsoraLayer)
+    known = {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
     head = model.get_output_embeddings()
-    return found | ({id(p) for p in head.parameters()} if head is not None else set())
+    known |= {id(p) for p in head.parameters()} if head is not None else set()
+    return {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in known}
 
 
 def share(model: Any) -> float:
     """Return the part of the entries of matrices, but embeddings and output layer, that is decomposed."""
     decomposed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QosoraLinear))
-    inside = {id(p) for m in model.modules() if isinstance(m, (QosoraLinear, OsoraLayer)) for p in m.parameters()}
-    inside |= outside(model)
-    other = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in inside)
-    return round(decomposed / (decomposed + other), 4)
+    return round(decomposed / (decomposed + sum(left(model).values())), 4)
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:

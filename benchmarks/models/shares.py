@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from run_models import outside, share
+from run_models import left, share
 from tiny_models import architectures
 from transformers import AutoConfig
 
@@ -51,17 +51,15 @@ def counted(name: str) -> dict[str, Any]:
         model = empty_model(config, dtype=torch.bfloat16)
     parameters = sum(p.numel() for p in model.parameters())
     decompose_structure(model, QosoraConfig(), stacks=True)
-    inside = {id(p) for layer in qosora_modules(model).values() for p in layer.parameters()} | outside(model)
-    left: Counter[str] = Counter()
-    for path, p in model.named_parameters():
-        if p.ndim > 1 and id(p) not in inside:
-            left[re.sub(r"\.\d+(?=\.)", ".*", path)] += p.numel()
+    kinds: Counter[str] = Counter()
+    for path, count in left(model).items():
+        kinds[re.sub(r"\.\d+(?=\.)", ".*", path)] += count
     return {
         "class": type(model).__name__,
         "parameters": parameters,
         "share": share(model),
         "layers": len(qosora_modules(model)),
-        "left": dict(left.most_common(5)),
+        "left": dict(kinds.most_common(5)),
     }
 
 

@@ -266,8 +266,6 @@ def inputs_of(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor]:
     if "bbox" in inspect.signature(model.forward).parameters:  # where each token is on a page
         box = [0.1, 0.2, 0.3, 0.4] if config.model_type in ("udop", "bros") else [1, 2, 30, 40]
         found["bbox"] = torch.tensor(box).expand(*ids.shape, 4).contiguous()
-    if "qformer_input_ids" in inspect.signature(model.forward).parameters:
-        found["qformer_input_ids"] = ids
     if config.model_type == "molmo2":
         found["mm_token_type_ids"] = torch.zeros_like(ids)
     if config.is_encoder_decoder and not type(model).__name__.endswith("Classification"):

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qosora.base.layout import stored_otherwise, take_stacks_apart
 from qosora.checkpoints import CONFIG_NAME
-from qosora.compat.transformers import forget_tie, modules_to_skip, should_convert_module, tied_weights
+from qosora.compat.transformers import forget_tie, modules_to_skip, shared_weights, should_convert_module, tied_weights
 from qosora.config import QosoraConfig
 from qosora.errors import ConfigError
 from qosora.layers import (
@@ -112,7 +112,7 @@ def _end(name: str) -> str:
 
 def _shared(model: PreTrainedModel) -> list[str]:
     """Return the linear layers, but the output layer, that have another's weight: as Zamba's attention has."""
-    tied = {end for tie in tied_weights(model).items() for end in tie}
+    tied = shared_weights(model)
     head = model.get_output_embeddings()
     return [name for name, module in linear_layers(model).items() if f"{name}.weight" in tied and module is not head]
 
@@ -191,7 +191,7 @@ def _replace_embeddings(model: PreTrainedModel, config: QosoraConfig) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     name = names.get(id(embedding), "")
     ties = tied_weights(model)
-    others = sorted({*ties, *ties.values()} - {f"{name}.weight", f"{names.get(id(head))}.weight"})
+    others = sorted(shared_weights(model) - {f"{name}.weight", f"{names.get(id(head))}.weight"})
     plain = head is None or (isinstance(head, nn.Linear) and names[id(head)] in linear_layers(model))
     if not isinstance(embedding, nn.Embedding) or not plain or any(end.endswith(".weight") for end in others):
         raise ConfigError(

@@ -160,6 +160,12 @@ def tied_weights(model: Any) -> dict[str, str]:
     return dict(model.all_tied_weights_keys)
 
 
+def shared_weights(model: Any) -> set[str]:
+    """Return the names of the parameters on either side of a tie."""
+    ties = tied_weights(model)
+    return {*ties, *ties.values()}
+
+
 @uses(f"{_MODEL}: all_tied_weights_keys", f"{_MODEL}: _tied_weights_keys")
 def forget_tie(model: Any, parameter: str) -> None:
     """Have nobody tie a parameter of a model to another, whatever its config says."""

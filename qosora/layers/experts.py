@@ -32,8 +32,8 @@ from qosora.compat.transformers import (
     names_on_disk,
     only_stacks,
     own_gate,
+    shared_weights,
     stacks_experts,
-    tied_weights,
 )
 from qosora.layers.device import device_type
 from qosora.layers.grouped import grouped_product, members
@@ -217,7 +217,7 @@ def parts_on_disk(model: PreTrainedModel) -> Callable[[str], list[str] | None]:
     """Return what `stacks.take_apart` asks of a loader."""
     makers = [c for c in get_model_conversion_mapping(model, add_legacy=False) if isinstance(c, WeightConverter)]
     stackers = list(_stackers(makers))
-    shared = {end for tie in tied_weights(model).items() for end in tie}
+    shared = shared_weights(model)
 
     def parts(parameter: str) -> list[str] | None:
         if parameter in shared:  # what a layer is stored in could not be shared
