@@ -167,6 +167,8 @@ def _scaled(x: torch.Tensor, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
     at_once = max(1, _SCALED_BYTES // (4 * x.shape[1]))
     for rows in (slice(start, start + at_once) for start in range(0, len(x), at_once)):
         torch.mul(x[rows], c.index_select(0, of[rows]), out=out[rows])
+        if x.is_meta:
+            break  # the others take no more memory
     return out
 
 

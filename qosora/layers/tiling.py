@@ -197,8 +197,9 @@ class _Tiles:
         self.count = max(min(-(-x.numel() // numel), x.shape[self.dim]), 1)
 
     def cut(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return views of the tiles."""
-        return x.chunk(self.count, self.dim)
+        """Return views of the tiles; on the meta device of three: with the third there is all that ever is."""
+        tiles = x.chunk(self.count, self.dim)
+        return tiles[:3] if x.is_meta else tiles
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Apply a function that keeps the shape, filling the output: joining tiles in the end would hold it twice."""

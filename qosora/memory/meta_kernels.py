@@ -11,7 +11,7 @@ a TorchFunctionMode could not, being off inside `backward()`, where checkpointin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -130,25 +130,24 @@ class MetaKernels:
 
     def __init__(self, answer: bool, *, valued: bool = False) -> None:
         self.answer, self.valued = answer, valued
-        self._results: dict[Any, list[_Result] | None] = {}
-        self._pure: dict[Any, bool] = {}  # whether an operation returns new memory, changing none
+        self._operators: dict[int, _Operator] = {}  # by identity: torch keeps them, and they hash slowly
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation; without values where it needs them."""
-        if (pure := self._pure.get(func)) is None:
-            pure = self._pure[func] = is_pure(func)
+        if (operator := self._operators.get(id(func))) is None:
+            operator = self._operators[id(func)] = _Operator(func)
         if self.valued:
             if _is_mixed(args, kwargs):  # the model has no values
                 if func is index and _is_mask(args[1], meta=False):
                     mask = args[1][0]
                     return args[0].new_empty((int(mask.sum()), *args[0].shape[mask.ndim :]))
-                if not pure and operator_name(func).endswith("_") and not args[0].is_meta:
+                if operator.in_place and not args[0].is_meta:
                     return args[0]
                 args, kwargs = tree_map(_on_meta, (args, kwargs))
             elif func is to_copy and "device" in kwargs:  # what has values keeps them, and nothing gets any
                 kwargs = {**kwargs, "device": args[0].device}
-        if not pure:
-            in_place = operator_name(func).endswith("_") and isinstance(args[0], torch.Tensor) and args[0].is_meta
+        if not operator.pure:
+            in_place = operator.in_place and isinstance(args[0], torch.Tensor) and args[0].is_meta
             return args[0] if in_place else func(*args, **kwargs)
         if func is read_scalar and args[0].is_meta:
             return self.answer
@@ -156,18 +155,38 @@ class MetaKernels:
             mask = args[1][0]
             return args[0].new_empty((mask.numel(), *args[0].shape[mask.ndim :]))
         inputs: list[torch.Tensor] = []
-        key = (func, _described(args, inputs), _described(tuple(kwargs.items()), inputs))
-        if not all(tensor.is_meta for tensor in inputs):  # what has values: the choice of experts
-            return func(*args, **kwargs)
-        if key not in self._results:
+        key = (_described(args, inputs), _described(kwargs.items(), inputs))
+        for tensor in inputs:
+            if not tensor.is_meta:  # what has values: the choice of experts
+                return func(*args, **kwargs)
+        if key not in operator.results:
             out = func(*args, **kwargs)
-            self._results[key] = _results(out, inputs)
+            operator.results[key] = _results(out, inputs)
             return out
-        results = self._results[key]
+        results = operator.results[key]
         if results is None:
             return func(*args, **kwargs)
         made = [r.tensor() if isinstance(r, _Made) else r for r in results]
-        return made[0] if result_count(func) == 1 else tuple(made)
+        return made[0] if operator.single else tuple(made)
+
+
+class _Operator:
+    """What is known of an operator.
+
+    Attributes:
+        pure: Whether it returns new memory, changing none.
+        in_place: Whether it changes and returns its first argument.
+        single: Whether it has one result.
+        results: By arguments.
+    """
+
+    __slots__ = ("in_place", "pure", "results", "single")
+
+    def __init__(self, func: Any) -> None:
+        self.pure = is_pure(func)
+        self.in_place = not self.pure and operator_name(func).endswith("_")
+        self.single = result_count(func) == 1
+        self.results: dict[Any, list[_Result] | None] = {}
 
 
 class _Made(NamedTuple):
@@ -196,14 +215,18 @@ def _on_meta(item: Any) -> Any:
     return item.to("meta") if isinstance(item, torch.Tensor) else item
 
 
-def _described(value: Any, inputs: list[torch.Tensor]) -> Any:
+def _described(values: Iterable[Any], inputs: list[torch.Tensor]) -> tuple[Any, ...]:
     """Arguments as a key, with tensors by what decides about a result's shape; collects the tensors."""
-    if isinstance(value, torch.Tensor):
-        inputs.append(value)
-        return (value.shape, value.stride(), value.dtype, value.device.type)
-    if isinstance(value, (list, tuple)):
-        return tuple(_described(item, inputs) for item in value)
-    return (type(value), value)
+    key: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            inputs.append(value)
+            key.append((value.shape, value.stride(), value.dtype))
+        elif isinstance(value, (list, tuple)):
+            key.append(_described(value, inputs))
+        else:
+            key.append((type(value), value))
+    return tuple(key)
 
 
 def _results(out: Any, inputs: list[torch.Tensor]) -> list[_Result] | None:

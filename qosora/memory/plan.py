@@ -454,14 +454,22 @@ class _Planner:
         return 128 * self._largest(lambda n: self.data.batch(size, 128 * n), self.positions // 128)
 
     def _largest(self, make: Callable[[int], Batch], most: int) -> int:
+        """Return the largest number whose batch fits, traced itself; 0 if none does."""
         memory = self.card.memory_bytes or 0
-        low, high = 0, most + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.total(make(middle)) <= memory else (low, middle)
-        while low and self.usage(make(low)).total_bytes > memory:
-            low -= 1
-        return low
+        fails, beyond = most + 1, 0
+        while True:
+            found, high = 0, fails
+            while high - found > 1:
+                middle = (found + high) // 2
+                fits = self.total(make(middle)) + beyond <= memory
+                found, high = (middle, high) if fits else (found, middle)
+            if not found or (traced := self.usage(make(found)).total_bytes) <= memory:
+                break
+            # Interpolation is off by as much nearby.
+            fails, beyond = found, traced - self.total(make(found))
+        while beyond and found + 1 < fails and self.usage(make(found + 1)).total_bytes <= memory:
+            found += 1
+        return found
 
     def grid(self) -> list[Cell]:
         """Return what other batch sizes and lengths take."""

@@ -249,7 +249,7 @@ class TracedModel:
                         name: tensor.to(pixels if tensor.is_floating_point() else tensor.dtype, copy=True)
                         for name, tensor in given.items()
                     }
-            tracer.sites.clear()
+            tracer.forget_sites()
             saving: Callable[[], AbstractContextManager[Any]] = nullcontext
             if options.activation_offloading:
                 saving = partial(OffloadingStandIn, list(self.model.parameters()))

@@ -303,7 +303,7 @@ def measure(
         register_optimizer(tracer, optimizer)  # first: parameters are windows of its buffers
         register_model(tracer, model)
         tracer.register(inputs.values(), "batch")
-        tracer.sites.clear()
+        tracer.forget_sites()
         tracer.on_phase = counters.begin
         run(tracer)
         counters.begin("")

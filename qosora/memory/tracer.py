@@ -70,6 +70,15 @@ class Peak:
     op: str
 
 
+class _Most(NamedTuple):
+    """The most that was live at one site: bytes in all and by what they were made for, those inside the operation."""
+
+    total: int
+    live: dict[_Key, int]
+    extra: int
+    op: str
+
+
 @dataclass
 class Event:
     """An allocation (bytes above zero) or the end of one, for pictures over time."""
@@ -114,25 +123,26 @@ class Tracer(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.granularity, self.workspaces, self.run = granularity, workspaces or {}, run
-        self.sites: dict[Site, Peak] = {}
         self.total = 0
         self.events = log
         self.device = device
         self.on_phase: Callable[[str], None] = lambda phase: None
         self.phase = "setup"
         self._live: Counter[_Key] = Counter()
+        self._most: dict[tuple[str, str, int], _Most] = {}  # by site
         self._blocks: dict[int, _Block] = {}  # by the storage's identity
         self._starts: list[tuple[int, int, int]] = []  # address, end and identity of real storages, in order
         self._modules: list[tuple[str, int]] = [_OUTSIDE]  # the running ones, with layers' indices
         self._category: str | None = None
         self._count = 0
+        self._names: dict[int, str] = {}  # of operators by identity: torch keeps them, and they hash slowly
 
     # ---- what the step tells -------------------------------------------------------------------------------------
 
     def register(self, tensors: Iterable[torch.Tensor], category: str) -> None:
         """Count tensors that exist already, such as parameters, or move them to a category."""
         for tensor in tensors:
-            self._add(tensor, _Key(category, "", -1), "")
+            self._add(tensor, category, "")
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Say whether a tensor's memory is counted."""
@@ -201,13 +211,14 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = operator_name(func)
+        if (name := self._names.get(id(func))) is None:
+            name = self._names[id(func)] = operator_name(func)
         out = self.run(func, args, kwargs)
         if (extra := self.workspaces.get(name)) is not None:
             self._peak(name, extra(*args, **kwargs))
-        for tensor in tree_iter(out):
+        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_iter(out):
             if isinstance(tensor, torch.Tensor):
-                self._add(tensor, _Key(self._category, self.phase, self._modules[-1][1]), name)
+                self._add(tensor, self._category, name)
         return out
 
     # ---- counting ------------------------------------------------------------------------------------------------
@@ -215,19 +226,21 @@ class Tracer(TorchDispatchMode):
     def _rounded(self, nbytes: int) -> int:
         return -(-nbytes // self.granularity) * self.granularity
 
-    def _add(self, tensor: torch.Tensor, key: _Key, op: str) -> None:
+    def _add(self, tensor: torch.Tensor, category: str | None, op: str) -> None:
         if self.device is not None and tensor.device.type != self.device:
             return
-        storage = tensor.untyped_storage()
         identity = storage_key(tensor)
         if (known := self._blocks.get(identity)) is not None:
-            if key.category is not None and known.key.category != key.category:
+            if category is not None and known.key.category != category:
                 self._count_block(known, -1)
                 self._record(known, "", sign=-1)
-                known.key = key
+                known.key = _Key(category, "", -1)
                 self._count_block(known, 1)
                 self._record(known, op)
             return
+        # What is made for nothing known yet is so by its phase and layer.
+        key = _Key(None, self.phase, self._modules[-1][1]) if category is None else _Key(category, "", -1)
+        storage = tensor.untyped_storage()
         nbytes, start = storage.nbytes(), None
         if not tensor.is_meta and nbytes:
             start = storage.data_ptr()
@@ -270,30 +283,46 @@ class Tracer(TorchDispatchMode):
         return Site(self.phase, *self._modules[-1])
 
     def _peak(self, op: str, extra: int = 0) -> None:
-        site = self._site()
-        known = self.sites.get(site)
+        site = (self.phase, *self._modules[-1])
+        known = self._most.get(site)
         if known is None or self.total + extra > known.total:
-            live = self.live(site)
-            if extra:
-                live["workspace"] = live.get("workspace", 0) + extra
-            self.sites[site] = Peak(self.total + extra, live, op)
+            self._most[site] = _Most(self.total + extra, dict(self._live), extra, op)
 
-    def live(self, site: Site | None = None) -> dict[str, int]:
-        """Return what is live by category, as seen from a site (the present one by default).
+    @property
+    def sites(self) -> dict[Site, Peak]:
+        """The most that was live at each site."""
+        found = {}
+        for place, most in self._most.items():
+            site = Site(*place)
+            live = _by_category(most.live, site)
+            if most.extra:
+                live["workspace"] = live.get("workspace", 0) + most.extra
+            found[site] = Peak(most.total, live, most.op)
+        return found
+
+    def forget_sites(self) -> None:
+        """Leave what was live so far out of `sites`."""
+        self._most.clear()
+
+    def live(self) -> dict[str, int]:
+        """Return what is live now by category.
 
         What the forward pass made is saved for backward once its layer has ended, and what is made while answers are
         written for the next token; before, it is the layer's own.
         """
-        site = site or self._site()
-        found: Counter[str] = Counter()
-        for key, nbytes in self._live.items():
-            if nbytes:
-                found[category_of(key, site)] += nbytes
-        return dict(found)
+        return _by_category(self._live, self._site())
 
     def peak(self) -> tuple[Site, Peak]:
         """Return where the most was live."""
         return max(self.sites.items(), key=lambda item: item[1].total)
+
+
+def _by_category(live: Mapping[_Key, int], site: Site) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for key, nbytes in live.items():
+        if nbytes:
+            found[category_of(key, site)] += nbytes
+    return dict(found)
 
 
 _ROUNDING = _Key("rounding", "", -1)
