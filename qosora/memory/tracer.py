@@ -226,6 +226,9 @@ class Tracer(TorchDispatchMode):
     def _rounded(self, nbytes: int) -> int:
         return -(-nbytes // self.granularity) * self.granularity
 
+    def _key(self, category: str | None) -> _Key:
+        return _Key(None, self.phase, self._modules[-1][1]) if category is None else _Key(category, "", -1)
+
     def _add(self, tensor: torch.Tensor, category: str | None, op: str) -> None:
         if self.device is not None and tensor.device.type != self.device:
             return
@@ -234,13 +237,11 @@ class Tracer(TorchDispatchMode):
             if category is not None and known.key.category != category:
                 self._count_block(known, -1)
                 self._record(known, "", sign=-1)
-                known.key = _Key(category, "", -1)
+                known.key = self._key(category)
                 self._count_block(known, 1)
                 self._record(known, op)
             return
-        # What is made for nothing known yet is so by its phase and layer.
-        key = _Key(None, self.phase, self._modules[-1][1]) if category is None else _Key(category, "", -1)
-        storage = tensor.untyped_storage()
+        key, storage = self._key(category), tensor.untyped_storage()
         nbytes, start = storage.nbytes(), None
         if not tensor.is_meta and nbytes:
             start = storage.data_ptr()
