@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qosora.layers.decoder import exchanged_forward as exchanged_forward
     from qosora.layers.decoder import name_backbone as name_backbone
     from qosora.layers.decoder import require_checkpointing as require_checkpointing
+    from qosora.layers.device import peaks_alone as peaks_alone
     from qosora.layers.device import planning_for as planning_for
     from qosora.layers.experts import LinearExperts as LinearExperts
     from qosora.layers.experts import parts_on_disk as parts_on_disk
@@ -78,7 +79,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door(
     __name__,
     {
-        "device": ["planning_for"],
+        "device": ["peaks_alone", "planning_for"],
         "precision": ["fast_dtype", "slowdown"],
         "ops": ["dequantize", "fused", "why_unfused"],
         "linear": ["Member", "QosoraLinear", "float32_kept", "qosora_modules", "updated"],

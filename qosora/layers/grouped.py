@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from qosora.decompose import FourBitTensor, nf4
 from qosora.layers import ops
-from qosora.layers.device import autocast_dtype, device_type
+from qosora.layers.device import autocast_dtype, device_type, pieces
 from qosora.layers.linear import Member, QosoraLinear, updated
 from qosora.layers.product import no_autocast, product_float32
 
@@ -165,10 +165,8 @@ def _scaled(x: torch.Tensor, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
     # Which layer's each row is, from numbers that the host has.
     of = torch.from_numpy(np.repeat(np.arange(len(c)), chunk.counts)).to(x.device, non_blocking=True)
     at_once = max(1, _SCALED_BYTES // (4 * x.shape[1]))
-    for rows in (slice(start, start + at_once) for start in range(0, len(x), at_once)):
+    for rows in (slice(start, start + at_once) for start in pieces(range(0, len(x), at_once))):
         torch.mul(x[rows], c.index_select(0, of[rows]), out=out[rows])
-        if x.is_meta:
-            break  # the others take no more memory
     return out
 
 

@@ -17,7 +17,7 @@ What is such a module is read off its structure: see `_output_projection` and `_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from qosora.compat.torch import changes
 from qosora.errors import ConfigError
+from qosora.layers.device import pieces
 
 __all__ = ["TILE_LENGTH", "Tiling", "apply_tiling"]
 
@@ -196,17 +197,16 @@ class _Tiles:
         self.dim = int(x.ndim > 2)
         self.count = max(min(-(-x.numel() // numel), x.shape[self.dim]), 1)
 
-    def cut(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return views of the tiles; on the meta device of three: with the third there is all that ever is."""
-        tiles = x.chunk(self.count, self.dim)
-        return tiles[:3] if x.is_meta else tiles
+    def cut(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return views of the tiles."""
+        return pieces(x.chunk(self.count, self.dim))
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Apply a function that keeps the shape, filling the output: joining tiles in the end would hold it twice."""
         if self.count == 1:
             return function(x)
         y: torch.Tensor | None = None
-        parts: tuple[torch.Tensor, ...] = ()
+        parts: Sequence[torch.Tensor] = ()
         for index, tile in enumerate(self.cut(x)):
             part = function(tile)
             if y is None:

@@ -30,7 +30,7 @@ from qosora.compat.transformers import attention_of, should_convert_module
 from qosora.config import OsoraConfig, QosoraConfig
 from qosora.dtypes import dtype_named
 from qosora.errors import CheckpointError, QosoraError
-from qosora.layers import QosoraLinear, decoder_layers, qosora_modules, stacked_names
+from qosora.layers import QosoraLinear, decoder_layers, peaks_alone, qosora_modules, stacked_names
 from qosora.memory.meta_kernels import CPU_WORKSPACES, CUDA_WORKSPACES, MetaKernels, computing_as
 from qosora.memory.options import GRANULARITY, Batch, Prediction, StepOptions, has_experts
 from qosora.memory.standins import (
@@ -237,7 +237,7 @@ class TracedModel:
             p.data, p.grad = torch.empty_like(p, memory_format=torch.contiguous_format), None
         workspaces = CUDA_WORKSPACES if options.device == "cuda" else CPU_WORKSPACES
         tracer = Tracer(granularity=GRANULARITY[options.device], workspaces=workspaces, run=kernels, log=log)
-        with computing_as(options.device), tracer, tracer.following(self.model, self.stack, layers):
+        with computing_as(options.device), peaks_alone(), tracer, tracer.following(self.model, self.stack, layers):
             register_model(tracer, self.model)
             optimizer = self._optimizer(tracer, trained)
             with tracer.allocating("batch"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qosora.layers.device import device_type, planning_for
+from qosora.layers.device import device_type, peaks_alone, pieces, planning_for
 
 
 def test_a_tensors_own():
@@ -22,3 +22,11 @@ def test_without_memory_the_planned_one():
             assert device_type(tensor) == "cpu"
         assert device_type(tensor) == "cuda"
     assert device_type(tensor) == "meta"
+
+
+def test_pieces_for_the_peak_alone():
+    assert pieces(range(5)) == range(5)
+    with peaks_alone():
+        assert pieces(range(5)) == range(3)
+        assert pieces((1, 2)) == (1, 2)
+    assert pieces(range(5)) == range(5)
