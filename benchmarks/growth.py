@@ -1,27 +1,42 @@
-"""How do trained parameters and bits of the base grow with the rank, on a 7B's shapes? LoRA beside.
+"""How do trained parameters and bits of the base grow with the rank, on a 7B's shapes, and what is gained? LoRA beside.
 
-    python benchmarks/growth.py --output benchmarks/results/growth.json
+    python benchmarks/growth.py --spectrum-of gemma-3-270m.Q4_K_M.gguf --output benchmarks/results/growth.json
 
 The paper says that OSoRA's parameters grow by one a layer where LoRA's grow by the sum of its sides. Here PEFT counts
 both on the meta device, and the base's bytes are those of its tensors as they are stored: nothing is trained.
+
+With a small real model at hand, matrices of the large one's shapes are drawn with its singular values, and stored: the
+relative errors are those of the weights. Each of the small model's singular values stands for as many of the large
+one's as its matrices are larger, so a rank is a smaller part of them; singular vectors are random, so that no column or
+row is larger than others, and scaling columns gains nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from common import Record, arguments
+from gsm8k import load_source
 from methods import MINIATURE, shape_config
 from peft import LoraConfig, get_peft_model
 
 from qosora import OsoraConfig, QosoraConfig
 from qosora.base import decompose_structure
+from qosora.decompose import nf4, reconstruct
+from qosora.decompose.factorize import factorize
 from qosora.layers import qosora_modules
 from qosora.memory import StepOptions, meta_model
 
-QUESTION = "How do trained parameters and bits of the base grow with the rank?"
+QUESTION = "How do trained parameters and bits of the base grow with the rank, and what is gained?"
+#: The matrices that are drawn.
+DRAWN = ("q_proj", "down_proj")
+#: Ways to store NF4 without a decomposition.
+NF4 = {"NF4": {}, "NF4, blocks of 32": {"blocksize": 32}, "NF4, absmax in float32": {"double_quant": False}}
 
 
 def trained(model: Any) -> int:
@@ -47,15 +62,64 @@ def counted(shape: str, rank: int) -> dict[str, Any]:
     }
 
 
+def drawn(shape: str, source: Path) -> dict[str, torch.Tensor]:
+    """Draw matrices of a large model's shapes with the singular values of a small one's middle layer.
+
+    Args:
+        shape: Of the large model.
+        source: GGUF file or folder of the small one.
+
+    Returns:
+        float32, of a norm of 1, by the end of the layer's name.
+    """
+    large = meta_model(shape_config(shape), StepOptions())
+    small: Any = load_source(source)[1]
+    middle = f".{small.config.num_hidden_layers // 2}."
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for end in DRAWN:
+        values = next(
+            torch.linalg.svdvals(module.weight.detach())
+            for name, module in small.named_modules()
+            if name.endswith(end) and middle in name
+        )
+        rows, columns = next(module.weight.shape for name, module in large.named_modules() if name.endswith(end))
+        stretched = F.interpolate(values[None, None], min(rows, columns), mode="linear")[0, 0]
+        left, right = (
+            torch.linalg.qr(torch.randn(side, len(stretched), generator=generator))[0] for side in (rows, columns)
+        )
+        found[end] = (left * (stretched / stretched.norm())) @ right.T
+    return found
+
+
+def errors(weights: dict[str, torch.Tensor], ranks: list[int]) -> dict[str, Any]:
+    """Store matrices in each way; give by matrix and way the relative error, and bits per weight."""
+    found: dict[str, Any] = {}
+    for name, weight in weights.items():
+        stored = {way: nf4.quantize(weight, **options) for way, options in NF4.items()}
+        ways = found[name] = {
+            way: {"error": float((nf4.dequantize(q) - weight).norm()), "bits": 8 * q.nbytes / weight.numel()}
+            for way, q in stored.items()
+        }
+        for rank in ranks:
+            factors = factorize(weight, rank)
+            error = float((reconstruct(factors) - weight).norm())
+            ways[str(rank)] = {"error": error, "bits": 8 * factors.nbytes / weight.numel()}
+    return {"matrices": found}
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--model", default="llama-2-7b", metavar="SHAPE")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256, 512])
+    parser.add_argument("--spectrum-of", type=Path, metavar="MODEL", help="draw matrices with this one's spectrum")
     args = arguments(parser, model=MINIATURE, ranks=[4, 8])
     record = Record(args.output, "growth", QUESTION, {"model": args.model}, args.resume)
     for rank in args.ranks:
         record.stage(str(rank), partial(counted, args.model, rank))
+    if args.spectrum_of:
+        record.stage("errors", lambda: errors(drawn(args.model, args.spectrum_of), args.ranks))
 
 
 if __name__ == "__main__":

@@ -247,18 +247,28 @@ def processes(found: dict[str, Any], file: str) -> str:
 
 
 def growth(found: dict[str, Any], file: str) -> str:
-    """Return the table of trained parameters by rank, with its conditions."""
-    results = found["results"]
+    """Return the table of trained parameters, bits and errors by rank, with its conditions."""
+    results = dict(found["results"])
+    errors = results.pop("errors")["matrices"]
+
+    def beside_nf4(way: str) -> list[str]:
+        return [f"{100 * (ways[way]['error'] / ways['NF4']['error'] - 1):+.1f} %" for ways in errors.values()]
+
     rows = [
-        [rank, f"{each['osora']:,}", f"{each['lora']:,}", f"{each['bits_per_weight']:.2f}"]
+        [rank, f"{each['osora']:,}", f"{each['lora']:,}", f"{each['bits_per_weight']:.2f}", *beside_nf4(rank)]
         for rank, each in results.items()
     ]
     layers = next(iter(results.values()))["layers"]
+    small = next(iter(errors.values()))["NF4, blocks of 32"]
     note = (
         f"The shapes of {found['config']['model']}, {layers} matrices: parameters that PEFT trains, and bits "
-        f"of the stored base for each weight of these matrices. {conditions(found, file, 'torch', 'peft')}"
+        "of the stored base for each weight of these matrices. Errors are those of weights of these shapes with "
+        "random singular vectors and the singular values of Gemma 3 270M's middle layer, stretched, beside NF4's; NF4 "
+        f"in blocks of 32 takes {small['bits']:.2f} bits and has {' and '.join(beside_nf4('NF4, blocks of 32'))}. "
+        f"{conditions(found, file, 'torch', 'peft')}"
     )
-    return table(["rank", "qosora trains", "LoRA trains", "bits a weight of the base"], rows, note)
+    names = [f"error, `{name}`" for name in errors]
+    return table(["rank", "qosora trains", "LoRA trains", "bits a weight of the base", *names], rows, note)
 
 
 def shares(found: dict[str, Any], file: str) -> str:
