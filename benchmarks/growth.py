@@ -36,7 +36,11 @@ QUESTION = "How do trained parameters and bits of the base grow with the rank, a
 #: The matrices that are drawn.
 DRAWN = ("q_proj", "down_proj")
 #: Ways to store NF4 without a decomposition.
-NF4 = {"NF4": {}, "NF4, blocks of 32": {"blocksize": 32}, "NF4, absmax in float32": {"double_quant": False}}
+NF4: dict[str, dict[str, Any]] = {
+    "NF4": {},
+    "NF4, blocks of 32": {"blocksize": 32},
+    "NF4, absmax in float32": {"double_quant": False},
+}
 
 
 def trained(model: Any) -> int:
@@ -114,7 +118,8 @@ def main() -> None:
     parser.add_argument("--model", default="llama-2-7b", metavar="SHAPE")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256, 512])
     parser.add_argument("--spectrum-of", type=Path, metavar="MODEL", help="draw matrices with this one's spectrum")
-    args = arguments(parser, model=MINIATURE, ranks=[4, 8])
+    tiny = Path(__file__).parent.parent / "qosora" / "demo" / "assets" / "model"
+    args = arguments(parser, model=MINIATURE, ranks=[4, 8], spectrum_of=tiny)
     record = Record(args.output, "growth", QUESTION, {"model": args.model}, args.resume)
     for rank in args.ranks:
         record.stage(str(rank), partial(counted, args.model, rank))
