@@ -61,7 +61,7 @@ def quality(folder: Path, file: str) -> str:
     done = [method for name, method in methods.items() if name in COMPARED and method.finals]
     rows = [
         [
-            method.run["label"], f"{method.run['trained_parameters']:,}", method.loss.text(3),
+            method.label, f"{method.run['trained_parameters']:,}", method.loss.text(3),
             quality_page.behind(method, methods), method.forgotten.text(2), str(len(method.finals)),
         ]
         for method in done

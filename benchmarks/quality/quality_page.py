@@ -59,11 +59,13 @@ class Method:
 
     Args:
         name: Of its file.
+        label: What tables call it.
         finals: Its runs that count, by seed.
         searches: Validation loss by learning rate; infinite where it diverged.
     """
 
     name: str
+    label: str
     finals: dict[int, Run]
     searches: dict[float, float]
 
@@ -100,13 +102,17 @@ def read(folder: Path) -> dict[str, dict[str, Method]]:
         methods = []
         for experiment in sorted(p for p in task.iterdir() if p.is_dir()):
             runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(experiment.glob("*.json"))]
-            finals = {run["seed"]: run for run in runs if not run["search"] and not run["diverged"]}
+            counted = [run for run in runs if not run["search"] and not run["diverged"]]
+            finals = {run["seed"]: run for run in counted}
+            if len(finals) < len(counted):
+                raise SystemExit(f"{experiment}: a seed was trained at several learning rates; keep one of them")
             searches = {
                 run["learning_rate"]: math.inf if run["diverged"] else run["losses"][-1]["validation"]
                 for run in runs
                 if run["search"]
             }
-            methods.append(Method(experiment.name, finals, dict(sorted(searches.items()))))
+            config = json.loads((HERE / "configs" / f"{experiment.name}.json").read_text(encoding="utf-8"))
+            methods.append(Method(experiment.name, config["label"], finals, dict(sorted(searches.items()))))
         done = sorted((m for m in methods if m.finals), key=lambda m: -m.run["trained_parameters"])
         searched = [m for m in methods if not m.finals]
         found[task.name] = {m.name: m for m in [*done, *searched]}
@@ -121,7 +127,7 @@ def results_table(methods: dict[str, Method]) -> str:
     for m in done:
         rows.append(
             [
-                m.run["label"],
+                m.label,
                 f"{m.run['bits_per_weight']:.2f}",
                 f"{m.run['trained_parameters']:,}",
                 f"{m.run['learning_rate']:g}",
@@ -173,7 +179,7 @@ def rates_table(methods: dict[str, Method]) -> str:
     """Return the table of validation losses by learning rate."""
     rows = [
         [
-            m.run["label"] if m.finals else m.name,
+            m.label,
             ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in m.searches.items()),
         ]
         for m in methods.values()
