@@ -5,8 +5,8 @@
 The paper says that OSoRA's parameters grow by one a layer where LoRA's grow by the sum of its sides. Here PEFT counts
 both on the meta device, and the base's bytes are those of its tensors as they are stored: nothing is trained.
 
-With a small real model at hand, matrices of the large one's shapes are drawn with its singular values, and stored: the
-relative errors are those of the weights. Each of the small model's singular values stands for as many of the large
+Matrices of the large model's shapes are drawn with the singular values of a small real one, and stored: the relative
+errors are those of the weights. Each of the small model's singular values stands for as many of the large
 one's as its matrices are larger, so a rank is a smaller part of them; singular vectors are random, so that no column or
 row is larger than others, and scaling columns gains nothing.
 """
@@ -14,6 +14,7 @@ row is larger than others, and scaling columns gains nothing.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,13 @@ from peft import LoraConfig, get_peft_model
 
 from qosora import OsoraConfig, QosoraConfig
 from qosora.base import decompose_structure
-from qosora.decompose import nf4, reconstruct
-from qosora.decompose.factorize import factorize
+from qosora.decompose import factorize_with_report
 from qosora.layers import qosora_modules
 from qosora.memory import StepOptions, meta_model
 
 QUESTION = "How do trained parameters and bits of the base grow with the rank, and what is gained?"
 #: The matrices that are drawn.
 DRAWN = ("q_proj", "down_proj")
-#: Ways to store NF4 without a decomposition.
-NF4: dict[str, dict[str, Any]] = {
-    "NF4": {},
-    "NF4, blocks of 32": {"blocksize": 32},
-    "NF4, absmax in float32": {"double_quant": False},
-}
 
 
 def trained(model: Any) -> int:
@@ -97,19 +91,15 @@ def drawn(shape: str, source: Path) -> dict[str, torch.Tensor]:
 
 
 def errors(weights: dict[str, torch.Tensor], ranks: list[int]) -> dict[str, Any]:
-    """Store matrices in each way; give by matrix and way the relative error, and bits per weight."""
-    found: dict[str, Any] = {}
-    for name, weight in weights.items():
-        stored = {way: nf4.quantize(weight, **options) for way, options in NF4.items()}
-        ways = found[name] = {
-            way: {"error": float((nf4.dequantize(q) - weight).norm()), "bits": 8 * q.nbytes / weight.numel()}
-            for way, q in stored.items()
-        }
-        for rank in ranks:
-            factors = factorize(weight, rank)
-            error = float((reconstruct(factors) - weight).norm())
-            ways[str(rank)] = {"error": error, "bits": 8 * factors.nbytes / weight.numel()}
-    return {"matrices": found}
+    """Decompose matrices at each rank; give by matrix and rank what `ErrorReport` has, and NF4 in blocks of 32."""
+
+    def report(weight: torch.Tensor, rank: int, **options: Any) -> dict[str, float]:
+        return asdict(factorize_with_report(weight, rank, **options)[1])
+
+    return {
+        "ranks": {name: {str(rank): report(W, rank) for rank in ranks} for name, W in weights.items()},
+        "blocks_of_32": {name: report(W, min(ranks), blocksize=32) for name, W in weights.items()},
+    }
 
 
 def main() -> None:
@@ -117,14 +107,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--model", default="llama-2-7b", metavar="SHAPE")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256, 512])
-    parser.add_argument("--spectrum-of", type=Path, metavar="MODEL", help="draw matrices with this one's spectrum")
+    parser.add_argument("--spectrum-of", type=Path, metavar="MODEL", help="small real one, a GGUF file or a folder")
     tiny = Path(__file__).parent.parent / "qosora" / "demo" / "assets" / "model"
     args = arguments(parser, model=MINIATURE, ranks=[4, 8], spectrum_of=tiny)
-    record = Record(args.output, "growth", QUESTION, {"model": args.model}, args.resume)
+    if not args.spectrum_of:
+        parser.error("--spectrum-of is required")
+    config = {"model": args.model, "spectrum_of": args.spectrum_of.stem}
+    record = Record(args.output, "growth", QUESTION, config, args.resume)
     for rank in args.ranks:
         record.stage(str(rank), partial(counted, args.model, rank))
-    if args.spectrum_of:
-        record.stage("errors", lambda: errors(drawn(args.model, args.spectrum_of), args.ranks))
+    record.stage("errors", lambda: errors(drawn(args.model, args.spectrum_of), args.ranks))
 
 
 if __name__ == "__main__":

@@ -256,25 +256,31 @@ def processes(found: dict[str, Any], file: str) -> str:
 def growth(found: dict[str, Any], file: str) -> str:
     """Return the table of trained parameters, bits and errors by rank, with its conditions."""
     results = dict(found["results"])
-    errors = results.pop("errors")["matrices"]
+    errors = results.pop("errors")
+    ranks, blocks = errors["ranks"], errors["blocks_of_32"]
 
-    def beside_nf4(way: str) -> list[str]:
-        return [f"{100 * (ways[way]['error'] / ways['NF4']['error'] - 1):+.1f} %" for ways in errors.values()]
+    def beside(error: float, nf4_error: float) -> str:
+        return f"{100 * (error / nf4_error - 1):+.1f} %"
 
     rows = [
-        [rank, f"{each['osora']:,}", f"{each['lora']:,}", f"{each['bits_per_weight']:.2f}", *beside_nf4(rank)]
+        [
+            rank, f"{each['osora']:,}", f"{each['lora']:,}", f"{each['bits_per_weight']:.2f}",
+            *(beside(at[rank]["error"], at[rank]["nf4_error"]) for at in ranks.values()),
+        ]
         for rank, each in results.items()
-    ]
+    ]  # fmt: skip
+    rivals = [beside(of["nf4_error"], next(iter(ranks[name].values()))["nf4_error"]) for name, of in blocks.items()]
+    bits = next(iter(blocks.values()))["nf4_bits_per_parameter"]
     layers = next(iter(results.values()))["layers"]
-    small = next(iter(errors.values()))["NF4, blocks of 32"]
     note = (
         f"The shapes of {found['config']['model']}, {layers} matrices: parameters that PEFT trains, and bits "
         "of the stored base for each weight of these matrices. Errors are those of weights of these shapes with "
-        "random singular vectors and the singular values of Gemma 3 270M's middle layer, stretched, beside NF4's; NF4 "
-        f"in blocks of 32 takes {small['bits']:.2f} bits and has {' and '.join(beside_nf4('NF4, blocks of 32'))}. "
+        "random singular vectors and the stretched singular values of a middle layer of "
+        f"{found['config']['spectrum_of']}, beside NF4's; NF4 in blocks of 32 takes {bits:.2f} bits and has "
+        f"{' and '.join(rivals)}. "
         f"{conditions(found, file, 'torch', 'peft')}"
     )
-    names = [f"error, `{name}`" for name in errors]
+    names = [f"error, `{name}`" for name in ranks]
     return table(["rank", "qosora trains", "LoRA trains", "bits a weight of the base", *names], rows, note)
 
 

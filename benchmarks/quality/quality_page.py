@@ -178,10 +178,7 @@ def conditions(methods: Sequence[Method]) -> str:
 def rates_table(methods: dict[str, Method]) -> str:
     """Return the table of validation losses by learning rate."""
     rows = [
-        [
-            m.label,
-            ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in m.searches.items()),
-        ]
+        [m.label, ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in m.searches.items())]
         for m in methods.values()
         if m.searches
     ]
